@@ -1,0 +1,379 @@
+"""Token shards -> rows -> cuts -> masks -> batches, every choice a pure function of (seed, epoch, index).
+
+A corpus split is one long stream of `document tokens + eos`, stored in shards. Row w is the tokens [w*L, (w+1)*L) of that
+stream, L = block_size; an epoch is one permutation of the rows; step s takes the next `batch_rows` of it. Nothing below
+keeps state, so a resumed run, another number of GPUs or another micro-batch reads exactly the same tokens under the same
+masks, and a checkpoint needs no loader state. The paper (arXiv 2507.00994, footnote 6 and section 2) trains on sequences
+of 12 to 2,048 tokens: each row is cut once into two sequences that do not see each other.
+"""
+import glob
+import json
+import os
+import queue
+import threading
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from configurator import RunError, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards: 256 int32 of header, then the tokens as uint16 or uint32
+MAGIC, VERSION, HEADER_BYTES = 20_250_700, 1, 1024
+FIELDS = np.dtype([("magic", "<i4"), ("version", "<i4"), ("itemsize", "<i4"), ("vocab_size", "<i4"), ("eos_id", "<i4"),
+                   ("mask_id", "<i4"), ("special_start", "<i4"), ("tokens_crc32", "<u4"), ("tokens", "<i8"),
+                   ("documents", "<i8"), ("tokenizer_hash", "u1", 32), ("unused", "u1", HEADER_BYTES - 84),
+                   ("header_crc32", "<u4")])
+VERIFY_AT_ONCE = 2 << 30   # bytes; larger corpora are checked while training goes on
+
+
+class ShardWriter:
+    """Writes one shard to a temporary name; close() makes it whole: header, fsync, rename."""
+
+    def __init__(self, path, tokenizer):
+        self.path, self.temporary = path, path + ".tmp"
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.header = np.zeros((), FIELDS)
+        for field in ("vocab_size", "eos_id", "mask_id", "special_start"):
+            self.header[field] = getattr(tokenizer, field)
+        self.header["magic"], self.header["version"] = MAGIC, VERSION
+        self.header["itemsize"] = self.dtype().itemsize
+        self.header["tokenizer_hash"] = np.frombuffer(tokenizer.hash, np.uint8)
+        self.file = open(self.temporary, "wb")
+        self.file.write(bytes(HEADER_BYTES))
+
+    def write(self, ids):
+        """Append one document's ids, eos included."""
+        body = np.asarray(ids, self.dtype).tobytes()
+        self.file.write(body)
+        self.header["tokens_crc32"] = zlib.crc32(body, int(self.header["tokens_crc32"]))
+        self.header["tokens"] += len(ids)
+        self.header["documents"] += 1
+
+    def close(self):
+        self.header["header_crc32"] = zlib.crc32(self.header.tobytes()[:-4])
+        self.file.seek(0)
+        self.file.write(self.header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.path)
+
+
+def read_header(path):
+    """The checked header of a shard. Raises UserError if the file is no shard, of another version, or cut short."""
+    raw = np.fromfile(path, np.uint8, HEADER_BYTES)
+    if raw.size < HEADER_BYTES:
+        raise UserError(f"{path} is truncated: delete it and run its prepare_fineweb.py command again")
+    header = raw.view(FIELDS)[0]
+    if header["magic"] != MAGIC or header["version"] != VERSION:
+        raise UserError(f"{path} is no token shard of version {VERSION}: prepare the corpus with this prepare_fineweb.py")
+    if header["header_crc32"] != zlib.crc32(header.tobytes()[:-4]):
+        raise UserError(f"{path} has a corrupted header: delete it and run its prepare_fineweb.py command again")
+    expected = HEADER_BYTES + int(header["tokens"]) * int(header["itemsize"])
+    if os.path.getsize(path) != expected:
+        raise UserError(f"{path} is truncated ({os.path.getsize(path):,} bytes, its header says {expected:,}): delete it "
+                        "and run its prepare_fineweb.py command again")
+    return header
+
+
+def verify_shard(path, header):
+    """Compare the tokens with the checksum in the header. Raises UserError."""
+    crc, body = 0, np.memmap(path, np.uint8, "r", offset=HEADER_BYTES)
+    for start in range(0, body.size, 1 << 24):
+        crc = zlib.crc32(body[start:start + (1 << 24)], crc)
+    if crc != header["tokens_crc32"]:
+        raise UserError(f"{path} is corrupted (checksum): delete it and run its prepare_fineweb.py command again")
+
+
+class Corpus:
+    """One split ("train" or "val") of a prepared corpus: a stream of tokens over memory-mapped shards."""
+
+    def __init__(self, data_dir, split="train", verify=True):
+        """Raises UserError for a missing, unfinished, truncated, corrupted or mixed corpus; says which command mends it."""
+        manifest = os.path.join(data_dir, "manifest.json")
+        if not os.path.isfile(manifest):
+            raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu --out={data_dir}")
+        with open(manifest, encoding="utf-8") as f:
+            if not json.load(f)["complete"]:
+                raise UserError(f"the corpus in '{data_dir}' is unfinished: run its prepare_fineweb.py command again")
+        self.paths = sorted(glob.glob(os.path.join(data_dir, f"{split}_*.bin")))
+        headers = [read_header(path) for path in self.paths]
+        self.ends = np.cumsum([0] + [int(h["tokens"]) for h in headers])   # stream position where each shard starts
+        self.n_tokens = int(self.ends[-1])
+        if self.n_tokens == 0:
+            raise UserError(f"the {split} split of '{data_dir}' is empty: prepare it from more text"
+                            + (" or with a larger --val_fraction" if split == "val" else ""))
+        for path, h in zip(self.paths, headers):
+            if h["tokenizer_hash"].tobytes() != headers[0]["tokenizer_hash"].tobytes():
+                raise UserError(f"{path} was made with another tokenizer than {self.paths[0]}: prepare the corpus anew "
+                                "in an empty folder")
+        self.vocab_size, self.eos_id, self.mask_id, self.special_start = (
+            int(headers[0][f]) for f in ("vocab_size", "eos_id", "mask_id", "special_start"))
+        self.tokenizer_hash = headers[0]["tokenizer_hash"].tobytes().hex()
+        self.shards = [np.memmap(path, np.uint16 if h["itemsize"] == 2 else np.uint32, "r", offset=HEADER_BYTES)
+                       for path, h in zip(self.paths, headers)]
+        self.damage = None
+        if verify and sum(map(os.path.getsize, self.paths)) <= VERIFY_AT_ONCE:
+            for path, h in zip(self.paths, headers):
+                verify_shard(path, h)
+        elif verify:
+            threading.Thread(target=self.verify_all, args=(headers,), daemon=True).start()
+
+    def verify_all(self, headers):
+        try:
+            for path, h in zip(self.paths, headers):
+                verify_shard(path, h)
+        except UserError as error:
+            self.damage = error       # read() raises it: the next step stops, the last checkpoint stands
+
+    def read(self, start, count):
+        """Tokens [start, start + count) of the stream, across shard ends. -> int64 [count]"""
+        if self.damage:
+            raise RunError(str(self.damage))
+        out, done = np.empty(count, np.int64), 0
+        shard = int(np.searchsorted(self.ends, start, "right")) - 1
+        while done < count:
+            piece = self.shards[shard][start + done - self.ends[shard]:][:count - done]
+            out[done:done + len(piece)] = piece
+            done, shard = done + len(piece), shard + 1
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# randomness without state: splitmix64's finalizer over keys and indices
+GOLDEN = 0x9E3779B97F4A7C15
+SHUFFLE, CUT, MASK, REPLACE = 1, 2, 3, 4      # what a number is drawn for, so that no two uses share a stream
+
+
+def mix(x):
+    """uint64 array or numpy scalar -> its hash, every bit depending on every bit (Steele, Lea & Flood 2014)."""
+    with np.errstate(over="ignore"):          # multiplication modulo 2^64 is the point
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def hashed(index, *keys):
+    """A uint64 for every entry of the int array `index`; `keys` are ints or int arrays that broadcast against it."""
+    with np.errstate(over="ignore"):
+        key = np.uint64(0)
+        for k in keys:
+            key = mix(key + np.asarray(k).astype(np.uint64) + np.uint64(GOLDEN))
+        return mix(np.asarray(index).astype(np.uint64) * np.uint64(GOLDEN) + key)
+
+
+def threshold(probability):
+    """hash < threshold(p) with probability p; p = 1 is always, which needs the type's last value as well."""
+    return np.uint64(min(int(probability * 2.0 ** 64), 2 ** 64 - 1))
+
+
+def permute(index, n, seed, epoch):
+    """Where a shuffle of range(n) puts each of `index`: a Feistel network on the next even power of two, walked until
+    the result is below n. No memory, no state, a bijection for every (seed, epoch). int64 [R] -> int64 [R]"""
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    x = np.asarray(index).astype(np.uint64)
+    epoch = np.broadcast_to(np.asarray(epoch), x.shape)
+    todo = np.ones(x.shape, bool)
+    while todo.any():
+        left, right = x[todo] >> half, x[todo] & low
+        for r in range(6):
+            left, right = right, left ^ (hashed(right, seed, epoch[todo], SHUFFLE, r) & low)
+        x[todo] = (left << half) | right
+        todo = x >= n
+    return x.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows and batches
+MIN_LENGTH = 12     # tokens; the shortest sequence of the paper
+
+
+@dataclass
+class Rows:
+    """R rows laid end to end: T = R * block_size tokens in S sequences."""
+    tokens: np.ndarray       # [T] int64
+    cu_seqlens: np.ndarray   # [S+1] int32, where each sequence starts, and T
+    position: np.ndarray     # [T] int64, place in the corpus' stream: with seed and epoch, the key of every mask
+    epoch: np.ndarray        # [T] int64
+    filler: np.ndarray       # [R] bool: rows that only keep a shape static; they get no targets
+
+
+@dataclass
+class Batch:
+    """What the model and the loss take. N is a fixed capacity, so that shapes stay static under torch.compile."""
+    tokens: torch.Tensor       # [T] int64, mask tokens put in
+    cu_seqlens: torch.Tensor   # [S+1] int32
+    positions: torch.Tensor    # [N] int64, places in tokens whose hidden state is asked for
+    targets: torch.Tensor      # [N] int64, the id to predict there; -100 fills up
+    causal: bool
+    num_targets: int           # how many targets are not -100
+    lengths: np.ndarray        # [S] int64, on the host, to count FLOPs
+
+    def to(self, device):
+        """Copy to the device; from pinned memory the copy overlaps with compute."""
+        move = {f: getattr(self, f).to(device, non_blocking=True) for f in ("tokens", "cu_seqlens", "positions", "targets")}
+        return Batch(**move, causal=self.causal, num_targets=self.num_targets, lengths=self.lengths)
+
+    def pin(self):
+        for f in ("tokens", "cu_seqlens", "positions", "targets"):
+            setattr(self, f, getattr(self, f).pin_memory())
+        return self
+
+
+def rows_of_step(corpus, step, c):
+    """Which rows step `step` reads: the batch_rows entries of the epochs' permutations from step * batch_rows on.
+
+    -> (row [R], epoch [R]) int64. c needs block_size, batch_rows, seed and first_row (rows read by an ancestor run).
+    """
+    n = corpus.n_tokens // c.block_size
+    if n == 0:
+        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} tokens of {corpus.paths[0]}: "
+                        "make it smaller or prepare more text")
+    index = c.first_row + step * c.batch_rows + np.arange(c.batch_rows, dtype=np.int64)
+    return permute(index % n, n, c.seed, index // n), index // n
+
+
+def read_rows(corpus, row, epoch, c, filler=None):
+    """Load rows and cut them: once at a random place (random_length), after every eos as well (document_mask)."""
+    L, R = c.block_size, len(row)
+    tokens = np.concatenate([corpus.read(w * L, L) for w in row])                          # [T]
+    start = np.arange(R, dtype=np.int64) * L                                               # [R]
+    cuts = [start, [R * L]]
+    if c.random_length:      # two sequences of 12 to L - 12 tokens: every batch has 2R sequences, a static shape
+        if L < 2 * MIN_LENGTH:
+            raise UserError(f"block_size={L} is too small to cut rows in two: use at least {2 * MIN_LENGTH} or random_length=false")
+        cut = MIN_LENGTH + hashed(row, c.seed, epoch, CUT) % np.uint64(L - 2 * MIN_LENGTH + 1)
+        cuts.append(start + cut.astype(np.int64))
+    if c.document_mask:
+        cuts.append(np.flatnonzero(tokens == corpus.eos_id) + 1)
+    cu_seqlens = np.unique(np.concatenate(cuts)).astype(np.int32)                          # [S+1]
+    if c.document_mask:      # the number of documents varies: round it up with empty sequences, for few distinct shapes
+        fill = -(len(cu_seqlens) - 1) % (8 * R)
+        cu_seqlens = np.concatenate([cu_seqlens, np.full(fill, R * L, np.int32)])
+    position = (np.asarray(row)[:, None] * L + np.arange(L)).reshape(-1)                   # [R, L] -> [T]
+    filler = np.zeros(R, bool) if filler is None else filler
+    return Rows(tokens, cu_seqlens, position, np.repeat(epoch, L), filler)
+
+
+def clm(rows, corpus, c):
+    """Causal language modelling: every token but a sequence's last predicts the next one."""
+    last = np.zeros(len(rows.tokens), bool)
+    last[rows.cu_seqlens[1:] - 1] = True
+    ids = np.roll(rows.tokens, -1)
+    return rows.tokens, ~last, ids, True
+
+
+def mlm(rows, corpus, c):
+    """Masked language modelling: each ordinary token is hidden with probability mask_rate and predicted in place.
+
+    mask_replace = (mask, random, keep): shares of the hidden tokens that become the mask id, a random id, or stay; the
+    paper uses (1, 0, 0), BERT (0.8, 0.1, 0.1).
+    """
+    ids = rows.tokens
+    special = (ids >= corpus.special_start) | (ids == corpus.eos_id) | (ids == corpus.mask_id)
+    hidden = (hashed(rows.position, c.seed, rows.epoch, MASK) < threshold(c.mask_rate)) & ~special
+    inputs = np.where(hidden, corpus.mask_id, ids)
+    if c.mask_replace[0] < 1.0:
+        draw = hashed(rows.position, c.seed, rows.epoch, REPLACE)
+        kind = (draw >> np.uint64(11)).astype(np.float64) / 2.0 ** 53
+        random_id = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
+        keep = kind >= c.mask_replace[0] + c.mask_replace[1]
+        inputs = np.where(hidden & (kind >= c.mask_replace[0]), np.where(keep, ids, random_id), inputs)
+    return inputs, hidden, ids, False
+
+
+# An objective: (rows, corpus, settings) -> inputs [T], is a target asked for here [T] bool, its id [T], causal mask?
+OBJECTIVES = {"clm": clm, "mlm": mlm}
+
+
+def capacity(objective, rows, c):
+    """Static number of head positions: all but the certain gaps for CLM, the rate plus six sigmas for MLM."""
+    T, R = len(rows.tokens), len(rows.filler)
+    if objective == "clm":
+        return T - R * (2 if c.random_length else 1)
+    spread = 6 * (T * c.mask_rate * (1 - c.mask_rate)) ** 0.5
+    return min(T, -(-int(T * c.mask_rate + spread) // 64) * 64)
+
+
+def make_batch(corpus, row, epoch, objective, c, filler=None):
+    """Rows -> Batch for one objective. A pure function: same arguments, same batch, on every machine."""
+    rows = read_rows(corpus, row, epoch, c, filler)
+    inputs, wanted, ids, causal = OBJECTIVES[objective](rows, corpus, c)
+    wanted = wanted & ~np.repeat(rows.filler, c.block_size)
+    positions = np.flatnonzero(wanted)                                                     # [num_targets]
+    size = max(capacity(objective, rows, c), len(positions))      # beyond six sigmas: one new shape rather than a wrong loss
+    padded, targets = np.zeros(size, np.int64), np.full(size, -100, np.int64)
+    padded[:len(positions)], targets[:len(positions)] = positions, ids[positions]
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(rows.cu_seqlens), torch.from_numpy(padded),
+                 torch.from_numpy(targets), causal, len(positions), np.diff(rows.cu_seqlens).astype(np.int64))
+
+
+def micro_batches(corpus, step, objective, c, rank, world_size, micro_rows):
+    """This rank's share of a step as a list of Batches; rank and micro-batch only slice what the step sees."""
+    row, epoch = rows_of_step(corpus, step, c)
+    per_rank = len(row) // world_size
+    return [make_batch(corpus, row[i:i + micro_rows], epoch[i:i + micro_rows], objective, c)
+            for i in range(rank * per_rank, (rank + 1) * per_rank, micro_rows)]
+
+
+def validation_batches(corpus, objective, c, rank, world_size, micro_rows):
+    """The first eval_rows rows of the validation stream, cut and masked alike for every run (epoch 0, eval_mask_rate).
+
+    The last micro-batch is filled up with rows that have no targets, so shapes stay those of training.
+    """
+    n = min(c.eval_rows, corpus.n_tokens // c.block_size)
+    if n == 0:
+        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} validation tokens: "
+                        "prepare the corpus with a larger --val_fraction, or make block_size smaller")
+    padded = -(-n // (micro_rows * world_size)) * micro_rows * world_size
+    row, filler = np.arange(padded, dtype=np.int64) % n, np.arange(padded) >= n
+    mine = slice(rank * padded // world_size, (rank + 1) * padded // world_size)
+    row, filler, fixed = row[mine], filler[mine], EvalSettings(c)
+    for i in range(0, len(row), micro_rows):
+        part = slice(i, i + micro_rows)
+        yield make_batch(corpus, row[part], np.zeros(micro_rows, np.int64), objective, fixed, filler[part])
+
+
+class EvalSettings:
+    """What a run may not change about its validation: seed 0, one masking rate, pure masking; the rest is the run's."""
+
+    def __init__(self, c):
+        self.block_size, self.random_length, self.document_mask = c.block_size, c.random_length, c.document_mask
+        self.seed, self.mask_rate, self.mask_replace = 0, c.eval_mask_rate, (1.0, 0.0, 0.0)
+
+
+def prefetch(make, first, last, depth=2):
+    """Yield make(first), ..., make(last - 1), computed ahead in a background thread so that no step waits for data."""
+    ready, stop = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for step in range(first, last):
+                put((make(step), None))
+                if stop.is_set():
+                    return
+        except BaseException as error:   # handed to the training thread, which raises it
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last):
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

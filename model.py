@@ -1,0 +1,164 @@
+"""The Encoder: a Llama-style stack of pre-norm blocks whose attention is causal or bidirectional by one flag.
+
+Architecture and sizes of arXiv 2507.00994 (Table 1), which are EuroBERT's: RMSNorm, rotary positions, grouped-query
+attention, SwiGLU, no biases, no dropout, an untied LM head. The weights know nothing of the objective: `causal` is an
+argument of the call, so a model trained with causal language modelling goes on with masked language modelling as it is.
+
+Nothing is padded. A batch is tokens [T] and cu_seqlens [S+1]: S sequences laid end to end, and every function here
+works on [T, ...]. In comments T tokens, S sequences, C width, H query heads, Hkv KV heads, D head dim, F FFN width, V rows.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_ffn: int
+    vocab_size: int
+    block_size: int = 2048        # longest sequence it was trained on; positions are rotary, so nothing is sized by it
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = False            # LM head shares the embedding's weight
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+
+SIZES = {   # n_layer, n_head, n_kv_head, n_embd, n_ffn
+    "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),           # tests
+    "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),          # minutes on two CPU cores
+    "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),        # nanoGPT's baby size
+    "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),      # the paper's three
+    "610m": dict(n_layer=26, n_head=18, n_kv_head=6, n_embd=1152, n_ffn=4096),
+    "1b": dict(n_layer=28, n_head=18, n_kv_head=6, n_embd=1728, n_ffn=5120),
+}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):   # [T, C] -> [T, C]
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotary(cu_seqlens, T, head_dim, theta):
+    """cos and sin of every token's rotation, fp32 [T, 1, D/2]; positions count from 0 in each sequence."""
+    token = torch.arange(T, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1                      # [T]
+    position = (token - cu_seqlens[sequence]).float()                                           # [T]
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=token.device).float() / head_dim)   # [D/2]
+    angle = (position[:, None] * frequency)[:, None, :]                                         # [T, 1, D/2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (i, i + D/2), Llama's convention, in fp32. x [T, H, D] -> [T, H, D]"""
+    a, b = x.float().chunk(2, dim=-1)                                                           # [T, H, D/2] each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, impl):
+        super().__init__()
+        self.heads, self.impl = (c.n_head, c.n_kv_head, c.n_kv_head), impl
+        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=False)                # q, k and v in one product
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cu_seqlens, causal):
+        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))                                  # [T, H + 2 Hkv, D]
+        q, k, v = qkv.split(self.heads, dim=1)                                                  # [T, H, D], [T, Hkv, D] x 2
+        y = kernels.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, causal, self.impl)
+        return self.out(y.flatten(1))                                                           # [T, H, D] -> [T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up as one product."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up = nn.Linear(c.n_embd, 2 * c.n_ffn, bias=False)
+        self.down = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                             # [T, F] each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c, impl):
+        super().__init__()
+        self.norm_1, self.attention = RMSNorm(c.n_embd, c.norm_eps), Attention(c, impl)
+        self.norm_2, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+
+    def forward(self, x, cos, sin, cu_seqlens, causal):
+        x = x + self.attention(self.norm_1(x), cos, sin, cu_seqlens, causal)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config, attention="auto"):
+        """config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION. Weights are N(0, 0.02), norms 1."""
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c, kernels.resolve(attention)) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        for module in self.modules():       # the paper's code does not scale residual projections down with depth
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        if c.tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens, cu_seqlens, causal):
+        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final norm [T, C].
+
+        There are no logits here: kernels.linear_cross_entropy(hidden[positions], self.lm_head.weight, targets) makes
+        them a chunk at a time, and only where a target is.
+        """
+        cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config.head_dim, self.config.rope_theta)
+        x = self.embedding(tokens)                                                              # [T, C]
+        for block in self.blocks:
+            x = block(x, cos, sin, cu_seqlens, causal)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """hidden [N, C] -> [N, V]; for looking at a few positions, not for training."""
+        return self.lm_head(hidden)
+
+    def compile(self):
+        """torch.compile block by block, in place. All layers share one graph a mask, so it compiles n_layer times faster
+        than the whole model would, and DDP still sees gradients layer by layer, early enough to overlap them."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def num_parameters(self):
+        """{"body": blocks and final norm, "encoder": with the embedding (the paper's sizes), "total": with the head}"""
+        total = sum(p.numel() for p in self.parameters())
+        head = 0 if self.config.tied else self.lm_head.weight.numel()
+        return {"body": total - head - self.embedding.weight.numel(), "encoder": total - head, "total": total}
+
+    def flops(self, lengths, num_targets, causal):
+        """FLOPs of one training step (forward + backward = 3 x forward), counted from the matrix products that run.
+
+        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits; attention pairs are all L^2
+        of a sequence, or the L(L+1)/2 the causal mask leaves. An embedding look-up is no product.
+        """
+        body = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        pairs = sum(L * (L + 1) // 2 if causal else L * L for L in map(int, lengths))
+        c = self.config
+        forward = (2 * body * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
+                   + 2 * self.lm_head.weight.numel() * num_targets)
+        return 3 * forward

@@ -1,0 +1,117 @@
+"""What machine this is: device, precision, compiler, processes, peak FLOP/s, and files that are never half written."""
+import ctypes
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+# Dense bf16 FLOP/s of one device by the vendors' datasheets, for MFU; a device that is not listed gets none.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
+              "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI250X": 192e12,
+              "MI300X": 1307e12}
+
+
+def write_whole(path, content):
+    """Write bytes so that `path` holds the old or the new content whole, whatever happens meanwhile."""
+    temporary = path + ".tmp"
+    with open(temporary, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def pick_device(name):
+    """"auto" -> cuda where there is one, else cpu; other names as torch knows them. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(kind, False):
+        raise UserError(f"device={name}: this machine has {', '.join(k for k, v in there.items() if v)}")
+    return name
+
+
+def pick_dtype(name, device):
+    """"auto" -> "bfloat16" where its matrix products are faster than fp32's (CUDA; CPUs with AMX or avx512_bf16), else
+    "float32". fp32 weights either way: bfloat16 means autocast."""
+    if name not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"dtype={name}: expected auto, bfloat16 (autocast over fp32 weights) or float32")
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else \
+        device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if fast else "float32"
+
+
+def why_not_compile(device):
+    """None if torch.compile can build kernels here, else the reason in words."""
+    if device.startswith("cuda"):
+        return None
+    if device != "cpu":
+        return f"not tried on {device}"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++", "c++")):
+        return "no C++ compiler (g++ or clang++) is installed"
+    if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "Python's C headers are not installed (python3-dev)"
+    return None
+
+
+def peak_flops(device):
+    """Datasheet bf16 FLOP/s of the device, or None: an MFU needs a stated denominator, and a CPU has none."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])) if key in name), None)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: by default each temporary of a step is mapped, faulted in page by page and
+    unmapped again, which costs a CPU step about a fifth of its time (`python bench.py train` shows it)."""
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+        except (OSError, AttributeError):   # another libc: nothing to tune
+            return
+        mallopt(-3, 1 << 30)       # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD
+
+
+@dataclass
+class Processes:
+    """This process among those torchrun started; (0, 0, 1) without torchrun."""
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def start_processes(device):
+    """Join torchrun's process group (nccl on GPUs, gloo on CPUs). -> (Processes, this process' device)"""
+    if "RANK" not in os.environ:
+        return Processes(0, 0, 1), device
+    p = Processes(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    if device == "cuda":
+        device = f"cuda:{p.local_rank}"
+        torch.cuda.set_device(device)
+    # with a GPU: gradients travel by nccl, the few numbers of all_sum by gloo, so that they never wait for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return p, device
+
+
+def all_sum(values, processes):
+    """Sum a list of numbers over all processes. -> list of floats"""
+    if processes.world_size == 1:
+        return [float(v) for v in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,174 @@
+"""Tokenizers, all of them tiktoken at run time: text in, ids out, and the two special ids that pretraining needs.
+
+    gpt2              tiktoken's GPT-2 ranks; <|endoftext|> is eos, <|mask|> is appended, rows padded to a multiple of 64
+    llama3            the paper's: 128,256 rows, eos = pad = 128001, mask = 128002 (arXiv 2507.00994 and EuroBERT);
+                      ranks from the hub's EuroBERT/EuroBERT-210m, or from a rank file: llama3:/path/to/tokenizer.model
+    train:8192        a byte-level BPE of 8,192 rows trained on the corpus itself
+
+A prepared corpus and a run directory each carry their tokenizer as two files, `tokenizer.tiktoken` (tiktoken's rank
+file) and `tokenizer_info.json` (pattern, special tokens, sizes), so nothing is downloaded twice and no run guesses.
+"""
+import base64
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import tiktoken
+import tiktoken.load
+
+from configurator import UserError
+from system import write_whole
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+LLAMA3_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+                  r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
+LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
+LLAMA3_HUB = ("EuroBERT/EuroBERT-210m", "tokenizer.json")   # not gated; the same merges and ids as Llama 3
+TRAIN_CHARACTERS = 300_000_000   # a BPE has converged long before; more text only costs memory
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tiktoken encoding with the ids that pretraining uses. Ids in [special_start, vocab_size) never come from text."""
+    name: str
+    encoding: tiktoken.Encoding
+    eos_id: int          # closes every document; also the padding id
+    mask_id: int
+    special_start: int   # ids from here on are special or unused
+    vocab_size: int      # rows of the embedding
+
+    @functools.cached_property
+    def hash(self):
+        """sha256 over everything that decides ids: ranks, pattern, special tokens, sizes. -> 32 bytes"""
+        digest = hashlib.sha256(rank_file(self.encoding))
+        digest.update(json.dumps(self.description(), sort_keys=True).encode())
+        return digest.digest()
+
+    def description(self):
+        return {"name": self.name.partition(":")[0], "pattern": self.encoding._pat_str,
+                "special_tokens": self.encoding._special_tokens, "eos_id": self.eos_id, "mask_id": self.mask_id,
+                "special_start": self.special_start, "vocab_size": self.vocab_size}
+
+    def encode(self, text):
+        """Ordinary ids only: a literal "<|mask|>" in a document is seven-odd characters of text. -> list[int]"""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts, threads):
+        """texts -> list of lists of ids. tiktoken replaces lone surrogates by U+FFFD, so any str can be encoded."""
+        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])
+
+
+def build(name, ranks, pattern, specials, eos, mask, vocab_size):
+    """A Tokenizer from a rank table {bytes: id}; specials {text: id} are what the encoding can decode beyond it."""
+    encoding = tiktoken.Encoding(name.partition(":")[0], pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return Tokenizer(name, encoding, specials[eos], specials[mask], len(ranks), vocab_size)
+
+
+def get(name, texts=None):
+    """The tokenizer called `name`; `texts`, an iterable of str, is what train:N learns from. Raises UserError."""
+    kind, _, option = name.partition(":")
+    if kind == "gpt2" and not option:
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as error:   # tiktoken fetches the ranks once; the errors are those of its HTTP library
+            raise UserError(f"tiktoken could not fetch the gpt2 ranks ({type(error).__name__}): connect to the network "
+                            "once, point TIKTOKEN_CACHE_DIR at a filled cache, or use --tokenizer=train:8192") from None
+        specials = {"<|endoftext|>": 50256, "<|mask|>": 50257}
+        return build(name, gpt2._mergeable_ranks, gpt2._pat_str, specials, "<|endoftext|>", "<|mask|>", 50304)
+    if kind == "llama3":
+        ranks = read_ranks(option) if option else ranks_of_hub(*LLAMA3_HUB)
+        if len(ranks) != 128_000:
+            raise UserError(f"{option or LLAMA3_HUB[0]} holds {len(ranks):,} ranks; Llama 3 has 128,000")
+        return build(name, ranks, LLAMA3_PATTERN, LLAMA3_SPECIALS, "<|end_of_text|>", "<|mask|>", 128_256)
+    if kind == "train" and option.isdigit() and texts is not None:
+        return train(int(option), texts)
+    raise UserError(f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE or train:ROWS (e.g. train:8192)")
+
+
+def train(vocab_size, texts):
+    """A byte-level BPE with `vocab_size` rows, the last two <|eos|> and <|mask|>, learned by Hugging Face tokenizers."""
+    if vocab_size < 258 or vocab_size % 64:
+        raise UserError(f"train:{vocab_size}: the number of rows must be a multiple of 64 (the matrix units' grain), from 320 on")
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HfTokenizer
+    bpe = HfTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(first_characters(texts), trainer)
+    ranks = ranks_of_tokenizer_json(json.loads(bpe.to_str()))
+    if len(ranks) < vocab_size - 2:
+        raise UserError(f"train:{vocab_size}: this corpus yields only {len(ranks)} tokens; ask for a smaller vocabulary")
+    specials = {"<|eos|>": len(ranks), "<|mask|>": len(ranks) + 1}
+    return build(f"train:{vocab_size}", ranks, GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", vocab_size)
+
+
+def first_characters(texts):
+    budget = TRAIN_CHARACTERS
+    for text in texts:
+        yield text.encode("utf-8", "replace").decode("utf-8")   # the trainer takes no lone surrogates
+        budget -= len(text)
+        if budget < 0:
+            return
+
+
+def ranks_of_tokenizer_json(config):
+    """Hugging Face's tokenizer.json of a byte-level BPE -> {bytes: rank}. Its ids are the ranks, in order of merging."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's disguise of bytes as characters
+    byte_of = {chr(b): b for b in printable}
+    byte_of.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    return {bytes(byte_of[c] for c in token): rank for token, rank in config["model"]["vocab"].items()}
+
+
+def ranks_of_hub(repository, file):
+    from huggingface_hub import hf_hub_download   # comes with datasets
+    try:
+        path = hf_hub_download(repository, file)
+    except Exception as error:
+        raise UserError(f"could not fetch {file} of {repository} from the hub ({type(error).__name__}): connect to the "
+                        "network once, or give a rank file: --tokenizer=llama3:/path/to/tokenizer.model") from None
+    with open(path, encoding="utf-8") as f:
+        return ranks_of_tokenizer_json(json.load(f))
+
+
+def rank_file(encoding):
+    """tiktoken's own file format: one line a token, its bytes in base64, a space, its rank. -> bytes"""
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in ranks)
+
+
+def read_ranks(path):
+    if not os.path.isfile(path):
+        raise UserError(f"rank file {path} does not exist")
+    try:
+        with open(path, "rb") as f:
+            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f if line.strip())}
+    except ValueError:
+        raise UserError(f"{path} is no tiktoken rank file (one 'base64 rank' pair a line)") from None
+
+
+def save(tokenizer, directory):
+    """Write tokenizer.tiktoken and tokenizer_info.json into directory."""
+    write_whole(os.path.join(directory, "tokenizer.tiktoken"), rank_file(tokenizer.encoding))
+    description = tokenizer.description() | {"name": tokenizer.name}
+    write_whole(os.path.join(directory, "tokenizer_info.json"), json.dumps(description, indent=1).encode())
+
+
+def load(directory):
+    """The tokenizer that save() wrote into a corpus or run directory."""
+    try:
+        with open(os.path.join(directory, "tokenizer_info.json"), encoding="utf-8") as f:
+            d = json.load(f)
+    except OSError:
+        raise UserError(f"{directory} holds no tokenizer_info.json: is it a prepared corpus or a run?") from None
+    ranks = read_ranks(os.path.join(directory, "tokenizer.tiktoken"))
+    encoding = tiktoken.Encoding(d["name"].partition(":")[0], pat_str=d["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=d["special_tokens"])
+    return Tokenizer(d["name"], encoding, d["eos_id"], d["mask_id"], d["special_start"], d["vocab_size"])

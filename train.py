@@ -1,0 +1,390 @@
+"""Pretrain an encoder: causal language modelling, masked language modelling, or one and then the other.
+
+    python train.py config/demo_mlm.py                                        # minutes, on a laptop's CPU
+    python train.py config/210m_clm_then_mlm.py                               # one GPU
+    torchrun --nproc_per_node=8 train.py config/1b_clm_then_mlm.py            # one machine with 8 GPUs
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/...
+
+The same command again resumes from the newest intact checkpoint in out_dir. --branch_from=RUN/step_0010000 goes on from
+an undecayed trunk with other phases; --init_from=CKPT starts a new schedule from finished weights (arXiv 2507.00994:
+sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
+"""
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import data
+import system
+import tokenizer
+from configurator import RunError, UserError, as_tuple, run
+from kernels import linear_cross_entropy, resolve
+from model import SIZES, Encoder, ModelConfig
+
+
+@dataclass
+class Config:
+    # input and output
+    data_dir: str = "data/sotu"              # a corpus made by prepare_fineweb.py
+    out_dir: str = "out"                     # the run: config.json, log.jsonl, step_NNNNNNN/
+    resume: bool = True                      # go on from out_dir's newest checkpoint; false: refuse to touch a run that is there
+    branch_from: str = ""                    # RUN/step_NNNNNNN of a trunk: go on from it (weights, moments, step, data) with other phases
+    init_from: str = ""                      # a checkpoint: a new schedule from its weights, on data it has not seen
+    keep_moments: bool = True                # with init_from: take AdamW's moments along if it has them
+    save_interval: int = 1_000               # steps between checkpoints
+    keep_last: int = 2                       # how many of those stay; every switch of objective and the start of the decay stay as well
+    milestones: tuple = ()                   # more steps whose checkpoints stay, e.g. (1000, 2000, 5000)
+    eval_interval: int = 500                 # steps between validations
+    eval_rows: int = 128                     # validation rows, always the same ones
+    eval_mask_rate: float = 0.4              # masking rate of the MLM validation, the same for all runs one compares
+    log_interval: int = 10                   # steps between console lines; log.jsonl gets every step
+    wandb_log: bool = False                  # log to Weights & Biases as well
+    wandb_project: str = "nanoencoder"       # its project there
+    # model
+    size: str = "210m"                       # a row of model.SIZES
+    tied: bool = False                       # share the LM head with the embedding (the paper does not)
+    # objective
+    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps), one after the other
+    mask_rate: float = 0.4                   # share of ordinary tokens an MLM step hides
+    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become (mask, random, themselves); BERT's is (0.8, 0.1, 0.1)
+    # data
+    block_size: int = 2048                   # tokens in a row
+    random_length: bool = True               # cut each row once, into sequences of 12 tokens or more (the paper's footnote 6)
+    document_mask: bool = False              # also cut at document ends; the paper does not
+    batch_rows: int = 1152                   # rows a step, over all GPUs: 1,152 x 2,048 = 2,359,296 tokens (Table 1)
+    micro_rows: int = 12                     # rows a GPU takes at once
+    seed: int = 42                           # of weights, data order, cuts and masks
+    # optimizer: AdamW on every parameter, warmup - stable - linear decay
+    learning_rate: float = 5e-4              # of the stable stretch
+    warmup_steps: int = 2_000                # linear, from 0
+    decay_steps: int = 2_000                 # linear to 0, the last steps of the last phase
+    beta1: float = 0.9                       # AdamW
+    beta2: float = 0.95                      # AdamW
+    adam_eps: float = 1e-5                   # AdamW
+    weight_decay: float = 0.1                # on everything, norms and embeddings included, as in the paper's code
+    grad_clip: float = 1.0                   # global norm
+    # system
+    device: str = "auto"                     # cuda where there is one, else cpu
+    dtype: str = "auto"                      # bfloat16 (autocast over fp32 weights) where it is fast, else float32
+    compile: bool = True                     # torch.compile where a compiler is installed
+    attention: str = "auto"                  # sdpa, or reference (dense, for debugging)
+
+
+# What may differ when a run goes on: where and how it runs, not what it computes.
+FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
+        "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention"}
+# What may differ between a trunk and its branch, on top: what comes after the branching point.
+BRANCH = FREE | {"branch_from", "init_from", "keep_moments", "phases", "decay_steps", "eval_rows", "eval_mask_rate"}
+
+
+def check(c, world_size):
+    """Everything that can be wrong with the settings alone. Raises UserError. -> total steps"""
+    for phase in c.phases:
+        if type(phase) is not tuple or len(phase) != 2 or phase[0] not in data.OBJECTIVES or type(phase[1]) is not int or phase[1] < 1:
+            raise UserError(f"phases={c.phases}: expected (objective, steps) pairs, objectives are {', '.join(data.OBJECTIVES)}")
+    steps = sum(n for _, n in c.phases)
+    if not c.phases or c.warmup_steps + c.decay_steps > steps:
+        raise UserError(f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps of phases")
+    if c.size not in SIZES:
+        raise UserError(f"size={c.size}: expected one of {', '.join(SIZES)} (model.SIZES; add a line for a new one)")
+    if min(c.batch_rows, c.micro_rows) < 1 or c.batch_rows % (c.micro_rows * world_size):
+        raise UserError(f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x {world_size} "
+                        f"process{'es' * (world_size > 1)}: change one of them")
+    for name in ("mask_rate", "eval_mask_rate"):
+        if not 0.0 < getattr(c, name) <= 1.0:
+            raise UserError(f"{name}={getattr(c, name)}: expected a share of the tokens, 0 < {name} <= 1")
+    if len(c.mask_replace) != 3 or min(c.mask_replace) < 0 or abs(sum(c.mask_replace) - 1) > 1e-6:
+        raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
+    if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
+        raise UserError("save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1")
+    if c.branch_from and c.init_from:
+        raise UserError("branch_from goes on with a schedule and init_from starts one: give one of them")
+    try:
+        resolve(c.attention)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return steps
+
+
+def objective_at(step, phases):
+    """The objective of step `step`, counted from 0; past the end, the last one."""
+    for objective, steps in phases:
+        if step < steps:
+            break
+        step -= steps
+    return objective
+
+
+def learning_rate_at(step, c, max_steps):
+    """WSD: linear warmup, stable, linear decay to 0 over the last decay_steps (the paper, Table 1)."""
+    if step < c.warmup_steps:
+        return c.learning_rate * (step + 1) / c.warmup_steps
+    return c.learning_rate * min(1.0, (max_steps - step) / max(1, c.decay_steps))
+
+
+def differences(old, new, free):
+    return [f"{k}: {old[k]} then, {v} now" for k, v in new.items() if k not in free and as_tuple(old.get(k)) != as_tuple(v)]
+
+
+def check_trunk(state, c, settings, path):
+    """A branch equals one long run only if the trunk did what this run would have done so far. Raises UserError."""
+    free = BRANCH if "mlm" in [objective_at(s, state["settings"]["phases"]) for s in range(state["step"])] else \
+        BRANCH | {"mask_rate", "mask_replace"}
+    changed = differences(state["settings"], settings, free)
+    if changed:
+        raise UserError(f"{path} was trained otherwise ({'; '.join(changed)}); --init_from starts anew from its weights")
+    theirs, step = state["settings"], state["step"]
+    trunk_steps = sum(n for _, n in theirs["phases"])
+    if step > trunk_steps - theirs["decay_steps"] and theirs["decay_steps"]:
+        raise UserError(f"{path} lies in its run's decay (from step {trunk_steps - theirs['decay_steps']}): branch from an "
+                        "earlier step, or start a new schedule with --init_from")
+    for s in range(step):
+        if objective_at(s, c.phases) != objective_at(s, theirs["phases"]):
+            raise UserError(f"phases={c.phases}: step {s} would be {objective_at(s, c.phases)}, but {path} was trained with "
+                            f"{objective_at(s, theirs['phases'])} there; phases count from the trunk's beginning")
+    if sum(n for _, n in c.phases) <= step:
+        raise UserError(f"phases={c.phases} end before step {step} of {path}; phases count from the trunk's beginning")
+
+
+def trim_log(path, step):
+    """Drop rows past the checkpoint (they come again, equal) and a line that a kill cut off."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        system.write_whole(path, "".join(lines).encode())
+
+
+def main(c):
+    device = system.pick_device(c.device)
+    processes, device = system.start_processes(device)
+    try:
+        train(c, device, processes)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(c, device, processes):
+    started = time.time()
+    say = print if processes.first else lambda *args, **kwargs: None
+    max_steps = check(c, processes.world_size)
+    system.keep_freed_memory()
+    corpus, val_corpus = (data.Corpus(c.data_dir, split, verify=processes.local_rank == 0) for split in ("train", "val"))
+    if corpus.tokenizer_hash != val_corpus.tokenizer_hash:
+        raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty folder")
+    dtype = system.pick_dtype(c.dtype, device)
+    settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
+
+    # ---- where to start: resume, branch, init or scratch; rank 0 looks and tells the others
+    config_path, log_path = os.path.join(c.out_dir, "config.json"), os.path.join(c.out_dir, "log.jsonl")
+    source = None
+    if os.path.isfile(config_path):
+        if not c.resume:
+            raise UserError(f"{c.out_dir} holds a run already: choose another --out_dir, or resume it with --resume=true")
+        with open(config_path, encoding="utf-8") as f:
+            changed = differences(json.load(f)["settings"], settings, FREE)
+        if changed:
+            raise UserError(f"{c.out_dir} was begun with other settings ({'; '.join(changed)}): choose another --out_dir, or "
+                            "go on from one of its checkpoints with --branch_from")
+        newest = checkpoint.latest(c.out_dir, say) if processes.first else None
+        step = int(system.all_sum([checkpoint.step_of(newest) + 1 if newest else 0], processes)[0]) - 1
+        source = checkpoint.path_of(c.out_dir, step) if step >= 0 else None
+    elif os.path.isdir(c.out_dir) and os.listdir(c.out_dir):
+        raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
+    resuming = source is not None
+    source = source or c.branch_from and checkpoint.find(c.branch_from) or c.init_from and checkpoint.find(c.init_from)
+
+    # ---- model, optimizer, state
+    torch.manual_seed(c.seed)
+    model = Encoder(ModelConfig(**SIZES[c.size], vocab_size=corpus.vocab_size, block_size=c.block_size, tied=c.tied), c.attention)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
+                                  weight_decay=c.weight_decay, fused=True)
+    # what a run carries along: counters since its first ancestor, and the row of the corpus its step 0 began at
+    totals, first_row, step = {"tokens": 0, "targets": 0, "flops": 0, "seconds": 0.0}, 0, 0
+    if source:
+        state = checkpoint.read_state(source)
+        new_schedule = bool(c.init_from) and not resuming
+        theirs = state.get("settings", {})
+        if theirs.get("tokenizer_hash", corpus.tokenizer_hash) != corpus.tokenizer_hash:
+            raise UserError(f"{source} was trained with another tokenizer than {c.data_dir} was prepared with")
+        if c.branch_from and not resuming:
+            check_trunk(state, c, settings, source)
+        moments = not new_schedule or c.keep_moments and os.path.isfile(os.path.join(source, "optimizer.safetensors"))
+        checkpoint.load(source, model, optimizer if moments else None)
+        totals, first_row = state.get("totals", totals), state.get("first_row", 0)
+        if not new_schedule:
+            step = state["step"]
+        elif theirs.get("train_tokens") == corpus.n_tokens and theirs["block_size"] == c.block_size:
+            first_row += state["step"] * theirs["batch_rows"]      # the stream goes on: no row is read twice
+        else:
+            first_row = 0                                          # another corpus: from its beginning
+        say(f"{'resuming' if resuming else 'starting a new schedule' if new_schedule else 'branching'} from {source}")
+    if step >= max_steps:
+        return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
+    if processes.first:
+        os.makedirs(c.out_dir, exist_ok=True)
+        trim_log(log_path, step)
+        tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
+        if not os.path.isfile(config_path):
+            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+            system.write_whole(config_path, json.dumps({"settings": settings, "run_id": os.urandom(4).hex(), "parent": source or "",
+                                                        "start_step": step, "versions": versions}, indent=1).encode())
+
+    # ---- what it runs on
+    p = model.num_parameters()
+    no_compile = "compile=false" if not c.compile else system.why_not_compile(device)
+    say(f"{c.size}: {p['encoder'] / 1e6:.1f} M parameters, {p['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
+        f"attention {resolve(c.attention)}, {'eager: ' + no_compile if no_compile else 'torch.compile'}")
+    say(f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} steps of "
+        f"{c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens")
+    if not no_compile:
+        model.compile()
+    wrapped = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith("cuda") else None) \
+        if processes.world_size > 1 else model
+    autocast = torch.autocast(device.partition(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    peak = system.peak_flops(device)
+    wandb_run = None
+    if c.wandb_log and processes.first:
+        import wandb
+        with open(config_path, encoding="utf-8") as f:
+            run_id = json.load(f)["run_id"]
+        wandb_run = wandb.init(project=c.wandb_project, dir=c.out_dir, id=run_id, name=os.path.basename(c.out_dir), resume="allow",
+                               config=settings)
+
+    # ---- data: this rank's micro-batches of each step, made in the background
+    settings_of_data = SimpleNamespace(**asdict(c), first_row=first_row)
+
+    def make(step):
+        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), settings_of_data, processes.rank,
+                                     processes.world_size, c.micro_rows)
+        return [b.pin() for b in batches] if device.startswith("cuda") else batches
+
+    stream = data.prefetch(make, step, max_steps)
+
+    def loss_of(batch):
+        """Sum of the losses at one micro-batch's targets, fp32."""
+        batch = batch.to(device)
+        with autocast:
+            hidden = wrapped(batch.tokens, batch.cu_seqlens, batch.causal)                       # [T, C]
+            return linear_cross_entropy(hidden[batch.positions], model.lm_head.weight, batch.targets)
+
+    def validate():
+        """Mean losses of both objectives: sums over sums, on all ranks, the same rows and masks every time."""
+        row = {"step": step, "phase": objective_at(step, c.phases)} | totals
+        for objective in ("clm", "mlm"):
+            sums = [0.0, 0.0]
+            for batch in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
+                with torch.no_grad():
+                    sums = [sums[0] + float(loss_of(batch)), sums[1] + batch.num_targets]
+            total, count = system.all_sum(sums, processes)
+            row[f"val_{objective}_loss"] = total / count
+        write_log([row])
+        say(f"step {step:>6}/{max_steps}  validation  clm {row['val_clm_loss']:.4f}  mlm {row['val_mlm_loss']:.4f}")
+
+    def write_log(rows):
+        if processes.first:
+            with open(log_path, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+        if wandb_run:
+            for row in rows:
+                wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    pending, clock = [], time.time()       # steps not yet logged: their losses stay on the device until then
+
+    def flush():
+        """Log the pending steps; the one place per log_interval where the host waits for the device."""
+        nonlocal clock
+        if not pending:
+            return
+        losses = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist(), processes)
+        norms = torch.stack([r["grad_norm"] for r in pending]).tolist()
+        seconds = max(1e-9, time.time() - clock)
+        tokens_per_second = len(pending) * c.batch_rows * c.block_size / seconds
+        flops = system.all_sum([sum(r["step_flops"] for r in pending)], processes)[0] / seconds
+        for r, loss, norm in zip(pending, losses, norms):
+            totals["tokens"] += c.batch_rows * c.block_size
+            totals["targets"] += r["step_targets"]
+            totals["flops"] += r.pop("step_flops") * processes.world_size
+            totals["seconds"] += seconds / len(pending)
+            r |= {"loss": loss / r.pop("step_targets"), "grad_norm": norm, "tok_per_s": tokens_per_second,
+                  "mfu": flops / (peak * processes.world_size) if peak else None} | totals
+            if not (abs(r["loss"]) < float("inf") and norm < float("inf")):     # NaN fails both
+                good = checkpoint.all_of(c.out_dir)
+                raise RunError(f"loss {r['loss']}, gradient norm {norm} at step {r['step']}: stopped, not saved; "
+                               f"{'the last good checkpoint is ' + good[-1] if good else 'there is no checkpoint yet'}. "
+                               "A lower --learning_rate in another --out_dir may help")
+        write_log(pending)
+        r, left = pending[-1], (max_steps - step) * seconds / len(pending)
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "n/a"
+        say(f"step {step:>6}/{max_steps}  {r['phase']}  loss {r['loss']:.4f}  lr {r['lr']:.2e}  norm {r['grad_norm']:.2f}  "
+            f"{tokens_per_second:,.0f} tok/s  mfu {mfu}  eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+        pending.clear()
+        clock = time.time()
+
+    # ---- signals: finish the step, save, exit 0; a second Ctrl-C interrupts at once
+    stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    switches = [sum(n for _, n in c.phases[:i]) for i in range(1, len(c.phases))]
+    keep = {*c.milestones, *switches, max_steps - c.decay_steps, max_steps}
+    begin, stopping = step, False
+    while True:
+        last = step == max_steps
+        if step % c.eval_interval == 0 or last:
+            flush()
+            validate()
+            clock = time.time()
+        if step > begin and (step % c.save_interval == 0 or step in keep or stopping):
+            flush()
+            if processes.first:
+                checkpoint.save(c.out_dir, step, model, {"settings": settings, "totals": totals, "first_row": first_row}, optimizer)
+                checkpoint.prune(c.out_dir, c.keep_last, keep)
+            clock = time.time()
+        if last or stopping:
+            break
+
+        batches = next(stream)
+        targets, stopping = system.all_sum([sum(b.num_targets for b in batches), bool(stop)], processes)
+        total = torch.zeros((), device=device)
+        for i, batch in enumerate(batches):
+            wrapped.require_backward_grad_sync = i == len(batches) - 1      # DDP reads it in the forward pass already
+            loss = loss_of(batch)
+            (loss * (processes.world_size / targets)).backward()            # DDP averages over ranks
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        lr = learning_rate_at(step, c, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        pending.append({"step": step, "phase": objective_at(step - 1, c.phases), "loss": total, "lr": lr, "grad_norm": norm,
+                        "step_targets": int(targets), "step_flops": sum(model.flops(b.lengths, b.num_targets, b.causal) for b in batches)})
+        if step == begin + 1:
+            flush()
+            say(f"first step after {time.time() - started:.1f} s")
+        elif step % c.log_interval == 0:
+            flush()
+    if wandb_run:
+        wandb_run.finish()
+    say(f"stopped at step {step}; the same command goes on from here" if stopping and not last else f"done: {c.out_dir}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
