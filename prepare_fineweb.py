@@ -11,14 +11,16 @@ the hash of its text says so. Everything is written under temporary names first;
 goes on behind the last whole shard, and when all is done it says so and leaves the files alone.
 """
 import glob
+import gzip
 import hashlib
 import importlib.resources
+import io
 import json
+import lzma
 import os
 import time
 from dataclasses import dataclass
 
-import fsspec
 from tqdm import tqdm
 
 import tokenizer as tokenizers
@@ -71,12 +73,20 @@ def documents(files):
             if text.strip():
                 yield text
         else:
-            with fsspec.open(path, "rb", compression="infer" if not path.endswith(".zst") else "zstd") as f:
+            with open_lines(path) as f:
                 for number, line in enumerate(unpacked(f, path), start=1):
                     if line.strip():
                         text = json_text(decode(line, f"{path}, line {number}"), f"{path}, line {number}")
                         if text.strip():
                             yield text
+
+
+def open_lines(path):
+    """A .jsonl file, packed or not, as a binary file to iterate over."""
+    if path.endswith(".zst"):
+        import zstandard
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    return {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)(path, "rb")
 
 
 def unpacked(lines, path):

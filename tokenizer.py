@@ -91,23 +91,27 @@ def get(name, texts=None):
 
 
 def train(vocab_size, texts):
-    """A byte-level BPE with `vocab_size` rows, the last two <|eos|> and <|mask|>, learned by Hugging Face tokenizers."""
-    if vocab_size < 258 or vocab_size % 64:
-        raise UserError(f"train:{vocab_size}: the number of rows must be a multiple of 64 (the matrix units' grain), from 320 on")
+    """A byte-level BPE with `vocab_size` rows learned from texts, the last two rows being <|eos|> and <|mask|>."""
+    if vocab_size < 320 or vocab_size % 64:
+        raise UserError(f"train:{vocab_size}: rows must be a multiple of 64 (the matrix units' grain) and at least 320")
+    ranks = ranks_of_tokenizer_json(json.loads(train_bpe(vocab_size, texts).to_str()))
+    if len(ranks) < vocab_size - 2:
+        raise UserError(f"train:{vocab_size}: this corpus yields only {len(ranks)} tokens; ask for a smaller vocabulary")
+    specials = {"<|eos|>": len(ranks), "<|mask|>": len(ranks) + 1}
+    return build(f"train:{vocab_size}", ranks, GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", vocab_size)
+
+
+def train_bpe(vocab_size, texts):
+    """Hugging Face's trainer with room for two special rows. -> tokenizers.Tokenizer"""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HfTokenizer
     bpe = HfTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(first_characters(texts), trainer)
-    ranks = ranks_of_tokenizer_json(json.loads(bpe.to_str()))
-    if len(ranks) < vocab_size - 2:
-        raise UserError(f"train:{vocab_size}: this corpus yields only {len(ranks)} tokens; ask for a smaller vocabulary")
-    specials = {"<|eos|>": len(ranks), "<|mask|>": len(ranks) + 1}
-    return build(f"train:{vocab_size}", ranks, GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", vocab_size)
+    bpe.train_from_iterator(first_characters(texts), trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return bpe
 
 
 def first_characters(texts):

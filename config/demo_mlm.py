@@ -1,6 +1,7 @@
+# The demo's baseline: MLM alone at the budget of demo_clm.py, 500 steps x 2,048 tokens = 1.02 M tokens.
 size = "demo"
-out_dir = "runs/demo/mlm"
-phases = [("mlm", 600)]
-block_size, batch_rows, micro_rows = 512, 16, 16
-learning_rate, warmup_steps, decay_steps = 1e-3, 30, 120
-eval_interval, eval_rows, save_interval = 50, 64, 100
+data_dir, out_dir = "data/demo", "runs/demo/mlm"
+phases = [("mlm", 500)]
+block_size, batch_rows, micro_rows = 256, 8, 8
+learning_rate, warmup_steps, decay_steps = 1e-3, 30, 100
+eval_interval, eval_rows, save_interval, log_interval = 50, 64, 250, 25

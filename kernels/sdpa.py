@@ -20,12 +20,18 @@ def heads_first(x, start, end, group=1):
     return x.repeat_interleave(group, dim=1) if group > 1 else x
 
 
+def outputs(q):
+    """Empty out [T, H, D], and log-sum-exp [H, T] on a CPU, whose backward kernel wants it ([H, 0] elsewhere)."""
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (torch.empty_like(q, memory_format=torch.contiguous_format),
+            q.new_empty((q.shape[1], q.shape[0] if q.device.type == "cpu" else 0), dtype=lse_dtype))
+
+
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [T, H, D] and, on a CPU, the log-sum-exp of the scores [H, T] that its backward kernel wants."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[1], q.shape[0] if q.device.type == "cpu" else 0), dtype=torch.float32)
+    """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
+    out, lse = outputs(q)
     group = q.shape[1] // k.shape[1]
     for s, e in sequences(cu_seqlens):
         args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
@@ -40,8 +46,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Te
 
 @sdpa.register_fake
 def _(q, k, v, cu_seqlens, causal):
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((q.shape[1], q.shape[0] if q.device.type == "cpu" else 0), dtype=torch.float32))
+    return outputs(q)
 
 
 @torch.library.custom_op("nanoencoder::sdpa_backward", mutates_args=())

@@ -1,0 +1,9 @@
+# The demo's point: 200 steps of CLM, taken from demo_clm.py's run, then 300 of MLM; in all the same 1.02 M tokens.
+# The paper's best share of CLM lies between 25 and 50 % (arXiv 2507.00994, section 4).
+size = "demo"
+data_dir, out_dir = "data/demo", "runs/demo/clm_then_mlm"
+branch_from = "runs/demo/clm/step_0000200"
+phases = [("clm", 200), ("mlm", 300)]
+block_size, batch_rows, micro_rows = 256, 8, 8
+learning_rate, warmup_steps, decay_steps = 1e-3, 30, 100
+eval_interval, eval_rows, save_interval, log_interval = 50, 64, 250, 25

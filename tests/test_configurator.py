@@ -1,0 +1,96 @@
+"""Settings: three strict layers, and errors that name what is wrong."""
+import os
+from dataclasses import dataclass, fields
+
+import pytest
+from conftest import ROOT, run_python
+
+import configurator
+import train
+from configurator import UserError
+
+
+@dataclass
+class Config:
+    # a heading
+    size: str = "small"        # which one
+    steps: int = 10            # how many
+    rate: float = 0.5          # how fast
+    fast: bool = False         # hurry
+    phases: tuple = (("clm", 1),)   # what
+
+
+def configure(*argv):
+    return configurator.configure(Config, list(argv))
+
+
+def test_command_line_overrides_file_overrides_default(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("_per_gpu = 4\nsteps = _per_gpu * 8\nsize = 'big'\nphases = [('mlm', 3), ['clm', 4]]\n")
+    c = configure("--size=huge", str(file))
+    assert (c.size, c.steps, c.rate, c.phases) == ("huge", 32, 0.5, (("mlm", 3), ("clm", 4)))
+
+
+def test_values_keep_their_meaning():
+    c = configure("--size=a=b=c", "--rate=1", "--fast=true", "--steps=1_000", "--phases=[('clm',2)]")
+    assert c == Config("a=b=c", 1000, 1.0, True, (("clm", 2),))
+    assert type(c.rate) is float
+
+
+@pytest.mark.parametrize("word, says", [
+    ("--stpes=3", "unknown key 'stpes' in the command line; the nearest is 'steps'"),
+    ("--steps=abc", "steps='abc' in the command line: expected int"),
+    ("--steps=1.5", "steps=1.5 in the command line: expected int"),
+    ("--steps=True", "steps=True in the command line: expected int"),
+    ("--fast=1", "fast='1' in the command line: expected bool"),
+    ("--rate=fast", "rate='fast' in the command line: expected float"),
+    ("--phases=clm", "phases='clm' in the command line: expected tuple"),
+    ("--fast", "write --fast=VALUE"),
+    ("steps=3", "what is 'steps=3'?"),
+    ("nowhere.py", "config file nowhere.py does not exist"),
+])
+def test_mistakes_are_named(word, says):
+    with pytest.raises(UserError) as error:
+        configure(word)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("learning_rat = 3\nstep = 4\n", "unknown key 'learning_rat'"), ("steps = 'x'\n", "expected int"),
+    ("steps = = 3\n", "SyntaxError"), ("steps = 1 / 0\n", "ZeroDivisionError"),
+])
+def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        configure(str(file))
+    assert says in str(error.value) and str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "report.py", "bench.py"])
+def test_help_lists_every_key_with_default_and_comment(script):
+    help_text = run_python([script, "--help"]).stdout
+    module = __import__(script[:-3])
+    for field in fields(module.Config):
+        if field.name != "args":
+            line = next(line for line in help_text.splitlines() if line.strip().startswith(f"--{field.name}="))
+            default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+            comment = line.strip().removeprefix(f"--{field.name}={default}").strip()
+            assert len(comment) > 3, f"{script}: {field.name} has no comment: {line}"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = run_python(["train.py", "--learning_rat=1"])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown key 'learning_rat' in the command line; the nearest is 'learning_rate' (--help lists every key)\n"
+
+
+def test_every_config_file_is_valid_and_short():
+    names = sorted(os.listdir(os.path.join(ROOT, "config")))
+    assert {"1b_clm_then_mlm.py", "mlm.py", "clm.py"} <= set(names)
+    for name in (n for n in names if n.endswith(".py")):
+        path = os.path.join(ROOT, "config", name)
+        c = configurator.configure(train.Config, [path])
+        assert train.check(c, world_size=8 if c.batch_rows % (8 * c.micro_rows) == 0 else 1) > 0
+        text = open(path).read()
+        assert len(text.splitlines()) <= 30 and text.startswith("#"), name

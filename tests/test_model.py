@@ -1,0 +1,180 @@
+"""The model: Hugging Face's numbers, no leakage, one graph, honest counts."""
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels.reference import attention as reference
+from kernels.sdpa import sdpa, sdpa_backward
+from model import SIZES, Encoder, ModelConfig
+
+LENGTHS = [1, 37, 12, 90, 64]
+
+
+def pack(lengths, empty=0):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()] + [sum(lengths)] * empty, dtype=torch.int32)
+
+
+def encoder(attention="sdpa", tied=False, **size):
+    torch.manual_seed(0)
+    shape = dict(n_layer=3, n_head=6, n_kv_head=2, n_embd=96, n_ffn=160) | size
+    model = Encoder(ModelConfig(**shape, vocab_size=320, tied=tied), attention).eval()
+    with torch.no_grad():       # weights large enough that every part matters
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim == 2 else 1.0).add_(0.1 * torch.randn_like(p) if p.ndim == 1 else 0.0)
+    return model
+
+
+def copy_into(hf, ours):
+    """Our fused weights, split as Hugging Face names them."""
+    c, state = ours.config, {}
+    state["model.embed_tokens.weight"] = ours.embedding.weight
+    state["model.norm.weight"] = ours.norm.weight
+    state["lm_head.weight"] = ours.lm_head.weight
+    for i, b in enumerate(ours.blocks):
+        q, k, v = b.attention.qkv.weight.split([c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim])
+        gate, up = b.mlp.gate_up.weight.chunk(2)
+        names = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": b.attention.out.weight,
+                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.mlp.down.weight,
+                 "input_layernorm": b.norm_1.weight, "post_attention_layernorm": b.norm_2.weight}
+        state |= {f"model.layers.{i}.{name}.weight": w for name, w in names.items()}
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and all("rotary" in name for name in missing)
+    return hf.eval()
+
+
+def hf_config(kind, c):
+    return kind(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn, num_hidden_layers=c.n_layer,
+                num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=2048, rope_theta=c.rope_theta,
+                rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+                attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("heads", [(6, 2), (6, 6), (4, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_fp32_logits_equal_hugging_face(tied, heads, causal):
+    """Bidirectional: EuroBertForMaskedLM; causal: LlamaForCausalLM, the same block under the other mask."""
+    transformers = pytest.importorskip("transformers")
+    ours = encoder(tied=tied, n_head=heads[0], n_kv_head=heads[1])
+    config, kind = (transformers.LlamaConfig, transformers.LlamaForCausalLM) if causal else \
+        (transformers.EuroBertConfig, transformers.EuroBertForMaskedLM)
+    with torch.no_grad():
+        hf = copy_into(kind(hf_config(config, ours.config)), ours)
+        tokens, cu = torch.randint(0, 320, (sum(LENGTHS) + 300,)), pack([*LENGTHS, 300])
+        packed = ours.logits(ours(tokens, cu, causal))
+        for s, e in zip(cu, cu[1:]):                    # Hugging Face sees each sequence alone, ours all of them at once
+            theirs = hf(input_ids=tokens[None, s:e]).logits[0]
+            assert theirs.abs().max() > 0.5
+            assert (packed[s:e] - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_clm_sees_no_later_token_and_mlm_does(attention):
+    model, cu, tokens = encoder(attention), pack([40, 30]), torch.randint(0, 320, (70,))
+    for t in (0, 17, 39, 40, 69):
+        changed = tokens.clone()
+        changed[t] = (changed[t] + 1) % 320
+        start, end = (0, 40) if t < 40 else (40, 70)
+        for causal in (True, False):
+            with torch.no_grad():
+                moved = (model(tokens, cu, causal) != model(changed, cu, causal)).any(1)
+            assert moved[t]
+            assert not moved[:start].any() and not moved[end:].any()       # neither ever crosses a cut
+            if causal:
+                assert not moved[start:t].any()
+            else:
+                assert moved[start:end].all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_equals_alone(causal):
+    model, cu, tokens = encoder(), pack(LENGTHS, empty=3), torch.randint(0, 320, (sum(LENGTHS),))
+    with torch.no_grad():
+        packed = model(tokens, cu, causal)
+        for s, e in zip(cu, cu[1:]):
+            if e > s:
+                alone = model(tokens[s:e], torch.tensor([0, e - s], dtype=torch.int32), causal)
+                assert (packed[s:e] - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("heads, dim", [((6, 2), 64), ((4, 4), 32), ((3, 1), 96)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_sdpa_equals_the_dense_reference_values_and_gradients(heads, dim, causal, dtype, bound):
+    torch.manual_seed(1)
+    cu = pack(LENGTHS, empty=2)
+    q, k, v = (torch.randn(sum(LENGTHS), h, dim).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    grad = torch.randn_like(q)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ours, theirs = kernels.attention(q, k, v, cu, causal, "sdpa"), reference(*exact, cu, causal)
+    ours.backward(grad)
+    theirs.backward(grad.double())
+    for a, b in [(ours, theirs), *zip((q.grad, k.grad, v.grad), (x.grad for x in exact))]:
+        assert (a.double() - b).norm() / b.norm() <= bound
+
+
+def test_sdpa_is_a_well_behaved_operator():
+    cu = pack([5, 9])
+    q, k, v = (torch.randn(14, h, 8, requires_grad=True) for h in (4, 2, 2))
+    torch.library.opcheck(sdpa, (q, k, v, cu, True))
+    out, lse = sdpa(q, k, v, cu, False)
+    torch.library.opcheck(sdpa_backward, tuple(x.detach() for x in (out, q, k, v, out, lse)) + (cu, False),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers():
+    torch._dynamo.reset()
+    model, cu, tokens = encoder(), pack(LENGTHS), torch.randint(0, 320, (sum(LENGTHS),))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    eager = [model(tokens, cu, causal) for causal in (True, False)]
+    for block in model.blocks:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        for causal, expected in zip((True, False), eager):
+            hidden = model(tokens, cu, causal)
+            assert torch.equal(hidden, expected)
+    assert len(graphs) == 2
+    torch._dynamo.reset()
+
+
+def test_parameter_counts_are_the_papers():
+    expected = {"210m": (113_265_408, 211.8, 310.3), "610m": (460_123_776, 607.9, 755.6), "1b": (966_230_208, 1187.9, 1409.5)}
+    for size, (body, encoder_m, total_m) in expected.items():
+        with torch.device("meta"):
+            n = Encoder(ModelConfig(**SIZES[size], vocab_size=128_256)).num_parameters()
+        assert n["body"] == body and round(n["encoder"] / 1e6, 1) == encoder_m and round(n["total"] / 1e6, 1) == total_m
+        c = ModelConfig(**SIZES[size], vocab_size=128_256)
+        assert c.head_dim == {"210m": 64, "610m": 64, "1b": 96}[size]
+
+
+def test_initial_weights_are_normal_002_without_depth_scaling():
+    torch.manual_seed(0)
+    model = Encoder(ModelConfig(**SIZES["demo"], vocab_size=4096))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert abs(p.std().item() - 0.02) < 0.0005 and abs(p.mean().item()) < 0.001, name
+        else:
+            assert (p == 1).all()
+
+
+def test_flops_are_the_products_that_run():
+    """Against PyTorch's own counter on the dense reference, where one sequence is exactly its L^2 pairs."""
+    model, tokens = encoder("reference", n_kv_head=6), torch.randint(0, 320, (64,))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = model(tokens, pack([64]), False)
+        model.logits(hidden[:20])
+    assert 3 * counter.get_total_flops() == model.flops([64], 20, causal=False)
+    full, half = model.flops([64], 0, False), model.flops([64], 0, True)
+    body = model.flops([0], 0, False) + 3 * 2 * 64 * sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))
+    assert (half - body) / (full - body) == pytest.approx(65 / 128)
+    assert model.flops([32, 32], 0, False) < full                       # sequences attend to themselves only
+
+
+def test_unknown_attention_names_the_known_ones():
+    with pytest.raises(ValueError, match="expected auto or one of sdpa, reference"):
+        encoder("flash9")

