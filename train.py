@@ -168,6 +168,10 @@ def main(c):
     processes, device = system.start_processes(device)
     try:
         train(c, device, processes)
+        if dist.is_initialized():
+            # Leave together: gloo's thread may still be letting go of the last all_sum's tensor, and a rank that ends
+            # Python under it aborts. A barrier holds no tensor, and waits for rank 0's last checkpoint.
+            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -181,6 +185,7 @@ def train(c, device, processes):
     corpus, val_corpus = (data.Corpus(c.data_dir, split, verify=processes.local_rank == 0) for split in ("train", "val"))
     if corpus.tokenizer_hash != val_corpus.tokenizer_hash:
         raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty folder")
+    data.count_rows(corpus, c), data.count_rows(val_corpus, c)      # raises if there is less than one
     dtype = system.pick_dtype(c.dtype, device)
     settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
 
@@ -306,18 +311,19 @@ def train(c, device, processes):
         nonlocal clock
         if not pending:
             return
-        losses = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist(), processes)
+        k = len(pending)
+        sums = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist() + [r["step_flops"] for r in pending], processes)
         norms = torch.stack([r["grad_norm"] for r in pending]).tolist()
         seconds = max(1e-9, time.time() - clock)
-        tokens_per_second = len(pending) * c.batch_rows * c.block_size / seconds
-        flops = system.all_sum([sum(r["step_flops"] for r in pending)], processes)[0] / seconds
-        for r, loss, norm in zip(pending, losses, norms):
-            totals["tokens"] += c.batch_rows * c.block_size
-            totals["targets"] += r["step_targets"]
-            totals["flops"] += r.pop("step_flops") * processes.world_size
-            totals["seconds"] += seconds / len(pending)
-            r |= {"loss": loss / r.pop("step_targets"), "grad_norm": norm, "tok_per_s": tokens_per_second,
-                  "mfu": flops / (peak * processes.world_size) if peak else None} | totals
+        tokens_per_second = k * c.batch_rows * c.block_size / seconds
+        mfu = sum(sums[k:]) / seconds / (peak * processes.world_size) if peak else None
+        for r, loss, flops, norm in zip(pending, sums[:k], sums[k:], norms):
+            targets = r.pop("step_targets")
+            r |= {"loss": loss / targets, "grad_norm": norm, "tok_per_s": tokens_per_second, "mfu": mfu}
+            del r["step_flops"]
+            for key, value in zip(("tokens", "targets", "flops", "seconds"), (c.batch_rows * c.block_size, targets, int(flops), seconds / k)):
+                totals[key] += value
+            r |= totals
             if not (abs(r["loss"]) < float("inf") and norm < float("inf")):     # NaN fails both
                 good = checkpoint.all_of(c.out_dir)
                 raise RunError(f"loss {r['loss']}, gradient norm {norm} at step {r['step']}: stopped, not saved; "
@@ -325,9 +331,8 @@ def train(c, device, processes):
                                "A lower --learning_rate in another --out_dir may help")
         write_log(pending)
         r, left = pending[-1], (max_steps - step) * seconds / len(pending)
-        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "n/a"
         say(f"step {step:>6}/{max_steps}  {r['phase']}  loss {r['loss']:.4f}  lr {r['lr']:.2e}  norm {r['grad_norm']:.2f}  "
-            f"{tokens_per_second:,.0f} tok/s  mfu {mfu}  eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+            f"{tokens_per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
         pending.clear()
         clock = time.time()
 

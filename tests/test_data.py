@@ -237,7 +237,7 @@ def test_block_size_larger_than_the_corpus_is_refused(corpus, corpus_dir):
     with pytest.raises(UserError, match="val_fraction"):
         next(data.validation_batches(data.Corpus(corpus_dir, "val"), "clm", settings(block_size=99_999_999), 0, 1, 1))
     with pytest.raises(UserError, match="too small"):
-        data.read_rows(corpus, np.arange(2), np.zeros(2, int), settings(block_size=16))
+        data.rows_of_step(corpus, 0, settings(block_size=16))
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

@@ -1,0 +1,341 @@
+"""Training: exact resume, invariance to how the work is split, branches, signals, and trouble that loses nothing."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, files, losses, rows, run_python
+
+import checkpoint
+import train
+from configurator import RunError, UserError
+
+
+def science(out_dir):
+    """log.jsonl without the clock."""
+    clock = ("seconds", "tok_per_s", "mfu")
+    return [{k: v for k, v in r.items() if k not in clock} for r in rows(out_dir) + rows(out_dir, validation=True)]
+
+
+def torchrun(words, processes=2, **kwargs):
+    return run_python(["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master-port=0", "--rdzv-backend=c10d",
+                       "--rdzv-endpoint=localhost:0", *words], **kwargs)
+
+
+def flip(path, at=-100):
+    raw = bytearray(open(path, "rb").read())
+    raw[at] ^= 0x10
+    with open(path, "wb") as f:
+        f.write(raw)
+
+
+# ---- going on exactly
+
+def test_20_steps_equal_10_and_resume_and_10_bit_for_bit_across_the_swap(tiny, capsys):
+    whole, resumed = tiny("whole"), tiny("resumed")      # the swap is at step 12
+    train.main(whole)
+    shutil.copytree(whole.out_dir, resumed.out_dir)      # what a death between 10 and 20 leaves: later rows in the log, too
+    shutil.rmtree(checkpoint.path_of(resumed.out_dir, 20))
+    shutil.rmtree(checkpoint.path_of(resumed.out_dir, 16)), shutil.rmtree(checkpoint.path_of(resumed.out_dir, 12))
+    train.main(resumed)
+    assert f"resuming from {checkpoint.path_of(resumed.out_dir, 10)}" in capsys.readouterr().out
+    for step in (12, 16, 20):
+        assert files(checkpoint.path_of(whole.out_dir, step)) == files(checkpoint.path_of(resumed.out_dir, step))
+    assert science(whole.out_dir) == science(resumed.out_dir)
+    assert [r["phase"] for r in rows(whole.out_dir)] == ["clm"] * 12 + ["mlm"] * 8
+
+
+def test_kill_9_at_random_moments_changes_nothing(tiny, command):
+    settings = dict(phases=(("clm", 200), ("mlm", 200)), save_interval=20, log_interval=3, keep_last=2, eval_interval=100)
+    whole = tiny("whole", **settings)
+    train.main(whole)
+    killed, kills = command("killed", **settings), 0
+    out, chance = os.path.join(os.path.dirname(whole.out_dir), "killed"), random.Random()
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, *killed], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        began = checkpoint.all_of(out)[-1:]
+        while process.poll() is None and checkpoint.all_of(out)[-1:] == began and kills < 3:
+            time.sleep(0.01)        # let it come one checkpoint further each time, then strike anywhere
+        try:
+            process.wait(chance.uniform(0.0, 0.4) if kills < 3 else 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        kills += 1
+    assert kills >= 3
+    assert files(checkpoint.path_of(out, 400)) == files(checkpoint.path_of(whole.out_dir, 400))
+    assert science(out) == science(whole.out_dir)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(tiny, command):
+    settings = dict(phases=(("clm", 50), ("mlm", 150)), save_interval=1000, log_interval=1)
+    whole, words = tiny("whole", **settings), command("stopped", **settings)
+    out = os.path.join(os.path.dirname(whole.out_dir), "stopped")
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not os.path.isfile(os.path.join(out, "log.jsonl")) or len(rows(out)) < 30:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    step = checkpoint.step_of(checkpoint.all_of(out)[-1])
+    assert process.returncode == 0 and f"stopped at step {step}" in said and 30 <= step < 200
+    assert rows(out)[-1]["step"] == step
+    assert run_python(words).returncode == 0
+    train.main(whole)
+    assert files(checkpoint.path_of(out, 200)) == files(checkpoint.path_of(whole.out_dir, 200))
+
+
+def test_a_branch_equals_the_one_long_run(tiny, tmp_path):
+    whole, trunk = tiny("whole"), tiny("trunk", phases=(("clm", 30),))
+    train.main(trunk), train.main(whole)
+    branch = tiny("branch", branch_from=str(tmp_path / "trunk" / "step_0000010"))
+    train.main(branch)
+    assert files(checkpoint.path_of(branch.out_dir, 20)) == files(checkpoint.path_of(whole.out_dir, 20))
+    assert losses(trunk.out_dir)[:10] + losses(branch.out_dir) == losses(whole.out_dir)
+    assert rows(branch.out_dir)[-1]["tokens"] == rows(whole.out_dir)[-1]["tokens"]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(seed=1), "seed: 42 then, 1 now"),
+    (dict(phases=(("mlm", 20),)), "step 0 would be mlm"),
+    (dict(phases=(("clm", 10),), decay_steps=2), "end before step 10"),
+    (dict(branch_from="step_0000030"), "lies in its run's decay"),
+])
+def test_a_branch_that_would_not_equal_one_long_run_is_refused(tiny, tmp_path, changes, says):
+    train.main(tiny("trunk", phases=(("clm", 30),)))
+    at = changes.pop("branch_from", "step_0000010")
+    with pytest.raises(UserError, match=says):
+        train.main(tiny("branch", branch_from=str(tmp_path / "trunk" / at), **changes))
+    assert not os.path.exists(tmp_path / "branch")
+
+
+def test_continued_pretraining_starts_a_new_schedule_on_unseen_rows(tiny, tmp_path):
+    base = tiny("base")
+    train.main(base)
+    new = tiny("cpt", init_from=str(tmp_path / "base"), phases=(("mlm", 10),), warmup_steps=0)
+    train.main(new)
+    state = checkpoint.read_state(checkpoint.path_of(new.out_dir, 10))
+    assert state["first_row"] == 20 * 8                                   # right behind the rows the base run read
+    assert [r["lr"] for r in rows(new.out_dir)][:6] == [new.learning_rate] * 6 and rows(new.out_dir)[-1]["lr"] == new.learning_rate / 4
+    assert rows(new.out_dir)[0]["tokens"] == 21 * 8 * 64                  # the ancestor's tokens count
+    assert rows(new.out_dir)[0]["loss"] < rows(base.out_dir)[12]["loss"]
+
+
+# ---- the same numbers however the work is split
+
+@pytest.mark.parametrize("micro_rows", [2, 4])
+def test_accumulation_changes_no_loss(tiny, micro_rows):
+    one, split = tiny("one"), tiny("split", micro_rows=micro_rows)
+    train.main(one), train.main(split)
+    assert losses(split.out_dir) == pytest.approx(losses(one.out_dir), abs=1e-5)
+    assert rows(split.out_dir, True)[-1]["val_mlm_loss"] == pytest.approx(rows(one.out_dir, True)[-1]["val_mlm_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_rows", [4, 1])
+def test_two_processes_equal_one(tiny, command, micro_rows):
+    one = tiny("one")
+    train.main(one)
+    done = torchrun(command("two", micro_rows=micro_rows))
+    assert done.returncode == 0, done.stderr
+    two = os.path.join(os.path.dirname(one.out_dir), "two")
+    assert losses(two) == pytest.approx(losses(one.out_dir), abs=1e-5)
+    assert [r["targets"] for r in rows(two)] == [r["targets"] for r in rows(one.out_dir)]
+    assert [r["flops"] for r in rows(two)] == [r["flops"] for r in rows(one.out_dir)]
+    assert [r["grad_norm"] for r in rows(two)] == pytest.approx([r["grad_norm"] for r in rows(one.out_dir)], rel=1e-4)
+    for a, b in zip(rows(two, True), rows(one.out_dir, True)):
+        assert a["val_mlm_loss"] == pytest.approx(b["val_mlm_loss"], abs=1e-5) and a["val_clm_loss"] == pytest.approx(b["val_clm_loss"], abs=1e-5)
+
+
+def test_a_run_of_two_processes_resumes_with_one(tiny, command):
+    whole = tiny("whole")
+    train.main(whole)
+    assert torchrun(command("moved", micro_rows=2)).returncode == 0
+    moved = os.path.join(os.path.dirname(whole.out_dir), "moved")
+    for step in (12, 16, 20):
+        shutil.rmtree(checkpoint.path_of(moved, step))
+    train.main(tiny("moved"))
+    assert losses(moved) == pytest.approx(losses(whole.out_dir), abs=1e-5)
+
+
+def test_compiled_training_follows_eager_training(tiny, monkeypatch):
+    eager, compiled = tiny("eager"), tiny("compiled", compile=True)
+    train.main(eager), train.main(compiled)
+    assert losses(compiled.out_dir) == pytest.approx(losses(eager.out_dir), abs=1e-4)
+    torch._dynamo.reset()
+
+
+# ---- the schedule and the log
+
+def test_warmup_stable_decay(tiny):
+    c = tiny(phases=(("clm", 60), ("mlm", 40)), warmup_steps=10, decay_steps=20, learning_rate=1.0)
+    rates = [train.learning_rate_at(s, c, 100) for s in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)]) and set(rates[10:81]) == {1.0}
+    assert rates[80:] == pytest.approx([1 - i / 20 for i in range(20)]) and rates[-1] == pytest.approx(0.05)
+    assert [train.objective_at(s, c.phases) for s in (0, 59, 60, 99)] == ["clm", "clm", "mlm", "mlm"]
+
+
+def test_the_log_has_every_step_and_the_counters_add_up(tiny):
+    c = tiny(log_interval=7, eval_interval=10)
+    train.main(c)
+    found = rows(c.out_dir)
+    assert [r["step"] for r in found] == list(range(1, 21))
+    assert [r["tokens"] for r in found] == [512 * s for s in range(1, 21)]
+    clm, mlm = found[11]["targets"], found[19]["targets"] - found[11]["targets"]
+    assert clm == 12 * (512 - 16) and abs(mlm - 0.4 * 8 * 512) < 200
+    assert {"step", "phase", "loss", "lr", "grad_norm", "tokens", "targets", "flops", "tok_per_s", "mfu", "seconds"} == set(found[0])
+    assert [r["step"] for r in rows(c.out_dir, True)] == [0, 10, 20]
+
+
+def test_checkpoints_kept_are_the_last_ones_and_the_milestones(tiny):
+    c = tiny(phases=(("clm", 24), ("mlm", 16)), milestones=(3, 7), save_interval=2, keep_last=2, decay_steps=5)
+    train.main(c)
+    assert [checkpoint.step_of(p) for p in checkpoint.all_of(c.out_dir)] == [3, 7, 24, 35, 36, 38, 40]
+    model = checkpoint.load_model(c.out_dir)
+    assert not model.training and model.lm_head.weight.shape == (1024, 64)
+    sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=checkpoint.path_of(c.out_dir, 40), capture_output=True, text=True)
+    assert sums.returncode == 0 and sums.stdout.count("OK") == 3
+
+
+def test_a_tied_model_trains_saves_and_loads(tiny):
+    c = tiny(tied=True)
+    train.main(c)
+    model = checkpoint.load_model(c.out_dir)
+    assert model.lm_head.weight is model.embedding.weight and model.num_parameters()["encoder"] == model.num_parameters()["total"]
+
+
+def test_wandb_offline_gets_the_run(command, tmp_path):
+    done = run_python(command(wandb_log=True), env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert done.returncode == 0, done.stderr
+    folder = next((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    record = next(folder.glob("*.wandb")).read_bytes()
+    with open(tmp_path / "run" / "config.json") as f:
+        assert folder.name.endswith(json.load(f)["run_id"])
+    assert b"grad_norm" in record and b"val_mlm_loss" in record and b"learning_rate" in record
+
+
+def test_without_a_compiler_it_says_so_once_and_runs_eager(command):
+    done = run_python(command(compile=True), env={"PATH": os.path.dirname(sys.executable), "CXX": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("eager: no C++ compiler") == 1
+
+
+# ---- trouble: one clear line, nothing lost
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(data_dir="nowhere"), "no corpus in 'nowhere'; make one with: python prepare_fineweb.py"),
+    (dict(batch_rows=9, micro_rows=2), "batch_rows=9 is not divisible by micro_rows=2"),
+    (dict(block_size=10_000_000), "block_size=10000000 is more than the"),
+    (dict(block_size=20), "too small"),
+    (dict(size="7b"), "size=7b: expected one of"),
+    (dict(phases=(("nsp", 10),)), "objectives are clm, mlm"),
+    (dict(phases=(("mlm", 5),)), "more than the 5 steps"),
+    (dict(mask_rate=0.0), "0 < mask_rate <= 1"),
+    (dict(mask_replace=(0.8, 0.1)), "three shares"),
+    (dict(attention="flash9"), "attention=flash9: expected auto or one of"),
+    (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "this machine has"),
+    (dict(dtype="float16"), "dtype=float16"),
+    (dict(branch_from="nowhere/step_1"), "no checkpoint at nowhere/step_1"),
+    (dict(branch_from="a", init_from="b"), "give one of them"),
+])
+def test_bad_settings_are_one_line_and_leave_no_run_behind(tiny, changes, says):
+    c = tiny(**changes)
+    with pytest.raises(UserError) as error:
+        train.main(c)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not os.path.exists(c.out_dir)
+
+
+def test_a_usage_error_in_a_process_is_one_line_exit_2_no_traceback(command):
+    done = run_python(command(batch_rows=9, micro_rows=2))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: batch_rows=9") and done.stderr.count("\n") == 1
+
+
+def test_a_finished_run_says_so_and_a_changed_setting_is_refused_by_name(tiny, command):
+    c = tiny()
+    train.main(c)
+    before = files(checkpoint.path_of(c.out_dir, 20))
+    again = run_python(command())
+    assert again.returncode == 0 and "is finished: 20 steps; nothing to do" in again.stdout
+    changed = run_python(command(learning_rate=1e-3, mask_rate=0.3))
+    assert changed.returncode == 2
+    assert "(mask_rate: 0.4 then, 0.3 now; learning_rate: 0.003 then, 0.001 now)" in changed.stderr
+    refused = run_python(command(resume=False))
+    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    assert run_python(command(save_interval=5, micro_rows=4)).returncode == 0     # how it runs may change
+    assert files(checkpoint.path_of(c.out_dir, 20)) == before
+
+
+def test_a_folder_with_other_files_is_not_taken_over(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train.main(tiny())
+    assert os.listdir(tmp_path / "run") == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "gone"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tiny, capsys, name):
+    c = tiny()
+    train.main(c)
+    good = files(checkpoint.path_of(c.out_dir, 20))
+    if name == "gone":
+        os.remove(os.path.join(checkpoint.path_of(c.out_dir, 20), "model.safetensors"))
+    else:
+        flip(os.path.join(checkpoint.path_of(c.out_dir, 20), name))
+    train.main(c)
+    said = capsys.readouterr().out
+    assert "step_0000020 is damaged" in said and "falling back to the checkpoint before it" in said
+    assert f"resuming from {checkpoint.path_of(c.out_dir, 16)}" in said
+    assert files(checkpoint.path_of(c.out_dir, 20)) == good
+
+
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_checkpoint(tiny):
+    c = tiny(phases=(("clm", 400),), learning_rate=1e18, warmup_steps=0, save_interval=2, adam_eps=1e-38, weight_decay=0.0, eval_interval=400)
+    with pytest.raises(RunError, match=r"at step \d+: stopped, not saved") as error:
+        train.main(c)
+    for path in checkpoint.all_of(c.out_dir):
+        assert all(torch.isfinite(p).all() for p in checkpoint.load_model(path).parameters())
+    last = checkpoint.all_of(c.out_dir)
+    assert not last or last[-1] in str(error.value)
+    assert all(abs(r["loss"]) < float("inf") for r in rows(c.out_dir))
+
+
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint_intact(tiny, command):
+    """A file-size limit of the process makes the second save fail half-way, as a full disk would."""
+    c = tiny(phases=(("clm", 10),))
+    train.main(c)
+    good = files(checkpoint.path_of(c.out_dir, 10))
+    shutil.rmtree(checkpoint.path_of(c.out_dir, 10))
+    words = command(phases=(("clm", 10),))
+    limit = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv = {words!r}; " \
+            f"sys.path.insert(0, {ROOT!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    old = checkpoint.all_of(c.out_dir)
+    assert [checkpoint.step_of(p) for p in old] == [6]
+    before = files(old[0])
+    done = run_python(["-c", limit])
+    assert done.returncode == 1 and "could not save step 10" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert files(old[0]) == before and checkpoint.latest(c.out_dir) == old[0]
+    assert not [n for n in os.listdir(c.out_dir) if n.startswith(".writing")]
+    assert run_python(words).returncode == 0
+    assert files(checkpoint.path_of(c.out_dir, 10)) == good
+
+
+def test_a_checkpoint_of_another_tokenizer_or_model_is_refused(tiny, tmp_path):
+    import prepare_fineweb
+    train.main(tiny("base"))
+    other = str(tmp_path / "other")
+    prepare_fineweb.prepare(prepare_fineweb.Config(out=other, tokenizer="train:512", val_fraction=0.05))
+    with pytest.raises(UserError, match="another tokenizer"):
+        train.main(tiny("a", init_from=str(tmp_path / "base"), data_dir=other))
+    with pytest.raises(UserError, match="holds another model"):
+        train.main(tiny("b", init_from=str(tmp_path / "base"), size="demo"))
+    with pytest.raises(UserError, match="tokenizer_hash"):
+        train.main(tiny("base", data_dir=other))
