@@ -228,10 +228,12 @@ def count_rows(corpus, c):
     """Rows of block_size tokens in a split. Raises UserError if there is none, or block_size is too small to cut."""
     n = corpus.n_tokens // c.block_size
     if n == 0:
-        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} tokens of the {corpus.split} split: make it "
-                        f"smaller, or prepare more text{' or a larger --val_fraction' if corpus.split == 'val' else ''}")
+        more = "more text or a larger --val_fraction" if corpus.split == "val" else "more text"
+        raise UserError(f"block_size={c.block_size} is more than the {corpus.n_tokens:,} tokens of the {corpus.split} split: "
+                        f"make it smaller, or prepare {more}")
     if c.random_length and c.block_size < 2 * MIN_LENGTH:
-        raise UserError(f"block_size={c.block_size} is too small to cut rows in two: at least {2 * MIN_LENGTH}, or random_length=false")
+        raise UserError(f"block_size={c.block_size} is too small to cut rows in two: use at least {2 * MIN_LENGTH}, or "
+                        "random_length=false")
     return n
 
 
@@ -294,6 +296,15 @@ def mlm(rows, corpus, c):
 
 # An objective: (rows, corpus, settings) -> inputs [T], is a target asked for here [T] bool, its id [T], causal mask?
 OBJECTIVES = {"clm": clm, "mlm": mlm}
+
+
+def objective_at(step, phases):
+    """The objective of step `step`, counted from 0, in ((objective, steps), ...); past the end, the last one."""
+    for objective, steps in phases:
+        if step < steps:
+            return objective
+        step -= steps
+    return phases[-1][0]
 
 
 def capacity(objective, rows, c):

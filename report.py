@@ -90,10 +90,12 @@ def picture(runs, path):
                 axis.plot(x, smooth(y), **style)
             else:
                 axis.plot(x, y, marker="o", ms=3, **style)
-                axis.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center", color=colour(r))
+                axis.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center",
+                              color=colour(r))
         for tokens in {switch(r) for r in runs} - {None}:
             axis.axvline(tokens / 1e6, color="grey", ls=":", lw=1)
-            axis.text(tokens / 1e6, 0.98, " objective swap", transform=axis.get_xaxis_transform(), va="top", fontsize=8, color="grey")
+            axis.text(tokens / 1e6, 0.98, " objective swap", transform=axis.get_xaxis_transform(), va="top", fontsize=8,
+                      color="grey")
         axis.set(title=title, xlabel="million tokens", ylabel="nats per target")
         axis.margins(x=0.08)
         axis.grid(alpha=0.25)

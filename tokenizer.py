@@ -132,7 +132,7 @@ def ranks_of_tokenizer_json(config):
 
 
 def ranks_of_hub(repository, file):
-    from huggingface_hub import hf_hub_download   # comes with datasets
+    from huggingface_hub import hf_hub_download  # comes with datasets
     try:
         path = hf_hub_download(repository, file)
     except Exception as error:

@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import data
+import lineage
 import system
 import tokenizer
-from configurator import RunError, UserError, as_tuple, run
+from configurator import RunError, UserError, run
 from kernels import linear_cross_entropy, resolve
 from model import SIZES, Encoder, ModelConfig
 
@@ -36,12 +37,12 @@ class Config:
     # input and output
     data_dir: str = "data/sotu"              # a corpus made by prepare_fineweb.py
     out_dir: str = "out"                     # the run: config.json, log.jsonl, step_NNNNNNN/
-    resume: bool = True                      # go on from out_dir's newest checkpoint; false: refuse to touch a run that is there
-    branch_from: str = ""                    # RUN/step_NNNNNNN of a trunk: go on from it (weights, moments, step, data) with other phases
+    resume: bool = True                      # go on from out_dir's newest checkpoint; false: refuse a run that is there
+    branch_from: str = ""                    # RUN/step_NNNNNNN of a trunk: go on from there with other phases
     init_from: str = ""                      # a checkpoint: a new schedule from its weights, on data it has not seen
     keep_moments: bool = True                # with init_from: take AdamW's moments along if it has them
     save_interval: int = 1_000               # steps between checkpoints
-    keep_last: int = 2                       # how many of those stay; every switch of objective and the start of the decay stay as well
+    keep_last: int = 2                       # how many stay, besides each switch of objective and the start of the decay
     milestones: tuple = ()                   # more steps whose checkpoints stay, e.g. (1000, 2000, 5000)
     eval_interval: int = 500                 # steps between validations
     eval_rows: int = 128                     # validation rows, always the same ones
@@ -79,17 +80,11 @@ class Config:
     attention: str = "auto"                  # sdpa, or reference (dense, for debugging)
 
 
-# What may differ when a run goes on: where and how it runs, not what it computes.
-FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
-        "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention"}
-# What may differ between a trunk and its branch, on top: what comes after the branching point.
-BRANCH = FREE | {"branch_from", "init_from", "keep_moments", "phases", "decay_steps", "eval_rows", "eval_mask_rate"}
-
-
 def check(c, world_size):
     """Everything that can be wrong with the settings alone. Raises UserError. -> total steps"""
     for phase in c.phases:
-        if type(phase) is not tuple or len(phase) != 2 or phase[0] not in data.OBJECTIVES or type(phase[1]) is not int or phase[1] < 1:
+        ok = type(phase) is tuple and len(phase) == 2 and phase[0] in data.OBJECTIVES and type(phase[1]) is int and phase[1] > 0
+        if not ok:
             raise UserError(f"phases={c.phases}: expected (objective, steps) pairs, objectives are {', '.join(data.OBJECTIVES)}")
     steps = sum(n for _, n in c.phases)
     if not c.phases or c.warmup_steps + c.decay_steps > steps:
@@ -115,52 +110,11 @@ def check(c, world_size):
     return steps
 
 
-def objective_at(step, phases):
-    """The objective of step `step`, counted from 0; past the end, the last one."""
-    for objective, steps in phases:
-        if step < steps:
-            break
-        step -= steps
-    return objective
-
-
 def learning_rate_at(step, c, max_steps):
     """WSD: linear warmup, stable, linear decay to 0 over the last decay_steps (the paper, Table 1)."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     return c.learning_rate * min(1.0, (max_steps - step) / max(1, c.decay_steps))
-
-
-def differences(old, new, free):
-    return [f"{k}: {old[k]} then, {v} now" for k, v in new.items() if k not in free and as_tuple(old.get(k)) != as_tuple(v)]
-
-
-def check_trunk(state, c, settings, path):
-    """A branch equals one long run only if the trunk did what this run would have done so far. Raises UserError."""
-    free = BRANCH if "mlm" in [objective_at(s, state["settings"]["phases"]) for s in range(state["step"])] else \
-        BRANCH | {"mask_rate", "mask_replace"}
-    changed = differences(state["settings"], settings, free)
-    if changed:
-        raise UserError(f"{path} was trained otherwise ({'; '.join(changed)}); --init_from starts anew from its weights")
-    theirs, step = state["settings"], state["step"]
-    trunk_steps = sum(n for _, n in theirs["phases"])
-    if step > trunk_steps - theirs["decay_steps"] and theirs["decay_steps"]:
-        raise UserError(f"{path} lies in its run's decay (from step {trunk_steps - theirs['decay_steps']}): branch from an "
-                        "earlier step, or start a new schedule with --init_from")
-    for s in range(step):
-        if objective_at(s, c.phases) != objective_at(s, theirs["phases"]):
-            raise UserError(f"phases={c.phases}: step {s} would be {objective_at(s, c.phases)}, but {path} was trained with "
-                            f"{objective_at(s, theirs['phases'])} there; phases count from the trunk's beginning")
-    if sum(n for _, n in c.phases) <= step:
-        raise UserError(f"phases={c.phases} end before step {step} of {path}; phases count from the trunk's beginning")
-
-
-def trim_log(path, step):
-    """Drop rows past the checkpoint (they come again, equal) and a line that a kill cut off."""
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        system.write_whole(path, "".join(lines).encode())
 
 
 def main(c):
@@ -178,7 +132,7 @@ def main(c):
 
 
 def train(c, device, processes):
-    started = time.time()
+    launched = time.time()
     say = print if processes.first else lambda *args, **kwargs: None
     max_steps = check(c, processes.world_size)
     system.keep_freed_memory()
@@ -189,88 +143,56 @@ def train(c, device, processes):
     dtype = system.pick_dtype(c.dtype, device)
     settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
 
-    # ---- where to start: resume, branch, init or scratch; rank 0 looks and tells the others
-    config_path, log_path = os.path.join(c.out_dir, "config.json"), os.path.join(c.out_dir, "log.jsonl")
-    source = None
-    if os.path.isfile(config_path):
-        if not c.resume:
-            raise UserError(f"{c.out_dir} holds a run already: choose another --out_dir, or resume it with --resume=true")
-        with open(config_path, encoding="utf-8") as f:
-            changed = differences(json.load(f)["settings"], settings, FREE)
-        if changed:
-            raise UserError(f"{c.out_dir} was begun with other settings ({'; '.join(changed)}): choose another --out_dir, or "
-                            "go on from one of its checkpoints with --branch_from")
-        newest = checkpoint.latest(c.out_dir, say) if processes.first else None
-        step = int(system.all_sum([checkpoint.step_of(newest) + 1 if newest else 0], processes)[0]) - 1
-        source = checkpoint.path_of(c.out_dir, step) if step >= 0 else None
-    elif os.path.isdir(c.out_dir) and os.listdir(c.out_dir):
-        raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
-    resuming = source is not None
-    source = source or c.branch_from and checkpoint.find(c.branch_from) or c.init_from and checkpoint.find(c.init_from)
-
-    # ---- model, optimizer, state
+    # ---- where the run begins, its model and its optimizer
+    start = lineage.start(c, settings, processes, say)
+    step, totals = start.step, start.totals
+    if step >= max_steps:
+        return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
     torch.manual_seed(c.seed)
     model = Encoder(ModelConfig(**SIZES[c.size], vocab_size=corpus.vocab_size, block_size=c.block_size, tied=c.tied), c.attention)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
                                   weight_decay=c.weight_decay, fused=True)
-    # what a run carries along: counters since its first ancestor, and the row of the corpus its step 0 began at
-    totals, first_row, step = {"tokens": 0, "targets": 0, "flops": 0, "seconds": 0.0}, 0, 0
-    if source:
-        state = checkpoint.read_state(source)
-        new_schedule = bool(c.init_from) and not resuming
-        theirs = state.get("settings", {})
-        if theirs.get("tokenizer_hash", corpus.tokenizer_hash) != corpus.tokenizer_hash:
-            raise UserError(f"{source} was trained with another tokenizer than {c.data_dir} was prepared with")
-        if c.branch_from and not resuming:
-            check_trunk(state, c, settings, source)
-        moments = not new_schedule or c.keep_moments and os.path.isfile(os.path.join(source, "optimizer.safetensors"))
-        checkpoint.load(source, model, optimizer if moments else None)
-        totals, first_row = state.get("totals", totals), state.get("first_row", 0)
-        if not new_schedule:
-            step = state["step"]
-        elif theirs.get("train_tokens") == corpus.n_tokens and theirs["block_size"] == c.block_size:
-            first_row += state["step"] * theirs["batch_rows"]      # the stream goes on: no row is read twice
-        else:
-            first_row = 0                                          # another corpus: from its beginning
-        say(f"{'resuming' if resuming else 'starting a new schedule' if new_schedule else 'branching'} from {source}")
-    if step >= max_steps:
-        return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
+    if start.source:
+        checkpoint.load(start.source, model, optimizer if start.moments else None)
+    config_path, log_path = os.path.join(c.out_dir, "config.json"), os.path.join(c.out_dir, "log.jsonl")
     if processes.first:
         os.makedirs(c.out_dir, exist_ok=True)
-        trim_log(log_path, step)
         tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
+        lineage.trim_log(log_path, step)
         if not os.path.isfile(config_path):
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            system.write_whole(config_path, json.dumps({"settings": settings, "run_id": os.urandom(4).hex(), "parent": source or "",
-                                                        "start_step": step, "versions": versions}, indent=1).encode())
+            facts = {"settings": settings, "parent": start.source, "start_step": step, "run_id": os.urandom(4).hex(),
+                     "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+            system.write_whole(config_path, json.dumps(facts, indent=1).encode())
 
     # ---- what it runs on
-    p = model.num_parameters()
+    parameters = model.num_parameters()
     no_compile = "compile=false" if not c.compile else system.why_not_compile(device)
-    say(f"{c.size}: {p['encoder'] / 1e6:.1f} M parameters, {p['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
-        f"attention {resolve(c.attention)}, {'eager: ' + no_compile if no_compile else 'torch.compile'}")
+    say(f"{c.size}: {parameters['encoder'] / 1e6:.1f} M parameters, {parameters['total'] / 1e6:.1f} M with the LM head | "
+        f"{processes.world_size} x {device}, {dtype}, attention {resolve(c.attention)}, "
+        f"{'eager: ' + no_compile if no_compile else 'torch.compile'}")
     say(f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} steps of "
         f"{c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens")
     if not no_compile:
         model.compile()
-    wrapped = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith("cuda") else None) \
-        if processes.world_size > 1 else model
+    wrapped = model
+    if processes.world_size > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[processes.local_rank] if device.startswith("cuda") else None)
     autocast = torch.autocast(device.partition(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     peak = system.peak_flops(device)
     wandb_run = None
     if c.wandb_log and processes.first:
         import wandb
         with open(config_path, encoding="utf-8") as f:
-            run_id = json.load(f)["run_id"]
-        wandb_run = wandb.init(project=c.wandb_project, dir=c.out_dir, id=run_id, name=os.path.basename(c.out_dir), resume="allow",
-                               config=settings)
+            run_id = json.load(f)["run_id"]      # so that a resumed run goes on in the same plot
+        wandb_run = wandb.init(project=c.wandb_project, dir=c.out_dir, id=run_id, resume="allow", config=settings,
+                               name=os.path.basename(c.out_dir))
 
     # ---- data: this rank's micro-batches of each step, made in the background
-    settings_of_data = SimpleNamespace(**asdict(c), first_row=first_row)
+    of_data = SimpleNamespace(**asdict(c), first_row=start.first_row)
 
     def make(step):
-        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), settings_of_data, processes.rank,
+        batches = data.micro_batches(corpus, step, data.objective_at(step, c.phases), of_data, processes.rank,
                                      processes.world_size, c.micro_rows)
         return [b.pin() for b in batches] if device.startswith("cuda") else batches
 
@@ -285,16 +207,16 @@ def train(c, device, processes):
 
     def validate():
         """Mean losses of both objectives: sums over sums, on all ranks, the same rows and masks every time."""
-        row = {"step": step, "phase": objective_at(step, c.phases)} | totals
+        row = {"step": step, "phase": data.objective_at(step, c.phases)} | totals
         for objective in ("clm", "mlm"):
-            sums = [0.0, 0.0]
-            for batch in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
+            loss = targets = 0.0
+            for b in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
                 with torch.no_grad():
-                    sums = [sums[0] + float(loss_of(batch)), sums[1] + batch.num_targets]
-            total, count = system.all_sum(sums, processes)
-            row[f"val_{objective}_loss"] = total / count
+                    loss, targets = loss + float(loss_of(b)), targets + b.num_targets
+            loss, targets = system.all_sum([loss, targets], processes)
+            row[f"val_{objective}_loss"] = loss / targets
         write_log([row])
-        say(f"step {step:>6}/{max_steps}  validation  clm {row['val_clm_loss']:.4f}  mlm {row['val_mlm_loss']:.4f}")
+        say(f"step {step:>6}/{max_steps}  validation  clm {row['val_clm_loss']:.4f}  mlm {row['val_mlm_loss']:.4f}", flush=True)
 
     def write_log(rows):
         if processes.first:
@@ -307,32 +229,31 @@ def train(c, device, processes):
     pending, clock = [], time.time()       # steps not yet logged: their losses stay on the device until then
 
     def flush():
-        """Log the pending steps; the one place per log_interval where the host waits for the device."""
+        """Log the pending steps; with validation and saving the only places where the host waits for the device."""
         nonlocal clock
         if not pending:
             return
         k = len(pending)
-        sums = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist() + [r["step_flops"] for r in pending], processes)
         norms = torch.stack([r["grad_norm"] for r in pending]).tolist()
+        sums = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist() + [r["flops"] for r in pending], processes)
         seconds = max(1e-9, time.time() - clock)
-        tokens_per_second = k * c.batch_rows * c.block_size / seconds
-        mfu = sum(sums[k:]) / seconds / (peak * processes.world_size) if peak else None
+        speed = {"tok_per_s": k * c.batch_rows * c.block_size / seconds,
+                 "mfu": sum(sums[k:]) / seconds / (peak * processes.world_size) if peak else None}
         for r, loss, flops, norm in zip(pending, sums[:k], sums[k:], norms):
-            targets = r.pop("step_targets")
-            r |= {"loss": loss / targets, "grad_norm": norm, "tok_per_s": tokens_per_second, "mfu": mfu}
-            del r["step_flops"]
-            for key, value in zip(("tokens", "targets", "flops", "seconds"), (c.batch_rows * c.block_size, targets, int(flops), seconds / k)):
-                totals[key] += value
-            r |= totals
-            if not (abs(r["loss"]) < float("inf") and norm < float("inf")):     # NaN fails both
+            loss /= r["targets"]
+            if not (abs(loss) < float("inf") and norm < float("inf")):     # NaN fails both
                 good = checkpoint.all_of(c.out_dir)
-                raise RunError(f"loss {r['loss']}, gradient norm {norm} at step {r['step']}: stopped, not saved; "
+                raise RunError(f"loss {loss}, gradient norm {norm} at step {r['step']}: stopped, not saved; "
                                f"{'the last good checkpoint is ' + good[-1] if good else 'there is no checkpoint yet'}. "
                                "A lower --learning_rate in another --out_dir may help")
+            for key, value in {"tokens": c.batch_rows * c.block_size, "targets": r["targets"], "flops": int(flops),
+                               "seconds": seconds / k}.items():
+                totals[key] += value
+            r |= {"loss": loss, "grad_norm": norm} | speed | totals
         write_log(pending)
-        r, left = pending[-1], (max_steps - step) * seconds / len(pending)
+        eta, mfu = int((max_steps - step) * seconds / k), speed["mfu"]
         say(f"step {step:>6}/{max_steps}  {r['phase']}  loss {r['loss']:.4f}  lr {r['lr']:.2e}  norm {r['grad_norm']:.2f}  "
-            f"{tokens_per_second:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+            f"{speed['tok_per_s']:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {eta // 60}:{eta % 60:02d}", flush=True)
         pending.clear()
         clock = time.time()
 
@@ -346,8 +267,9 @@ def train(c, device, processes):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
-    switches = [sum(n for _, n in c.phases[:i]) for i in range(1, len(c.phases))]
-    keep = {*c.milestones, *switches, max_steps - c.decay_steps, max_steps}
+    # ---- the loop
+    switches = {sum(n for _, n in c.phases[:i]) for i in range(1, len(c.phases))}
+    keep = switches | {max_steps - c.decay_steps, max_steps, *c.milestones}       # checkpoints that stay, to branch from
     begin, stopping = step, False
     while True:
         last = step == max_steps
@@ -358,7 +280,8 @@ def train(c, device, processes):
         if step > begin and (step % c.save_interval == 0 or step in keep or stopping):
             flush()
             if processes.first:
-                checkpoint.save(c.out_dir, step, model, {"settings": settings, "totals": totals, "first_row": first_row}, optimizer)
+                state = {"settings": settings, "totals": totals, "first_row": start.first_row}
+                checkpoint.save(c.out_dir, step, model, state, optimizer)
                 checkpoint.prune(c.out_dir, c.keep_last, keep)
             clock = time.time()
         if last or stopping:
@@ -378,12 +301,12 @@ def train(c, device, processes):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        pending.append({"step": step + 1, "phase": data.objective_at(step, c.phases), "loss": total, "lr": lr, "grad_norm": norm,
+                        "targets": int(targets), "flops": sum(model.flops(b.lengths, b.num_targets, b.causal) for b in batches)})
         step += 1
-        pending.append({"step": step, "phase": objective_at(step - 1, c.phases), "loss": total, "lr": lr, "grad_norm": norm,
-                        "step_targets": int(targets), "step_flops": sum(model.flops(b.lengths, b.num_targets, b.causal) for b in batches)})
         if step == begin + 1:
             flush()
-            say(f"first step after {time.time() - started:.1f} s")
+            say(f"first step after {time.time() - launched:.1f} s", flush=True)
         elif step % c.log_interval == 0:
             flush()
     if wandb_run:

@@ -12,15 +12,13 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 29}   # logits of one chunk: what
 
 def chunk_loss(hidden, weight, targets, need_grad):
     """-> sum of losses (fp32), and the gradient of that sum by the logits [n, V] in hidden's dtype, or None."""
-    logits = F.linear(hidden, weight).float()                              # [n, V]
+    log_p = torch.log_softmax(F.linear(hidden, weight), dim=1, dtype=torch.float32)   # [n, V]
     wanted = targets >= 0
-    index = targets.clamp(min=0).unsqueeze(1)                              # [n, 1]
-    lse = torch.logsumexp(logits, dim=1, keepdim=True)                     # [n, 1]
-    loss = ((lse - logits.gather(1, index)).squeeze(1) * wanted).sum()
+    index = targets.clamp(min=0).unsqueeze(1)                                         # [n, 1]
+    loss = -(log_p.gather(1, index).squeeze(1) * wanted).sum()
     if not need_grad:
         return loss, None
-    grad = logits.sub_(lse).exp_()                                         # softmax, in place
-    grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+    grad = log_p.exp_().scatter_add_(1, index, log_p.new_full((1, 1), -1.0).expand_as(index))   # softmax - one-hot
     return loss, grad.mul_(wanted.unsqueeze(1)).to(hidden.dtype)
 
 

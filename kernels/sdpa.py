@@ -7,6 +7,8 @@ portable path, not the fast one.
 import torch
 import torch.nn.functional as F
 
+from . import cpu_bf16
+
 
 def sequences(cu_seqlens):
     """(start, end) of every sequence that has tokens."""
@@ -15,16 +17,21 @@ def sequences(cu_seqlens):
 
 
 def heads_first(x, start, end, group=1):
-    """[T, Hkv, D] -> one sequence as [1, H, L, D], each KV head repeated for its group of query heads."""
-    x = x[start:end].transpose(0, 1).unsqueeze(0)
-    return x.repeat_interleave(group, dim=1) if group > 1 else x
+    """[T, Hkv, D] -> one sequence as [H, L, D], each KV head repeated for its group of query heads."""
+    x = x[start:end].transpose(0, 1)
+    return x.repeat_interleave(group, dim=0) if group > 1 else x
+
+
+def way(q):
+    """Which kernel computes a sequence: "matmul" (CPU, bf16), "flash" (CPU, fp32 and fp64) or "device" (all else)."""
+    return "device" if q.device.type != "cpu" else "matmul" if q.dtype == torch.bfloat16 else "flash"
 
 
 def outputs(q):
-    """Empty out [T, H, D], and log-sum-exp [H, T] on a CPU, whose backward kernel wants it ([H, 0] elsewhere)."""
+    """Empty out [T, H, D], and log-sum-exp [H, T] where the backward kernel wants it ([H, 0] elsewhere)."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((q.shape[1], q.shape[0] if q.device.type == "cpu" else 0), dtype=lse_dtype))
+            q.new_empty((q.shape[1], q.shape[0] if way(q) == "flash" else 0), dtype=lse_dtype))
 
 
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
@@ -35,12 +42,14 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Te
     group = q.shape[1] // k.shape[1]
     for s, e in sequences(cu_seqlens):
         args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
-        if q.device.type == "cpu":
-            o, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal)
-            lse[:, s:e] = lse_s[0]
+        if way(q) == "matmul":
+            o = cpu_bf16.forward(*args, causal)
+        elif way(q) == "flash":
+            o, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
+            o, lse[:, s:e] = o[0], lse_s[0]
         else:
-            o = F.scaled_dot_product_attention(*args, is_causal=causal)
-        out[s:e] = o[0].transpose(0, 1)                                             # [H, L, D] -> [L, H, D]
+            o = F.scaled_dot_product_attention(*(x[None] for x in args), is_causal=causal)[0]
+        out[s:e] = o.transpose(0, 1)                                                # [H, L, D] -> [L, H, D]
     return out, lse
 
 
@@ -59,16 +68,22 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     for s, e in sequences(cu_seqlens):
         args = [heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)]
         do = heads_first(grad, s, e)
-        if q.device.type == "cpu":
+        if way(q) == "matmul":
+            grads = cpu_bf16.backward(do, *args, causal)
+        elif way(q) == "flash":
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, *args, heads_first(out, s, e), lse[:, s:e].unsqueeze(0), 0.0, causal)
+                do[None], *(x[None] for x in args), heads_first(out, s, e)[None], lse[None, :, s:e], 0.0, causal)
+            grads = [g[0] for g in grads]
         else:   # other devices' kernels keep state of their own between forward and backward: run the forward again
             with torch.enable_grad():
-                args = [x.detach().requires_grad_() for x in args]
-                grads = torch.autograd.grad(F.scaled_dot_product_attention(*args, is_causal=causal), args, do)
-        dq[s:e] = grads[0][0].transpose(0, 1)                                       # [H, L, D] -> [L, H, D]
-        for d, g in ((dk, grads[1]), (dv, grads[2])):                               # the group's gradients add up
-            d[s:e] = g[0].unflatten(0, (kv_heads, group)).sum(1).transpose(0, 1)    # [H, L, D] -> [L, Hkv, D]
+                args = [x.detach()[None].requires_grad_() for x in args]
+                grads = torch.autograd.grad(F.scaled_dot_product_attention(*args, is_causal=causal), args, do[None])
+            grads = [g[0] for g in grads]
+        dq[s:e] = grads[0].transpose(0, 1)                                          # [H, L, D] -> [L, H, D]
+        for d, g in ((dk, grads[1]), (dv, grads[2])):
+            if group > 1:                                                           # a group's gradients add up
+                g = g.unflatten(0, (kv_heads, group)).sum(1)                        # [H, L, D] -> [Hkv, L, D]
+            d[s:e] = g.transpose(0, 1)
     return dq, dk, dv
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, files, losses, rows, run_python
 
 import checkpoint
+import data
 import train
 from configurator import RunError, UserError
 
@@ -106,7 +107,7 @@ def test_a_branch_equals_the_one_long_run(tiny, tmp_path):
 @pytest.mark.parametrize("changes, says", [
     (dict(seed=1), "seed: 42 then, 1 now"),
     (dict(phases=(("mlm", 20),)), "step 0 would be mlm"),
-    (dict(phases=(("clm", 10),), decay_steps=2), "end before step 10"),
+    (dict(phases=(("clm", 10),), decay_steps=2), "decay before step 10"),
     (dict(branch_from="step_0000030"), "lies in its run's decay"),
 ])
 def test_a_branch_that_would_not_equal_one_long_run_is_refused(tiny, tmp_path, changes, says):
@@ -179,7 +180,7 @@ def test_warmup_stable_decay(tiny):
     rates = [train.learning_rate_at(s, c, 100) for s in range(100)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)]) and set(rates[10:81]) == {1.0}
     assert rates[80:] == pytest.approx([1 - i / 20 for i in range(20)]) and rates[-1] == pytest.approx(0.05)
-    assert [train.objective_at(s, c.phases) for s in (0, 59, 60, 99)] == ["clm", "clm", "mlm", "mlm"]
+    assert [data.objective_at(s, c.phases) for s in (0, 59, 60, 99)] == ["clm", "clm", "mlm", "mlm"]
 
 
 def test_the_log_has_every_step_and_the_counters_add_up(tiny):
