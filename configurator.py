@@ -10,7 +10,7 @@
 
 A config file is Python that assigns plain values to these names, so it can do arithmetic in the open. Both layers are
 strict: an unknown key anywhere is an error that names the nearest one, and a value must have its field's type.
-`run(main, Config)` also turns the two kinds of expected trouble into one line and an exit code, without a traceback.
+`run(main, Config)` also turns expected trouble into one line and an exit code, without a traceback.
 """
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ def run(main, config_class):
     """Call main(config) with the command line's settings; print an expected error as one line and exit with its code."""
     try:
         main(configure(config_class))
-    except (UserError, RunError) as error:
+    except (UserError, RunError, OSError) as error:      # OSError: a full disk, a folder that may not be written
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -108,8 +108,10 @@ def differences(old, new, free):
 
 
 def trim_log(path, step):
-    """Drop rows past the checkpoint, which come again, equal; and a last line that a kill cut off."""
+    """Drop what comes again, equal, when the run goes on behind `step`: later rows, the validation at `step` itself, and a
+    last line that a kill cut off."""
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        system.write_whole(path, "".join(lines).encode())
+            rows = [(json.loads(line), line) for line in f if line.endswith("\n")]
+        kept = [line for row, line in rows if row["step"] < step or row["step"] == step and "loss" in row]
+        system.write_whole(path, "".join(kept).encode())

@@ -39,7 +39,7 @@ def flip(path, at=-100):
 # ---- going on exactly
 
 def test_20_steps_equal_10_and_resume_and_10_bit_for_bit_across_the_swap(tiny, capsys):
-    whole, resumed = tiny("whole"), tiny("resumed")      # the swap is at step 12
+    whole, resumed = tiny("whole", eval_interval=5), tiny("resumed", eval_interval=5)      # the swap is at step 12
     train.main(whole)
     shutil.copytree(whole.out_dir, resumed.out_dir)      # what a death between 10 and 20 leaves: later rows in the log, too
     shutil.rmtree(checkpoint.path_of(resumed.out_dir, 20))
