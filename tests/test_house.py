@@ -56,7 +56,7 @@ def test_nothing_is_ever_unpickled():
 def test_every_python_command_of_the_readme_names_files_and_keys_that_exist():
     text = open(os.path.join(ROOT, "README.md")).read()
     commands = re.findall(r"^(?:torchrun .*?|python )(\w+\.py)(.*)$", text, re.M)
-    assert len(commands) > 8
+    assert len(commands) >= 8
     for script, words in commands:
         keys = {f for f in __import__(script[:-3]).Config.__dataclass_fields__}
         for file in re.findall(r"config/\w+\.py", words):
