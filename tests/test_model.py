@@ -103,8 +103,9 @@ def test_packed_equals_alone(causal):
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_sdpa_equals_the_dense_reference_values_and_gradients(heads, dim, causal, dtype, bound):
     torch.manual_seed(1)
-    cu = pack(LENGTHS, empty=2)
-    q, k, v = (torch.randn(sum(LENGTHS), h, dim).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    lengths = [*LENGTHS, 300, 530]      # beyond one block of queries, too
+    cu = pack(lengths, empty=2)
+    q, k, v = (torch.randn(sum(lengths), h, dim).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
     grad = torch.randn_like(q)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     ours, theirs = kernels.attention(q, k, v, cu, causal, "sdpa"), reference(*exact, cu, causal)
