@@ -122,10 +122,6 @@ def main(c):
     processes, device = system.start_processes(device)
     try:
         train(c, device, processes)
-        if dist.is_initialized():
-            # Leave together: gloo's thread may still be letting go of the last all_sum's tensor, and a rank that ends
-            # Python under it aborts. A barrier holds no tensor, and waits for rank 0's last checkpoint.
-            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
