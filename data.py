@@ -95,7 +95,8 @@ class Corpus:
         """Raises UserError for a missing, unfinished, truncated, corrupted or mixed corpus; says which command mends it."""
         self.split, manifest = split, os.path.join(data_dir, "manifest.json")
         if not os.path.isfile(manifest):
-            raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu --out={data_dir}")
+            raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu --out={data_dir} "
+                            "(sotu is the demo corpus; any file or folder of text will do)")
         with open(manifest, encoding="utf-8") as f:
             if not json.load(f)["complete"]:
                 raise UserError(f"the corpus in '{data_dir}' is unfinished: run its prepare_fineweb.py command again")

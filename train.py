@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -247,9 +248,9 @@ def train(c, device, processes):
                 totals[key] += value
             r |= {"loss": loss, "grad_norm": norm} | speed | totals
         write_log(pending)
-        eta, mfu = int((max_steps - step) * seconds / k), speed["mfu"]
+        eta, mfu = timedelta(seconds=int((max_steps - step) * seconds / k)), speed["mfu"]
         say(f"step {step:>6}/{max_steps}  {r['phase']}  loss {r['loss']:.4f}  lr {r['lr']:.2e}  norm {r['grad_norm']:.2f}  "
-            f"{speed['tok_per_s']:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {eta // 60}:{eta % 60:02d}", flush=True)
+            f"{speed['tok_per_s']:,.0f} tok/s  mfu {f'{mfu:.1%}' if mfu else 'n/a'}  eta {eta}", flush=True)
         pending.clear()
         clock = time.time()
 
