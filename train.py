@@ -98,7 +98,8 @@ def check(c, world_size):
     for name in ("mask_rate", "eval_mask_rate"):
         if not 0.0 < getattr(c, name) <= 1.0:
             raise UserError(f"{name}={getattr(c, name)}: expected a share of the tokens, 0 < {name} <= 1")
-    if len(c.mask_replace) != 3 or min(c.mask_replace) < 0 or abs(sum(c.mask_replace) - 1) > 1e-6:
+    numbers = all(type(share) in (int, float) for share in c.mask_replace)
+    if len(c.mask_replace) != 3 or not numbers or min(c.mask_replace) < 0 or abs(sum(c.mask_replace) - 1) > 1e-6:
         raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
     if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
         raise UserError("save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1")

@@ -245,6 +245,7 @@ def test_without_a_compiler_it_says_so_once_and_runs_eager(command):
     (dict(phases=(("mlm", 5),)), "more than the 5 steps"),
     (dict(mask_rate=0.0), "0 < mask_rate <= 1"),
     (dict(mask_replace=(0.8, 0.1)), "three shares"),
+    (dict(mask_replace=("mask", 0.1, 0.1)), "three shares"),
     (dict(attention="flash9"), "attention=flash9: expected auto or one of"),
     (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "this machine has"),
     (dict(dtype="float16"), "dtype=float16"),
