@@ -4,9 +4,9 @@
     python bench.py train --nanogpt=../nanoGPT             # ... with nanoGPT as shipped, from a clone of karpathy/nanoGPT
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus, one core
 
-The contestants, each in a process of its own, take turns, `steps` steps each, for `rounds` rounds; a row is the median
-over the rounds, and the ratio to the first row the median of the ratios within a round, so that a machine whose speed
-drifts does not decide.
+The contestants, each in a process of its own, take turns for `rounds` rounds: one untimed step, then `steps` timed
+ones. A row is the median over the rounds, and the ratio to the first row the median of the ratios within a round, so
+that a machine whose speed drifts does not decide.
 """
 import importlib.util
 import json
@@ -154,6 +154,7 @@ def contestant(c):
     step(), step()
     print(f"seconds {time.time() - began}", flush=True)
     for _ in sys.stdin:
+        step()      # untimed: caches and clocks are another contestant's until then
         synchronize(device)
         began = time.perf_counter()
         for _ in range(c.steps):

@@ -65,8 +65,9 @@ def rotary(cu_seqlens, T, head_dim, theta):
 
 def rotate(x, cos, sin):
     """Rotate the pairs (i, i + D/2), Llama's convention, in fp32. x [T, H, D] -> [T, H, D]"""
-    a, b = x.float().chunk(2, dim=-1)                                                           # [T, H, D/2] each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = (half.float() for half in x.chunk(2, dim=-1))                                        # [T, H, D/2] each
+    turned = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)   # cast, then cat: what reaches memory is x's dtype
 
 
 class Attention(nn.Module):
