@@ -19,7 +19,8 @@ def sequences(cu_seqlens):
 def heads_first(x, start, end, group=1):
     """[T, Hkv, D] -> one sequence as [H, L, D], each KV head repeated for its group of query heads."""
     x = x[start:end].transpose(0, 1)
-    return x.repeat_interleave(group, dim=0) if group > 1 else x.contiguous() if way(x) == "matmul" else x
+    x = x.repeat_interleave(group, dim=0) if group > 1 else x
+    return x.contiguous() if way(x) == "matmul" else x     # see cpu_bf16: its products want it so, the others do not care
 
 
 def way(q):
