@@ -5,9 +5,14 @@ and 7.4 backward on two Zen cores with avx512_bf16, this 1.8 and 4.4. The price 
 rounded to bf16 (relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of them is alive.
 fp32 stays with the flash kernel, which is faster there.
 
+Sequences up to KEEP tokens keep their softmax weights for the backward pass (LOG.md), longer ones compute them again: that
+bounds the memory at KEEP bf16 numbers a token and head, whatever the lengths.
+
 Inputs are heads first and contiguous: oneDNN's batched product reads that and its transpose in place, and copies the rest.
 """
 import torch
+
+KEEP = 512
 
 
 def blocks(length, causal):
@@ -19,29 +24,39 @@ def blocks(length, causal):
         yield a, b, b if causal else length
 
 
-def weights(q, k, causal):
-    """Softmax of q k^T for a block of queries and the keys up to its end. [H, n, D], [H, m, D] -> [H, n, m]"""
-    scores = torch.bmm(q, k.transpose(1, 2))
+def place(kept, q, a, b, end):
+    """The part of kept [L * H * KEEP] that holds a block's weights [H, b - a, end]; None if the sequence keeps none."""
+    heads, length = q.shape[:2]
+    if length > KEEP or not kept.numel():
+        return None
+    return kept[a * heads * KEEP:][:heads * (b - a) * end].view(heads, b - a, end)
+
+
+def weights(q, k, causal, out=None):
+    """Softmax of q k^T for a block of queries and the keys up to its end, in out if given. [H, n, D], [H, m, D] -> [H, n, m]"""
+    scores = torch.bmm(q, k.transpose(1, 2), out=out)
     if causal:       # only the last n keys, the block's own, are partly hidden
         n = q.shape[1]
         scores[:, :, -n:].masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
     return torch.softmax(scores, -1, out=scores)
 
 
-def forward(q, k, v, causal):
-    """q, k, v [H, L, D] -> [H, L, D]"""
+def forward(q, k, v, kept, causal):
+    """q, k, v [H, L, D] -> [H, L, D]; writes the weights into kept [L * H * KEEP], or [0] to keep none."""
     out, q = torch.empty_like(q), q * q.shape[-1] ** -0.5
     for a, b, end in blocks(q.shape[1], causal):
-        out[:, a:b] = torch.bmm(weights(q[:, a:b], k[:, :end], causal), v[:, :end])
+        p = weights(q[:, a:b], k[:, :end], causal, place(kept, q, a, b, end))                              # [H, n, m]
+        out[:, a:b] = torch.bmm(p, v[:, :end])
     return out
 
 
-def backward(grad, q, k, v, causal):
+def backward(grad, q, k, v, kept, causal):
     """-> gradients of q, k, v [H, L, D]; those of k and v are summed over the blocks in fp32."""
     scale = q.shape[-1] ** -0.5
     q, dq, dk, dv = q * scale, torch.empty_like(q), None, None
     for a, b, end in blocks(q.shape[1], causal):
-        p, g = weights(q[:, a:b], k[:, :end], causal), grad[:, a:b]                                        # [H, n, m], [H, n, D]
+        p, g = place(kept, q, a, b, end), grad[:, a:b]                                                     # [H, n, m], [H, n, D]
+        p = weights(q[:, a:b], k[:, :end], causal) if p is None else p
         dv_block = torch.bmm(p.transpose(1, 2), g)                                                         # [H, m, D]
         ds = torch.bmm(g, v[:, :end].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)                  # [H, n, m]

@@ -28,40 +28,48 @@ def way(q):
     return "device" if q.device.type != "cpu" else "matmul" if q.dtype == torch.bfloat16 else "flash"
 
 
-def outputs(q):
-    """Empty out [T, H, D], and log-sum-exp [H, T] where the backward kernel wants it ([H, 0] elsewhere)."""
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((q.shape[1], q.shape[0] if way(q) == "flash" else 0), dtype=lse_dtype))
+def kept_for_backward(q, training):
+    """Empty room for what a kernel's backward wants of its forward: the flash kernel's log-sum-exp [H, T], softmax weights
+    [T * H * KEEP] of the matrix products, nothing [0] elsewhere. Its size depends on shapes alone, as torch.compile wants."""
+    T, H, _ = q.shape
+    if way(q) == "flash":
+        return q.new_empty((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(T * H * cpu_bf16.KEEP if way(q) == "matmul" and training else 0)
+
+
+def of_sequence(kept, q, start, end):
+    """One sequence's part of the kept softmax weights [T * H * KEEP]."""
+    size = q.shape[1] * cpu_bf16.KEEP if kept.numel() else 0
+    return kept[start * size:end * size]
 
 
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, training: bool
          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
-    out, lse = outputs(q)
+    """-> out [T, H, D], what the backward pass wants besides (kept_for_backward)"""
+    out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
     group = q.shape[1] // k.shape[1]
     for s, e in sequences(cu_seqlens):
         args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
         if way(q) == "matmul":
-            o = cpu_bf16.forward(*args, causal)
+            o = cpu_bf16.forward(*args, of_sequence(kept, q, s, e), causal)
         elif way(q) == "flash":
-            o, lse_s = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
-            o, lse[:, s:e] = o[0], lse_s[0]
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
+            o, kept[:, s:e] = o[0], lse[0]
         else:
             o = F.scaled_dot_product_attention(*(x[None] for x in args), is_causal=causal)[0]
         out[s:e] = o.transpose(0, 1)                                                # [H, L, D] -> [L, H, D]
-    return out, lse
+    return out, kept
 
 
 @sdpa.register_fake
-def _(q, k, v, cu_seqlens, causal):
-    return outputs(q)
+def _(q, k, v, cu_seqlens, causal, training):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
 
 
 @torch.library.custom_op("nanoencoder::sdpa_backward", mutates_args=())
 def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-                  lse: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
+                  kept: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -70,10 +78,10 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
         args = [heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)]
         do = heads_first(grad, s, e)
         if way(q) == "matmul":
-            grads = cpu_bf16.backward(do, *args, causal)
+            grads = cpu_bf16.backward(do, *args, of_sequence(kept, q, s, e), causal)
         elif way(q) == "flash":
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do[None], *(x[None] for x in args), heads_first(out, s, e)[None], lse[None, :, s:e], 0.0, causal)
+                do[None], *(x[None] for x in args), heads_first(out, s, e)[None], kept[None, :, s:e], 0.0, causal)
             grads = [g[0] for g in grads]
         else:   # other devices' kernels keep state of their own between forward and backward: run the forward again
             with torch.enable_grad():
@@ -89,18 +97,18 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
 
 
 @sdpa_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, causal):
+def _(grad, q, k, v, out, kept, cu_seqlens, causal):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.causal = inputs
+    q, k, v, cu_seqlens, ctx.causal, _ = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def backward(ctx, grad, _):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    return *sdpa_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.causal), None, None
+    q, k, v, out, kept, cu_seqlens = ctx.saved_tensors
+    return *sdpa_backward(grad, q, k, v, out, kept, cu_seqlens, ctx.causal), None, None, None
 
 
 sdpa.register_autograd(backward, setup_context=setup_context)
@@ -108,4 +116,5 @@ sdpa.register_autograd(backward, setup_context=setup_context)
 
 def attention(q, k, v, cu_seqlens, causal):
     """See kernels.attention."""
-    return sdpa(q, k, v, cu_seqlens, causal)[0]
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return sdpa(q, k, v, cu_seqlens, causal, training)[0]

@@ -116,12 +116,14 @@ def test_sdpa_equals_the_dense_reference_values_and_gradients(heads, dim, causal
 
 
 def test_sdpa_is_a_well_behaved_operator():
-    cu = pack([5, 9])
+    cu, simple = pack([5, 9]), ("test_schema", "test_faketensor")
     q, k, v = (torch.randn(14, h, 8, requires_grad=True) for h in (4, 2, 2))
-    torch.library.opcheck(sdpa, (q, k, v, cu, True))
-    out, lse = sdpa(q, k, v, cu, False)
-    torch.library.opcheck(sdpa_backward, tuple(x.detach() for x in (out, q, k, v, out, lse)) + (cu, False),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(sdpa, (q, k, v, cu, True, True))
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.detach().to(dtype) for x in (q, k, v))
+        torch.library.opcheck(sdpa, (q, k, v, cu, False, True), test_utils=simple)
+        out, kept = sdpa(q, k, v, cu, False, True)
+        torch.library.opcheck(sdpa_backward, (out, q, k, v, out, kept, cu, False), test_utils=simple)
 
 
 def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers():
