@@ -88,8 +88,8 @@ def ours(c, objective, device, autocast, compiled):
     tokens, cu_seqlens, positions, targets, causal = batch(c, objective, device)
 
     def loss_of():
-        hidden = model(tokens, cu_seqlens, causal)
-        return linear_cross_entropy(hidden[positions], model.lm_head.weight, targets) / len(targets)
+        hidden = model(tokens, cu_seqlens, causal, positions)
+        return linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
     return stepper(model, adamw(model), loss_of, autocast)
 
 

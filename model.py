@@ -70,6 +70,11 @@ def rotate(x, cos, sin):
     return torch.cat([half.to(x.dtype) for half in turned], dim=-1)   # cast, then cat: what reaches memory is x's dtype
 
 
+def at(x, positions):
+    """x [T, C], or the rows of it that are asked for [N, C]."""
+    return x if positions is None else x.index_select(0, positions)
+
+
 class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
@@ -77,11 +82,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=False)                # q, k and v in one product
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, cu_seqlens, causal):
+    def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
         qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))                                  # [T, H + 2 Hkv, D]
         q, k, v = qkv.split(self.heads, dim=1)                                                  # [T, H, D], [T, Hkv, D] x 2
         y = kernels.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, causal, self.impl)
-        return self.out(y.flatten(1))                                                           # [T, H, D] -> [T, C]
+        return self.out(at(y.flatten(1), positions))                                            # [T, H, D] -> [T, C]
 
 
 class MLP(nn.Module):
@@ -103,8 +108,8 @@ class Block(nn.Module):
         self.norm_1, self.attention = RMSNorm(c.n_embd, c.norm_eps), Attention(c, impl)
         self.norm_2, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
 
-    def forward(self, x, cos, sin, cu_seqlens, causal):
-        x = x + self.attention(self.norm_1(x), cos, sin, cu_seqlens, causal)
+    def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
+        x = at(x, positions) + self.attention(self.norm_1(x), cos, sin, cu_seqlens, causal, positions)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -123,25 +128,29 @@ class Encoder(nn.Module):
         if c.tied:
             self.lm_head.weight = self.embedding.weight
 
-    def forward(self, tokens, cu_seqlens, causal):
-        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final norm [T, C].
+    def forward(self, tokens, cu_seqlens, causal, positions=None):
+        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final norm [T, C], or
+        [N, C] at positions [N] int64 if given: after the last attention no token looks at another, so what follows
+        (its output, MLP and norm) runs only where the loss is: 6 % of a step at 6 layers and 40 % masking (LOG.md).
 
-        There are no logits here: kernels.linear_cross_entropy(hidden[positions], self.lm_head.weight, targets) makes
-        them a chunk at a time, and only where a target is.
+        There are no logits here: kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets) makes them a chunk
+        at a time.
         """
         cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config.head_dim, self.config.rope_theta)
         x = self.embedding(tokens)                                                              # [T, C]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, cos, sin, cu_seqlens, causal)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, cos, sin, cu_seqlens, causal, positions))
 
     def logits(self, hidden):
         """hidden [N, C] -> [N, V]; for looking at a few positions, not for training."""
         return self.lm_head(hidden)
 
     def compile(self):
-        """torch.compile block by block, in place. All layers share one graph a mask, so it compiles n_layer times faster
-        than the whole model would, and DDP still sees gradients layer by layer, early enough to overlap them."""
+        """torch.compile block by block, in place. All layers but the last share one graph a mask, so it compiles n_layer
+        times faster than the whole model would, and DDP still sees gradients layer by layer, early enough to overlap them."""
+        # a block's graphs: 2 masks x (all or some positions) x (training or not), and a few for other shapes
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -154,12 +163,16 @@ class Encoder(nn.Module):
     def flops(self, lengths, num_targets, causal):
         """FLOPs of one training step (forward + backward = 3 x forward), counted from the matrix products that run.
 
-        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits; attention pairs are all L^2
-        of a sequence, or the L(L+1)/2 the causal mask leaves. An embedding look-up is no product.
+        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits, and all of the last layer
+        after its attention; attention pairs are all L^2 of a sequence, or the L(L+1)/2 the causal mask leaves. An
+        embedding look-up is no product.
         """
-        body = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        everywhere = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        last = self.blocks[-1]
+        at_targets = sum(m.weight.numel() for m in (last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head))
         pairs = sum(L * (L + 1) // 2 if causal else L * L for L in map(int, lengths))
         c = self.config
-        forward = (2 * body * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
-                   + 2 * self.lm_head.weight.numel() * num_targets)
+        everywhere -= at_targets - self.lm_head.weight.numel()
+        forward = (2 * everywhere * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
+                   + 2 * at_targets * num_targets)
         return 3 * forward

@@ -200,8 +200,8 @@ def train(c, device, processes):
         """Sum of the losses at one micro-batch's targets, fp32."""
         batch = batch.to(device)
         with autocast:
-            hidden = wrapped(batch.tokens, batch.cu_seqlens, batch.causal)                       # [T, C]
-            return linear_cross_entropy(hidden[batch.positions], model.lm_head.weight, batch.targets)
+            hidden = wrapped(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)      # [N, C]
+            return linear_cross_entropy(hidden, model.lm_head.weight, batch.targets)
 
     def validate():
         """Mean losses of both objectives: sums over sums, on all ranks, the same rows and masks every time."""

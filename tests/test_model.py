@@ -126,7 +126,22 @@ def test_sdpa_is_a_well_behaved_operator():
         torch.library.opcheck(sdpa_backward, (out, q, k, v, out, kept, cu, False), test_utils=simple)
 
 
-def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers():
+@pytest.mark.parametrize("causal", [False, True])
+def test_hidden_states_at_positions_are_those_of_the_whole(causal):
+    model, cu, tokens = encoder(), pack(LENGTHS), torch.randint(0, 320, (sum(LENGTHS),))
+    positions = torch.tensor([0, 3, 3, 40, sum(LENGTHS) - 1, 0, 0])       # padding of a fixed capacity repeats 0
+    grad = torch.randn(len(positions), model.config.n_embd)
+    found = []
+    for hidden in (model(tokens, cu, causal, positions), model(tokens, cu, causal)[positions]):
+        model.zero_grad()
+        hidden.backward(grad)
+        found.append([hidden] + [p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) == len(list(model.parameters()))          # all but the head, and the output
+    for some, of_all in zip(*found):
+        assert (some - of_all).norm() <= 1e-5 * of_all.norm()
+
+
+def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers_and_one_for_the_last():
     torch._dynamo.reset()
     model, cu, tokens = encoder(), pack(LENGTHS), torch.randint(0, 320, (sum(LENGTHS),))
     graphs = []
@@ -135,6 +150,7 @@ def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers():
         graphs.append(graph)
         return graph.forward
     eager = [model(tokens, cu, causal) for causal in (True, False)]
+    positions = torch.arange(0, sum(LENGTHS), 3)
     for block in model.blocks:
         block.compile(backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):
@@ -142,6 +158,9 @@ def test_a_block_compiles_to_one_graph_a_mask_shared_by_all_layers():
             hidden = model(tokens, cu, causal)
             assert torch.equal(hidden, expected)
     assert len(graphs) == 2
+    for causal, expected in zip((True, False), eager):
+        assert (model(tokens, cu, causal, positions) - expected[positions]).abs().max() <= 1e-5
+    assert len(graphs) == 4
     torch._dynamo.reset()
 
 
@@ -169,12 +188,11 @@ def test_flops_are_the_products_that_run():
     """Against PyTorch's own counter on the dense reference, where one sequence is exactly its L^2 pairs."""
     model, tokens = encoder("reference", n_kv_head=6), torch.randint(0, 320, (64,))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = model(tokens, pack([64]), False)
-        model.logits(hidden[:20])
+        model.logits(model(tokens, pack([64]), False, torch.arange(20)))
     assert 3 * counter.get_total_flops() == model.flops([64], 20, causal=False)
     full, half = model.flops([64], 0, False), model.flops([64], 0, True)
-    body = model.flops([0], 0, False) + 3 * 2 * 64 * sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))
-    assert (half - body) / (full - body) == pytest.approx(65 / 128)
+    attention = 3 * 4 * model.config.n_layer * model.config.n_embd * 64 ** 2
+    assert (full - half) / attention == pytest.approx(63 / 128)         # the causal mask leaves 65 of 128 pairs
     assert model.flops([32, 32], 0, False) < full                       # sequences attend to themselves only
 
 
