@@ -78,7 +78,7 @@ class Config:
     device: str = "auto"                     # cuda where there is one, else cpu
     dtype: str = "auto"                      # bfloat16 (autocast over fp32 weights) where it is fast, else float32
     compile: bool = True                     # torch.compile where a compiler is installed
-    attention: str = "auto"                  # sdpa, or reference (dense, for debugging)
+    attention: str = "auto"                  # triton (CUDA), sdpa (anywhere) or reference (dense, for debugging)
 
 
 def check(c, world_size):
@@ -105,10 +105,6 @@ def check(c, world_size):
         raise UserError("save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1")
     if c.branch_from and c.init_from:
         raise UserError("branch_from goes on with a schedule and init_from starts one: give one of them")
-    try:
-        resolve(c.attention)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return steps
 
 
@@ -139,6 +135,11 @@ def train(c, device, processes):
         raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty folder")
     data.count_rows(corpus, c), data.count_rows(val_corpus, c)      # raises if there is less than one
     dtype = system.pick_dtype(c.dtype, device)
+    head_dim = SIZES[c.size]["n_embd"] // SIZES[c.size]["n_head"]
+    try:
+        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), head_dim)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
 
     # ---- where the run begins, its model and its optimizer
@@ -167,7 +168,7 @@ def train(c, device, processes):
     parameters = model.num_parameters()
     no_compile = "compile=false" if not c.compile else system.why_not_compile(device)
     say(f"{c.size}: {parameters['encoder'] / 1e6:.1f} M parameters, {parameters['total'] / 1e6:.1f} M with the LM head | "
-        f"{processes.world_size} x {device}, {dtype}, attention {resolve(c.attention)}, "
+        f"{processes.world_size} x {device}, {dtype}, attention {attention}, "
         f"{'eager: ' + no_compile if no_compile else 'torch.compile'}")
     say(f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} steps of "
         f"{c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens")

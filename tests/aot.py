@@ -1,0 +1,82 @@
+"""Compile every shipped Triton configuration ahead of time, on a machine without a GPU, and print a JSON row of each.
+
+    python tests/aot.py 90        # compute capability, 90 or 80; TRITON_PTXAS_PATH selects another assembler
+
+A process of its own, since kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import kernels  # noqa: E402
+
+BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+POINTERS = {"LSE": "*fp32", "DELTA": "*fp32", "START": "*i32", "END": "*i32"}
+OPERANDS = {"forward": {"Q": "BM", "K": "BN", "V": "BN"}, "dkdv": {"Q": "BM", "K": "BN", "V": "BN", "DO": "BM"},
+            "dq": {"Q": "BM", "K": "BN", "V": "BN", "DO": "BM"}}
+
+
+def compiled(kernel, types, constants, cc, warps, stages):
+    """The kernel as the just-in-time compiler would make it: pointers and strides are multiples of 16."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    aligned = [n for n in names if n not in constants and (types[n].startswith("*") or n in ("V", "row_stride") or n[0] == "s" and types[n] == "i32")]
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
+                       attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(num_warps=warps, num_stages=stages))
+
+
+def report(binary):
+    """What the assembler made of it: registers, spills to local memory, shared memory, tensor core and TMA instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(binary.asm["cubin"])
+        f.flush()
+        dump = [subprocess.run([os.path.join(BIN, "cuobjdump"), flag, f.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("-res-usage", "-sass")]
+    count = {name: len(re.findall(pattern, dump[1])) for name, pattern in
+             (("spills", r"\b(?:LDL|STL)"), ("wgmma", r"\bHGMMA"), ("mma", r"\bHMMA"), ("tma_loads", r"\bUTMALDG"))}
+    return {"registers": int(re.search(r"REG:(\d+)", dump[0])[1]), "shared": binary.metadata.shared} | count
+
+
+def attention_row(job):
+    (cc, name, width), blocks, D, causal = job
+    kernel = getattr(kernels.triton_kernels, f"{name}_kernel")
+    constants = dict(GROUP=3, D=D, BD=width, CAUSAL=causal, BM=blocks.BM, BN=blocks.BN, TMA=blocks.tma)
+    types = {n: "fp32" if n == "sm_scale" else "i32" if n in ("T", "H") or n.startswith("s") else POINTERS.get(n, "*bf16")
+             for n in kernel.arg_names if n not in constants}
+    if blocks.tma:
+        outer = "BN" if name == "dkdv" else "BM"
+        types |= {n: f"tensordesc<bf16[{getattr(blocks, rows)},{'' if rows == outer else '1,'}{width}]>" for n, rows in OPERANDS[name].items()}
+    binary = compiled(kernel, types, constants, cc, blocks.num_warps, blocks.num_stages)
+    return {"kernel": name, "head_dim": D, "causal": causal} | blocks._asdict() | report(binary)
+
+
+def loss_row(cc):
+    types = {"LOGITS": "*bf16", "TARGETS": "*i64", "LOSS": "*fp32", "row_stride": "i32", "V": "i32"}
+    return {"kernel": "loss", "B": 8192} | report(compiled(kernels.cross_entropy.row_kernel, types, dict(B=8192, GRADIENT=True), cc, 8, 1))
+
+
+def main():
+    cc = int(sys.argv[1])
+    jobs = [(key, blocks, D, causal) for key, blocks in kernels.triton_kernels.TABLE.items() if key[0] == cc
+            for D in kernels.triton_kernels.HEAD_DIMS if triton.next_power_of_2(D) == key[2]
+            for causal in ((True, False) if "--all" in sys.argv else (True,))]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(attention_row, jobs):
+            print(json.dumps(row), flush=True)
+    print(json.dumps(loss_row(cc)))
+
+
+if __name__ == "__main__":
+    main()
