@@ -3,6 +3,7 @@
     python bench.py train                                  # a training step: ours, Hugging Face's EuroBERT, nanoGPT
     python bench.py train --nanogpt=../nanoGPT             # ... with nanoGPT as shipped, from a clone of karpathy/nanoGPT
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus, one core
+    python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
 
 The contestants, each in a process of its own, take turns for `rounds` rounds: one untimed step, then `steps` timed
 ones. A row is the median over the rounds, and the ratio to the first row the median of the ratios within a round, so
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bench_kernels
 import data
 import system
 from configurator import RunError, UserError, run
@@ -43,6 +45,10 @@ class Config:
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its row is not measured without
     # data
     data_dir: str = "data/demo"  # a prepared corpus
+    # kernels
+    sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths
+    tokens: int = 24_576         # in a call: 12 rows of 2,048
+    head_vocab: int = 128_256    # rows of the loss's head
     # how
     steps: int = 4               # of each contestant in a round
     rounds: int = 5              # each contestant takes two steps before the first
@@ -237,6 +243,29 @@ def loading(c):
             record(c, {"bench": "data", "name": objective, "block_size": block_size, "tok_per_s": rate}, "cpu")
 
 
+def kernel_bench(c):
+    """One row a case, contestant and pass; the table shows forward + backward."""
+    device = system.pick_device(c.device).partition(":")[0]
+    unknown = set(c.sizes) - set(SIZES)
+    if unknown or c.tokens < 64 or c.tokens % min(2048, c.tokens):
+        raise UserError(f"sizes={c.sizes}, tokens={c.tokens}: expected sizes of {', '.join(SIZES)}, and tokens a multiple of 2048")
+    system.keep_freed_memory()
+    rows = bench_kernels.measure(c, device, lambda row: record(c, row, device))
+    print(f"\n{describe(device)}; {c.tokens:,} tokens, bf16, forward + backward, median of {c.rounds} rounds; "
+          "ratio: theirs / ours\n")
+    print("| case | contestant | ms | TFLOP/s | ratio | peak MiB |\n|---|---|---|---|---|---|")
+    for row in rows:
+        if row["pass"] != "both":
+            continue
+        case = f"{row['size']}, {row['packing']}, {'causal' if row['causal'] else 'full'}" if row["bench"] == "attention" else \
+            f"loss: {row['size']}, {row['positions']:,} x {row['vocab_size']:,}"
+        if "not_run" in row:
+            print(f"| {case} | {row['name']} | not run: {row['not_run']} | | | |")
+        else:
+            peak = "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+            print(f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} |")
+
+
 def describe(device):
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -254,9 +283,9 @@ def record(c, row, device):
 
 
 def main(c):
-    what = {"train": train, "data": loading, "contestant": contestant}
+    what = {"train": train, "data": loading, "kernels": kernel_bench, "contestant": contestant}
     if not c.args or c.args[0] not in what:
-        raise UserError("what to measure? python bench.py train|data")
+        raise UserError("what to measure? python bench.py train|data|kernels")
     what[c.args[0]](c)
 
 

@@ -51,9 +51,14 @@ def resolve(impl, device_type=None, dtype=None, head_dim=None):
     return impl
 
 
-@torch.compiler.assume_constant_result     # asked while torch.compile traces, too: the answer becomes part of the graph
-@functools.cache
+@torch.compiler.assume_constant_result     # torch.compile calls it while it traces, and keeps the answer in the graph
 def choose(device_type, dtype, head_dim):
+    return chosen(device_type, dtype, head_dim)
+
+
+@functools.cache
+def chosen(device_type, dtype, head_dim):
+    """resolve("auto"), once a kind of input and process."""
     if device_type != "cuda":
         return "sdpa"
     reason, error = objection(device_type, dtype, head_dim)
