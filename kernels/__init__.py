@@ -71,8 +71,8 @@ def chosen(device_type, dtype, head_dim):
 def objection(device_type, dtype, head_dim):
     """Why the Triton kernels should not be used here, in words, after a trial call, or None; and the trial's error."""
     reason = why_not_triton(device_type, dtype, head_dim)
-    if reason or device_type == "cuda" and dtype == torch.float32:
-        return reason or "it is faster in float32", None
+    if reason:
+        return reason, None
     try:
         error = trial(device_type, dtype, head_dim)
     except Exception as problem:   # whatever a compiler or a driver throws at us: train on, and say so
@@ -114,8 +114,9 @@ def check(q, k, v, cu_seqlens):
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 2:
         raise ValueError(f"attention: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [S + 1]")
     # its values: once a tensor, because on a GPU a look is a synchronisation; a compiled or captured step does not look
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing or getattr(cu_seqlens, "checked_for", None) == q.shape[0]:
+    if torch.compiler.is_compiling() or getattr(cu_seqlens, "checked_for", None) == q.shape[0]:
+        return
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(a > b for a, b in zip(bounds, bounds[1:])):

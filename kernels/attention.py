@@ -8,13 +8,12 @@ Nothing is padded, so the grid is over blocks of the T packed tokens, not over s
 size that depends on shapes alone, with no host synchronisation. Every token knows the bounds [start, end) of its sequence.
 They never decrease along T, so a block's first and last row tell which blocks of keys it needs: for sequences a, b and c
 
-           keys  a a a a|a b b b|b b b b|b b c c       .  block skipped, never loaded
-    queries a a          |       |       |             /  block on an edge: loaded, masked element by element
-      block 0    /  ///  |   .   |   .   |   .         #  block inside: loaded, no mask
-            a b          |       |       |
-      block 1    ///     |  ///  |  ///  |  ///        rows of a see a, rows of b see b: the union is loaded, masked
-            b b          |       |       |
-      block 2    .       |  ///  |  ###  |  ///        with `causal`, blocks right of the diagonal turn from / # to .
+                       full                                 causal
+    queries   keys  aaaa  abbb  bbbb  bbcc                  aaaa  abbb  bbbb  bbcc
+    aaaa              #     /     .     .                     /     .     .     .       .  skipped, never loaded
+    abbb              /     /     /     /                     /     /     .     .       /  an edge: masked element by element
+    bbbb              .     /     #     /                     .     /     /     .       #  inside: no mask
+    bbcc              .     /     /     /                     .     /     /     /
 
 so each loop runs in three parts: masked blocks, unmasked blocks, masked blocks. A token past the last sequence has an
 empty range: it gets zeros, LSE +inf (whatever minus it is a weight of zero) and no gradient.
@@ -164,7 +163,7 @@ def forward_part(acc, total, top, q, K, V, begin, stop, start, end, head, skt, s
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def forward_kernel(Q, K, V, O, LSE, START, END, sm_scale, T, H, sqt, sqh, skt, skh, svt, svh, GROUP: tl.constexpr, D: tl.constexpr,
                    BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     head, m0 = tl.program_id(0), tl.program_id(1) * BM       # heads vary fastest: a group's heads find its keys in the L2 cache
@@ -183,7 +182,7 @@ def forward_kernel(Q, K, V, O, LSE, START, END, sm_scale, T, H, sqt, sqh, skt, s
     tl.store(LSE + tl.cast(head, tl.int64) * T + m, tl.where(empty, float("inf"), top + tl.math.log2(total)), mask=m < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def delta_kernel(O, DO, DELTA, T, H, D: tl.constexpr, BD: tl.constexpr, B: tl.constexpr):
     """delta = rowsum(dO * O), what the softmax's gradient subtracts. [H, T]"""
     head, t = tl.program_id(0), tl.program_id(1) * B
@@ -211,7 +210,7 @@ def dkdv_part(dk, dv, k, v, Q, DO, LSE, DELTA, begin, stop, start, end, head, sq
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, START, END, sm_scale, T, H, sqt, sqh, skt, skh, svt, svh, GROUP: tl.constexpr,
                 D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     group, n0 = tl.program_id(0), tl.program_id(1) * BN
@@ -250,7 +249,7 @@ def dq_part(dq, q, do, lse, delta, K, V, begin, stop, start, end, head, skt, skh
     return dq
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, START, END, sm_scale, T, H, sqt, sqh, skt, skh, svt, svh, GROUP: tl.constexpr,
               D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     head, m0 = tl.program_id(0), tl.program_id(1) * BM
@@ -387,10 +386,10 @@ def why_not(device_type, dtype, head_dim):
         return "the Triton kernels need a CUDA GPU (TRITON_INTERPRET=1 interprets them on a CPU, slowly)"
     if head_dim not in HEAD_DIMS:
         return f"head dim {head_dim} is not supported by the Triton kernels: {', '.join(map(str, HEAD_DIMS))} are"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"{dtype} is not supported by the Triton kernels"
-    if INTERPRETED and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16"
+    if INTERPRETED and dtype not in (torch.float32, torch.float16):
+        return f"Triton's interpreter takes float32 and float16, not {dtype} (it multiplies bfloat16 wrongly)"
+    if not INTERPRETED and dtype not in (torch.bfloat16, torch.float16):
+        return f"the Triton kernels take bfloat16 and float16 on a GPU, not {dtype}"
     return None
 
 

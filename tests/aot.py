@@ -31,7 +31,7 @@ def compiled(kernel, types, constants, cc, warps, stages):
     """The kernel as the just-in-time compiler would make it: pointers and strides are multiples of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [n for n in names if n not in constants and (types[n].startswith("*") or n in ("V", "row_stride") or n[0] == "s" and types[n] == "i32")]
+    aligned = [n for n in names if n not in constants and (types[n].startswith("*") or n in ("T", "V", "row_stride") or n[0] == "s" and types[n] == "i32")]
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
                        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned})
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(num_warps=warps, num_stages=stages))
