@@ -15,8 +15,10 @@ They never decrease along T, so a block's first and last row tell which blocks o
     bbbb              .     /     #     /                     .     /     /     .       #  inside: no mask
     bbcc              .     /     /     /                     .     /     /     /
 
-so each loop runs in three parts: masked blocks, unmasked blocks, masked blocks. A token past the last sequence has an
-empty range: it gets zeros, LSE +inf (whatever minus it is a weight of zero) and no gradient.
+so each loop runs over one range of blocks and masks those outside an inner range, by a branch that all threads take
+together. One loop, not three: the loads of its next blocks stay in flight across the edges, and it needs fewer registers
+(LOG.md). A token past the last sequence has an empty range: zeros, LSE +inf (whatever minus it is a weight of zero), no
+gradient.
 
 The backward pass is two kernels without atomics, hence the same bits every time: dK and dV with a block of keys in
 registers (all the query heads of its group in turn: GQA repeats nothing), dQ with a block of queries. Price: scores
@@ -50,11 +52,11 @@ class Blocks(NamedTuple):
 
 
 # {(architecture, kernel, width of the head's block): Blocks}. tests/aot.py compiles them all and shows registers and spills:
-# none but dkdv at 128 on Hopper, which spills a little (32 queries would not, but 32-wide products have crashed there:
-# triton-lang/triton#10573). Chosen by these figures; not yet measured on a GPU: ATTENTION_AUTOTUNE=1 may find better ones.
+# none spills but dkdv at 128 on Hopper, 9 instructions. Chosen by these figures, without 32-wide products, which have crashed
+# on Hopper (triton-lang/triton#10573); not yet measured on a GPU: ATTENTION_AUTOTUNE=1 may find better ones.
 TABLE = {
     (90, "forward", 64): Blocks(128, 128, 8, 3, True),
-    (90, "forward", 128): Blocks(128, 64, 8, 3, True),
+    (90, "forward", 128): Blocks(128, 128, 8, 2, True),
     (90, "dkdv", 64): Blocks(64, 128, 8, 2, True),
     (90, "dkdv", 128): Blocks(64, 128, 8, 2, True),
     (90, "dq", 64): Blocks(128, 64, 8, 3, True),
@@ -88,9 +90,9 @@ def bounds_kernel(CU, START, END, S, T, steps, B: tl.constexpr):
 
 @triton.jit
 def load(X, row, head, row_stride, head_stride, T, D: tl.constexpr, B: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr,
-         OUTER: tl.constexpr, INSIDE: tl.constexpr = False):
+         OUTER: tl.constexpr):
     """Rows [row, row + B) of one head of X [T, heads, D] -> [B, BD], zeros past T and D. OUTER: loaded once, before the loop
-    (see descriptor for what its columns past D hold then); INSIDE: all rows are below T."""
+    (see `descriptor` for what its columns past D hold then)."""
     if TMA and OUTER:
         x = X.load([row, head * D])
     elif TMA:
@@ -98,12 +100,7 @@ def load(X, row, head, row_stride, head_stride, T, D: tl.constexpr, B: tl.conste
     else:
         r, d = row + tl.arange(0, B), tl.arange(0, BD)
         at = X + tl.cast(head, tl.int64) * head_stride + r.to(tl.int64)[:, None] * row_stride + d[None, :]
-        if INSIDE and D == BD:
-            x = tl.load(at)
-        elif INSIDE:
-            x = tl.load(at, mask=d[None, :] < D, other=0.0)
-        else:
-            x = tl.load(at, mask=(r < T)[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(at, mask=(r < T)[:, None] & (d < D)[None, :], other=0.0)
     return x
 
 
@@ -116,24 +113,16 @@ def store(X, x, row, head, heads, T, D: tl.constexpr, B: tl.constexpr, BD: tl.co
 
 
 @triton.jit
-def thirds(lo, hi, inner_lo, inner_hi, B: tl.constexpr):
-    """[lo, hi) in blocks of B -> (first, a, b, hi): [first, a) and [b, hi) to be masked, [a, b) inside [inner_lo, inner_hi)."""
-    first = lo // B * B
-    a = tl.minimum(tl.maximum(first, (inner_lo + B - 1) // B * B), hi)
-    b = tl.minimum(tl.maximum(a, inner_hi // B * B), hi)
-    return first, a, b, hi
-
-
-@triton.jit
-def key_range(START, END, m0, T, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The keys that queries [m0, m0 + BM) see: start and end of each row [BM], and the parts of their union (thirds)."""
+def key_range(START, END, m0, T, CAUSAL: tl.constexpr, BM: tl.constexpr):
+    """The keys that queries [m0, m0 + BM) see: [start, end) of each row [BM], their union [lo, hi), and [inner_lo, inner_hi),
+    which all rows see."""
     m, last = m0 + tl.arange(0, BM), tl.minimum(m0 + BM, T) - 1
     start = tl.load(START + m, mask=m < T, other=0)
     end = tl.load(END + m, mask=m < T, other=0)
     hi, inner_hi = tl.load(END + last), tl.load(END + m0)
     if CAUSAL:
         end, hi, inner_hi = tl.minimum(end, m + 1), tl.minimum(hi, last + 1), tl.minimum(inner_hi, m0 + 1)
-    return start, end, thirds(tl.load(START + m0), hi, tl.load(START + last), inner_hi, BN)
+    return start, end, tl.load(START + m0), hi, tl.load(START + last), inner_hi
 
 
 @triton.jit
@@ -143,38 +132,27 @@ def visible(rows, start, end):
 
 
 @triton.jit
-def forward_part(acc, total, top, q, K, V, begin, stop, start, end, head, skt, skh, svt, svh, scale, T, D: tl.constexpr,
-                 BN: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    for n0 in tl.range(begin, stop, BN):
-        k = load(K, n0, head, skt, skh, T, D, BN, BD, TMA, False, not MASK)                           # [BN, BD]
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")                                     # [BM, BN]
-        if MASK:
-            s = tl.where(visible(n0 + tl.arange(0, BN), start, end), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale)
-        shift = new_top
-        if MASK:                                                   # a row that has seen nothing yet: no inf - inf
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.math.exp2(s * scale - shift[:, None])
-        shrink = tl.math.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
-        v = load(V, n0, head, svt, svh, T, D, BN, BD, TMA, False, not MASK)                           # [BN, BD]
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-    return acc, total, top
-
-
-@triton.jit
 def forward_kernel(Q, K, V, O, LSE, START, END, sm_scale, T, H, sqt, sqh, skt, skh, svt, svh, GROUP: tl.constexpr, D: tl.constexpr,
                    BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     head, m0 = tl.program_id(0), tl.program_id(1) * BM       # heads vary fastest: a group's heads find its keys in the L2 cache
     group, scale = head // GROUP, sm_scale * 1.4426950408889634
-    start, end, parts = key_range(START, END, m0, T, CAUSAL, BM, BN)
+    start, end, lo, hi, inner_lo, inner_hi = key_range(START, END, m0, T, CAUSAL, BM)
     q = load(Q, m0, head, sqt, sqh, T, D, BM, BD, TMA, True)
     acc = tl.zeros([BM, BD], tl.float32)
     total, top = tl.zeros([BM], tl.float32), tl.full([BM], float("-inf"), tl.float32)
-    for i in tl.static_range(3):
-        acc, total, top = forward_part(acc, total, top, q, K, V, parts[i], parts[i + 1], start, end, group, skt, skh, svt, svh,
-                                       scale, T, D, BN, BD, TMA, i != 1)
+    for n0 in tl.range(lo, hi, BN):       # from where a sequence begins: an edge less than from a multiple of BN
+        k = load(K, n0, group, skt, skh, T, D, BN, BD, TMA, False)                             # [BN, BD]
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")                                     # [BM, BN]
+        if n0 < inner_lo or n0 + BN > inner_hi:
+            s = tl.where(visible(n0 + tl.arange(0, BN), start, end), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)   # a row that has seen nothing yet: no inf - inf
+        p = tl.math.exp2(s * scale - shift[:, None])
+        shrink = tl.math.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v = load(V, n0, group, svt, svh, T, D, BN, BD, TMA, False)                             # [BN, BD]
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     store(O, acc / total[:, None], m0, head, H, T, D, BM, BD)
@@ -193,60 +171,36 @@ def delta_kernel(O, DO, DELTA, T, H, D: tl.constexpr, BD: tl.constexpr, B: tl.co
 
 
 @triton.jit
-def dkdv_part(dk, dv, k, v, Q, DO, LSE, DELTA, begin, stop, start, end, head, sqt, sqh, sot, scale, T, D: tl.constexpr,
-              BM: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    for m0 in tl.range(begin, stop, BM):
-        m = m0 + tl.arange(0, BM)
-        q = load(Q, m0, head, sqt, sqh, T, D, BM, BD, TMA, False, not MASK)                           # [BM, BD]
-        lse = tl.load(LSE + m, mask=m < T, other=float("inf"))
-        p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])   # [BN, BM]
-        if MASK:
-            p = tl.where(visible(m, start, end), p, 0.0)
-        do = load(DO, m0, head, sot, D, T, D, BM, BD, TMA, False, not MASK)                           # [BM, BD]
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        delta = tl.load(DELTA + m, mask=m < T, other=0.0)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])            # [BN, BM]
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, START, END, sm_scale, T, H, sqt, sqh, skt, skh, svt, svh, GROUP: tl.constexpr,
                 D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     group, n0 = tl.program_id(0), tl.program_id(1) * BN
     n, last = n0 + tl.arange(0, BN), tl.minimum(n0 + BN, T) - 1
-    k = load(K, n0, group, skt, skh, T, D, BN, BD, TMA, True)
+    k = load(K, n0, group, skt, skh, T, D, BN, BD, TMA, True)                                  # [BN, BD]
     v = load(V, n0, group, svt, svh, T, D, BN, BD, TMA, True)
     start = tl.load(START + n, mask=n < T, other=0)          # queries that see key n: [start, end)
     end = tl.load(END + n, mask=n < T, other=0)
     lo, inner_lo = tl.load(START + n0), tl.load(START + last)
     if CAUSAL:
         start, lo, inner_lo = tl.maximum(start, n), tl.maximum(lo, n0), tl.maximum(inner_lo, last)
-    hi, scale = tl.load(END + last), sm_scale * 1.4426950408889634
-    parts = thirds(lo, hi, inner_lo, tl.load(END + n0), BM)
+    hi, inner_hi, scale = tl.load(END + last), tl.load(END + n0), sm_scale * 1.4426950408889634
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
     for g in tl.range(0, GROUP):
         head = group * GROUP + g
-        L, DL = LSE + tl.cast(head, tl.int64) * T, DELTA + tl.cast(head, tl.int64) * T
-        for i in tl.static_range(3):
-            dk, dv = dkdv_part(dk, dv, k, v, Q, DO, L, DL, parts[i], parts[i + 1], start, end, head, sqt, sqh, H * D, scale, T, D,
-                               BM, BD, TMA, i != 1)
+        offset = tl.cast(head, tl.int64) * T
+        for m0 in tl.range(lo // BM * BM, hi, BM):      # from a multiple of BM: LSE and DELTA are loaded 16 bytes at a time
+            m = m0 + tl.arange(0, BM)
+            q = load(Q, m0, head, sqt, sqh, T, D, BM, BD, TMA, False)                          # [BM, BD]
+            lse = tl.load(LSE + offset + m, mask=m < T, other=float("inf"))
+            p = tl.math.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])   # [BN, BM]
+            if m0 < inner_lo or m0 + BM > inner_hi:
+                p = tl.where(visible(m, start, end), p, 0.0)
+            do = load(DO, m0, head, H * D, D, T, D, BM, BD, TMA, False)                        # [BM, BD]
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            delta = tl.load(DELTA + offset + m, mask=m < T, other=0.0)
+            ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])        # [BN, BM]
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     store(DK, dk * sm_scale, n0, group, H // GROUP, T, D, BN, BD)
     store(DV, dv, n0, group, H // GROUP, T, D, BN, BD)
-
-
-@triton.jit
-def dq_part(dq, q, do, lse, delta, K, V, begin, stop, start, end, head, skt, skh, svt, svh, scale, T, D: tl.constexpr,
-            BN: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    for n0 in tl.range(begin, stop, BN):
-        k = load(K, n0, head, skt, skh, T, D, BN, BD, TMA, False, not MASK)                           # [BN, BD]
-        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])   # [BM, BN]
-        if MASK:
-            p = tl.where(visible(n0 + tl.arange(0, BN), start, end), p, 0.0)
-        v = load(V, n0, head, svt, svh, T, D, BN, BD, TMA, False, not MASK)                           # [BN, BD]
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])            # [BM, BN]
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
 
 
 @triton.jit
@@ -254,17 +208,22 @@ def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, START, END, sm_scale, T, H, sqt, sqh,
               D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     head, m0 = tl.program_id(0), tl.program_id(1) * BM
     group, scale = head // GROUP, sm_scale * 1.4426950408889634
-    start, end, parts = key_range(START, END, m0, T, CAUSAL, BM, BN)
-    q = load(Q, m0, head, sqt, sqh, T, D, BM, BD, TMA, True)
+    start, end, lo, hi, inner_lo, inner_hi = key_range(START, END, m0, T, CAUSAL, BM)
+    q = load(Q, m0, head, sqt, sqh, T, D, BM, BD, TMA, True)                                   # [BM, BD]
     do = load(DO, m0, head, H * D, D, T, D, BM, BD, TMA, True)
     m = m0 + tl.arange(0, BM)
     at = tl.cast(head, tl.int64) * T + m
     lse = tl.load(LSE + at, mask=m < T, other=float("inf"))
     delta = tl.load(DELTA + at, mask=m < T, other=0.0)
     dq = tl.zeros([BM, BD], tl.float32)
-    for i in tl.static_range(3):
-        dq = dq_part(dq, q, do, lse, delta, K, V, parts[i], parts[i + 1], start, end, group, skt, skh, svt, svh, scale, T, D,
-                     BN, BD, TMA, i != 1)
+    for n0 in tl.range(lo // BN * BN, hi, BN):      # a multiple of BN saves registers, and two programs fit
+        k = load(K, n0, group, skt, skh, T, D, BN, BD, TMA, False)                             # [BN, BD]
+        p = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])   # [BM, BN]
+        if n0 < inner_lo or n0 + BN > inner_hi:
+            p = tl.where(visible(n0 + tl.arange(0, BN), start, end), p, 0.0)
+        v = load(V, n0, group, svt, svh, T, D, BN, BD, TMA, False)                             # [BN, BD]
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])            # [BM, BN]
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store(DQ, dq * sm_scale, m0, head, H, T, D, BM, BD)
 
 
