@@ -10,6 +10,9 @@ import os
 import pytest
 import torch
 from conftest import ROOT, losses, run_python
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 import train
@@ -260,6 +263,41 @@ def test_the_loss_kernel_equals_fp64_values_and_gradients(poisoned, monkeypatch,
     with torch.no_grad():
         again = kernels.linear_cross_entropy(hidden, weight, targets.to(DEVICE), impl="triton")
     assert torch.equal(again, loss.detach())
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the distinct memory of tensors of at least `size` elements that is alive at once."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.alive, self.most, self.largest = size, {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.numel() >= self.size:
+                self.alive[x.untyped_storage().data_ptr()] = StorageWeakRef(x.untyped_storage())
+                self.largest = max(self.largest, x.numel())
+        self.alive = {place: ref for place, ref in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, len(self.alive))
+        return out
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_never_more_than_two_chunks_of_logits_are_alive(monkeypatch, impl):
+    rows, vocabulary = 128, 500
+    monkeypatch.setitem(kernels.cross_entropy.CHUNK_ELEMENTS, DEVICE, rows * vocabulary)
+    hidden = torch.randn(4 * rows, 4, device=DEVICE, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, device=DEVICE, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (len(hidden),), device=DEVICE)
+    with LargeTensors(rows * vocabulary // 2 + 1) as seen:          # more than the weight and its gradient
+        kernels.linear_cross_entropy(hidden, weight, targets, impl=impl).backward()
+    assert 1 <= seen.most <= 2
+    if GPU or impl == "torch":                                      # the interpreter looks at a tensor as bytes
+        assert seen.largest == rows * vocabulary
+    with LargeTensors(rows * vocabulary // 2 + 1) as dense_way:     # what it is there to avoid
+        dense(hidden, weight, targets).backward()
+    assert dense_way.largest == len(hidden) * vocabulary
 
 
 @pytest.mark.parametrize("change", [dict(targets=3), dict(weight=33), dict(impl="cuda")])
