@@ -167,12 +167,11 @@ class Encoder(nn.Module):
         after its attention; attention pairs are all L^2 of a sequence, or the L(L+1)/2 the causal mask leaves. An
         embedding look-up is no product.
         """
-        everywhere = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
         last = self.blocks[-1]
-        at_targets = sum(m.weight.numel() for m in (last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head))
+        after = sum(m.weight.numel() for m in (last.attention.out, last.mlp.gate_up, last.mlp.down))
+        everywhere = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear)) - after
         pairs = sum(L * (L + 1) // 2 if causal else L * L for L in map(int, lengths))
         c = self.config
-        everywhere -= at_targets - self.lm_head.weight.numel()
         forward = (2 * everywhere * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
-                   + 2 * at_targets * num_targets)
+                   + 2 * (after + self.lm_head.weight.numel()) * num_targets)
         return 3 * forward

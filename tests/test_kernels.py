@@ -134,6 +134,17 @@ def test_a_causal_row_depends_on_nothing_after_it_and_on_no_other_sequence(way):
     assert torch.equal(before[:100], after[:100]) and (before[100:] != after[100:]).any(dim=(1, 2)).all()
 
 
+def test_without_a_mask_the_order_of_tokens_does_not_matter_and_single_tokens_see_themselves(way):
+    dtype, bound = (torch.bfloat16, 1e-2) if GPU else (torch.float32, 1e-6)
+    q, k, v, cu, grad = problem([150, 1, 1], 3, 1, 64, dtype)
+    shuffled = torch.cat([torch.randperm(150), torch.tensor([150, 151])]).to(DEVICE)
+    found = results(kernels.triton_attention, q, k, v, cu, grad, False)
+    other = results(kernels.triton_attention, q[shuffled], k[shuffled], v[shuffled], cu, grad[shuffled], False)
+    assert max(errors([x[shuffled] for x in found], [x.double() for x in other])) <= bound
+    causal = kernels.triton_attention(q, k, v, cu, True)
+    assert torch.equal(found[0][150:], causal[150:]) and torch.equal(causal[150:], v[150:].expand(-1, 3, -1))
+
+
 def test_triton_attention_is_a_well_behaved_operator():
     dtype = torch.bfloat16 if GPU else torch.float32
     q, k, v, cu, grad = problem([5, 9], 4, 2, 64, dtype)
