@@ -10,7 +10,7 @@ import report
 import train
 
 ENTRY_POINTS = {"prepare_fineweb", "train", "bench", "report"}
-LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "bench_kernels", "entry"]   # low to high
+LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "trials", "bench_kernels", "entry"]   # low to high
 
 
 def sources():
