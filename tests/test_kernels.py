@@ -1,7 +1,7 @@
 """The Triton kernels against fp64, interpreted where there is no GPU, compiled where there is; and every shipped
 configuration compiled ahead of time for Hopper and Ampere, GPU or not.
 
-`pytest -m gpu tests/test_kernels.py` repeats the grid compiled, in bf16 and fp16, and adds what only a GPU can show.
+With a GPU the grid runs compiled, in bf16 and fp16 (marked gpu), with what only a GPU can show, and the rest on the GPU, too.
 """
 import importlib.util
 import json
