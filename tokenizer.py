@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import tiktoken
 import tiktoken.load
 
@@ -58,6 +59,29 @@ class Tokenizer:
     def encode_batch(self, texts, threads):
         """texts -> list of lists of ids. tiktoken replaces lone surrogates by U+FFFD, so any str can be encoded."""
         return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    @functools.cached_property
+    def token_bytes(self):
+        """How many bytes each id stands for; 0 for special ones. -> int32 [vocab_size]"""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.encoding._mergeable_ranks.items():
+            lengths[i] = len(token)
+        return lengths
+
+    def encode_with_offsets(self, text):
+        """-> ids [n] and character spans [n, 2], the end exclusive: text[start:end] are the characters a token has bytes of.
+
+        A character that is split over tokens belongs to each of them; a word's leading space belongs to its first token.
+        (tiktoken's decode_with_offsets gives starts only and fails on a slice that cuts a character.)
+        """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # lone surrogates, as tiktoken reads them
+        ids = np.array(self.encode(text), np.int32)
+        code = np.frombuffer(text.encode("utf-32-le"), "<u4")                           # [characters]
+        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)                # bytes of each in UTF-8
+        character_of = np.repeat(np.arange(len(code)), width)                           # [bytes]
+        end = np.cumsum(self.token_bytes[ids])                                          # [n], in bytes
+        start = end - self.token_bytes[ids]
+        return ids, np.stack([character_of[start], character_of[end - 1] + 1], axis=1)
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])

@@ -1,6 +1,7 @@
 """Tokenizers: ids as the originals', specials never from text, nothing a str can hold crashes."""
 import importlib.util
 import os
+import random
 
 import pytest
 
@@ -69,3 +70,34 @@ def test_gpt2_has_specials_appended_and_rows_padded():
         pytest.skip(str(error))
     assert (t.vocab_size, t.eos_id, t.mask_id) == (50_304, 50_256, 50_257) and t.vocab_size % 64 == 0
     assert t.encode("Hello world") == [15496, 995]
+
+
+ODD = ["", " ", "café 日本語 👍🏽 naïve", "a\u0301 e\u0301", "\u202e12,345.67% ", "tab\tand\r\n\r\nlines  ", "👩‍👩‍👧‍👦" * 3, "<|eos|> <|mask|>",
+       "x" * 500]
+
+
+def test_offsets_equal_hugging_faces_to_the_character():
+    speeches = texts()
+    bpe, ours = tokenizer.train_bpe(2048, speeches), tokenizer.get("train:2048", speeches)
+    for text in [*ODD, speeches[0][:50_000]]:
+        ids, spans = ours.encode_with_offsets(text)
+        theirs = bpe.encode(text, add_special_tokens=False)
+        assert ids.tolist() == theirs.ids == ours.encode(text)
+        assert list(map(tuple, spans.tolist())) == theirs.offsets, text
+        assert {i for start, end in spans for i in range(start, end)} == set(range(len(text)))
+
+
+def test_offsets_of_lone_surrogates_still_count_characters(corpus_dir):
+    ids, spans = tokenizer.load(corpus_dir).encode_with_offsets("a\ud800b")
+    assert spans[0][0] == 0 and spans[-1].tolist() == [2, 3] and len(ids) == len(spans)
+
+
+def test_words_encoded_one_by_one_are_the_sentence(corpus_dir):
+    """Why token classification needs no offsets: the split before BPE never joins a word with the space after it."""
+    ours, random_ = tokenizer.load(corpus_dir), random.Random(0)
+    words = ["EU", "rejects", "German", "call", "'s", "U.N.", "1996-08-22", ",", ".", "\"", "日本", "naïve", "(", "$12.50", "--", "I'm",
+             "@", "é"]
+    for _ in range(2000):
+        sentence = [random_.choice(words) for _ in range(random_.randint(1, 12))]
+        apart = [i for k, word in enumerate(sentence) for i in ours.encode((" " if k else "") + word)]
+        assert apart == ours.encode(" ".join(sentence))
