@@ -113,6 +113,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def initialise(module):
+    """Weights of products and embeddings from N(0, 0.02), biases 0."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(m.weight, std=0.02)
+        if isinstance(m, nn.Linear) and m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+
 class Encoder(nn.Module):
     def __init__(self, config, attention="auto"):
         """config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION. Weights are N(0, 0.02), norms 1."""
@@ -122,9 +131,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c, kernels.resolve(attention)) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        for module in self.modules():       # the paper's code does not scale residual projections down with depth
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+        initialise(self)                    # the paper's code does not scale residual projections down with depth
         if c.tied:
             self.lm_head.weight = self.embedding.weight
 
@@ -175,3 +182,36 @@ class Encoder(nn.Module):
         forward = (2 * everywhere * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
                    + 2 * (after + self.lm_head.weight.numel()) * num_targets)
         return 3 * forward
+
+
+# ---- heads of fine-tuning: new weights on top of an Encoder's hidden states
+
+def segment_mean(hidden, cu_seqlens):
+    """Mean over each packed sequence, in fp32. hidden [T, C], cu_seqlens [S+1] -> [S, C]; zeros for an empty sequence."""
+    return torch.segment_reduce(hidden.float(), "mean", lengths=cu_seqlens.diff().long(), initial=0.0)
+
+
+class SequenceHead(nn.Module):
+    """A label a sequence: mean, dense, GELU, linear. This is the head of Hugging Face's EuroBertForSequenceClassification
+    with classifier_pooling="mean", so a fine-tuned model can leave as one; whether the paper's has the dense layer its code
+    does not tell."""
+
+    def __init__(self, width, labels):
+        super().__init__()
+        self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, labels)
+        initialise(self)
+
+    def forward(self, hidden, cu_seqlens):   # [T, C] -> [S, labels]
+        return self.classifier(F.gelu(self.dense(segment_mean(hidden, cu_seqlens))))
+
+
+class TokenHead(nn.Module):
+    """Labels of each token: tags, or the start and end of an answer. EuroBertForTokenClassification's."""
+
+    def __init__(self, width, labels):
+        super().__init__()
+        self.classifier = nn.Linear(width, labels)
+        initialise(self)
+
+    def forward(self, hidden, cu_seqlens):   # [T, C] -> [T, labels]
+        return self.classifier(hidden)

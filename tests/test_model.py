@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels.reference import attention as reference
 from kernels.sdpa import sdpa, sdpa_backward
-from model import SIZES, Encoder, ModelConfig
+from model import SIZES, Encoder, ModelConfig, SequenceHead, TokenHead, segment_mean
 
 LENGTHS = [1, 37, 12, 90, 64]
 
@@ -25,8 +25,8 @@ def encoder(attention="sdpa", tied=False, **size):
     return model
 
 
-def copy_into(hf, ours):
-    """Our fused weights, split as Hugging Face names them."""
+def named_as_hugging_face(ours):
+    """Our fused weights, split and named as Hugging Face's."""
     c, state = ours.config, {}
     state["model.embed_tokens.weight"] = ours.embedding.weight
     state["model.norm.weight"] = ours.norm.weight
@@ -38,7 +38,11 @@ def copy_into(hf, ours):
                  "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.mlp.down.weight,
                  "input_layernorm": b.norm_1.weight, "post_attention_layernorm": b.norm_2.weight}
         state |= {f"model.layers.{i}.{name}.weight": w for name, w in names.items()}
-    missing, unexpected = hf.load_state_dict(state, strict=False)
+    return state
+
+
+def copy_into(hf, ours):
+    missing, unexpected = hf.load_state_dict(named_as_hugging_face(ours), strict=False)
     assert not unexpected and all("rotary" in name for name in missing)
     return hf.eval()
 
@@ -67,6 +71,49 @@ def test_fp32_logits_equal_hugging_face(tied, heads, causal):
             theirs = hf(input_ids=tokens[None, s:e]).logits[0]
             assert theirs.abs().max() > 0.5
             assert (packed[s:e] - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+def test_fine_tuning_loss_and_gradients_equal_hugging_faces_padded_model(kind):
+    transformers = pytest.importorskip("transformers")
+    ours, labels = encoder(), 5
+    head = {"Sequence": SequenceHead, "Token": TokenHead}[kind](ours.config.n_embd, labels)
+    config = hf_config(transformers.EuroBertConfig, ours.config)
+    config.num_labels, config.classifier_pooling, config.pad_token_id = labels, "mean", 0
+    hf = getattr(transformers, f"EuroBertFor{kind}Classification")(config)
+    state = {k: v for k, v in named_as_hugging_face(ours).items() if k != "lm_head.weight"} | head.state_dict()
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and all("rotary" in name for name in missing)
+
+    tokens, cu, longest = torch.randint(3, 320, (sum(LENGTHS),)), pack(LENGTHS), max(LENGTHS)
+    padded, mask = (torch.zeros(len(LENGTHS), longest, dtype=torch.long) for _ in range(2))
+    targets = torch.randint(0, labels, (len(LENGTHS) if kind == "Sequence" else sum(LENGTHS),))
+    padded_targets = targets if kind == "Sequence" else torch.full_like(padded, -100)
+    for row, (s, e) in enumerate(zip(cu, cu[1:])):
+        padded[row, :e - s], mask[row, :e - s] = tokens[s:e], 1
+        if kind == "Token":
+            padded_targets[row, :e - s] = targets[s:e]
+    loss = torch.nn.functional.cross_entropy(head(ours(tokens, cu, False), cu), targets)
+    theirs = hf(input_ids=padded, attention_mask=mask, labels=padded_targets).loss
+    loss.backward()
+    theirs.backward()
+    assert abs(loss.item() - theirs.item()) <= 1e-5
+    grads = {k: v.grad for k, v in hf.named_parameters()}
+    assert all((p.grad - grads[name]).norm() <= 1e-5 * grads[name].norm().clamp(min=1e-3) for name, p in head.named_parameters())
+    for name, of_block in (("embed_tokens", ours.embedding.weight.grad), ("norm", ours.norm.weight.grad),
+                           ("layers.0.mlp.down_proj", ours.blocks[0].mlp.down.weight.grad),
+                           ("layers.2.self_attn.o_proj", ours.blocks[2].attention.out.weight.grad)):
+        there = grads[f"model.{name}.weight"]
+        assert (of_block - there).norm() <= 1e-5 * there.norm()
+
+
+def test_the_mean_of_a_sequence_is_its_own_and_zero_of_nothing():
+    hidden, cu = torch.randn(sum(LENGTHS), 8, requires_grad=True), pack(LENGTHS, empty=2)
+    mean = segment_mean(hidden, cu)
+    for row, (s, e) in enumerate(zip(cu, cu[1:])):
+        assert torch.allclose(mean[row], hidden[s:e].mean(0) if e > s else torch.zeros(8), atol=1e-6)
+    mean.sum().backward()
+    assert torch.allclose(hidden.grad, (1 / torch.tensor(LENGTHS).float()).repeat_interleave(torch.tensor(LENGTHS))[:, None].expand(-1, 8))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
