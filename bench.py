@@ -247,7 +247,8 @@ def kernel_bench(c):
     """One row a case, contestant and pass; the table shows forward + backward."""
     device = system.pick_device(c.device).partition(":")[0]
     if device == "cpu" and c.device != "cpu":
-        raise UserError("this needs a CUDA GPU (on a CPU, which has other kernels: --device=cpu --tokens=2048 --sizes='(\"small\",)')")
+        raise UserError("this needs a CUDA GPU (a CPU has other kernels; to see them: "
+                        "--device=cpu --tokens=2048 --sizes='(\"small\",)')")
     unknown = set(c.sizes) - set(SIZES)
     if unknown or c.tokens < 64 or c.tokens % min(2048, c.tokens):
         raise UserError(f"sizes={c.sizes}, tokens={c.tokens}: expected sizes of {', '.join(SIZES)}, and tokens a multiple of 2048")
