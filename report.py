@@ -119,12 +119,11 @@ def switch(r):
 
 # ---- fine-tuning trials
 
-def read_trials(folders):
-    """Rows of all trials below the folders, each file once. Raises UserError for one that is no row."""
-    paths = {os.path.realpath(path) for folder in folders
-             for path in glob.glob(os.path.join(glob.escape(folder), "**", "trials", "*", "lr*_sd*.json"), recursive=True)}
-    rows = []
-    for path in sorted(paths):
+def read_trials(folder):
+    """{path: row} of all trials below a folder. Raises UserError for a file that is no row."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "**", "trials", "*", "lr*_sd*.json"), recursive=True)
+    rows = {}
+    for path in sorted(map(os.path.realpath, paths)):
         with open(path, encoding="utf-8") as f:
             try:
                 row = json.load(f)
@@ -133,7 +132,7 @@ def read_trials(folders):
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is no row of a trial: remove it, or run the trial again") from None
         row["failed"] = scores is None or not all(map(math.isfinite, scores))
-        rows.append(row)
+        rows[path] = row
     return rows
 
 
@@ -194,10 +193,10 @@ def trial_table(rows):
 def main(c):
     if not c.args:
         raise UserError("which runs? python report.py RUN_DIR... --to=DIR")
-    trials = read_trials(c.args)
-    # a folder that only holds trials need not be a run of train.py
-    with_trials = {folder for folder in c.args if read_trials([folder])}
-    folders = [f for f in c.args if f not in with_trials or os.path.isfile(os.path.join(f, "log.jsonl"))]
+    found = {folder: read_trials(folder) for folder in c.args}
+    trials = list({path: row for rows in found.values() for path, row in rows.items()}.values())    # each file once
+    # a folder that holds trials need not be a run of train.py
+    folders = [f for f in c.args if not found[f] or os.path.isfile(os.path.join(f, "log.jsonl"))]
     runs = [read_run(folder) for folder in folders]
     for folder, r in zip(folders, runs):
         if not r["validation"] or not r["train"]:
