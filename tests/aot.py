@@ -67,6 +67,17 @@ def loss_row(cc):
     return {"kernel": "loss", "B": 8192} | report(compiled(kernels.cross_entropy.row_kernel, types, dict(B=8192, GRADIENT=True), cc, 8, 1))
 
 
+def small_rows(cc):
+    """The two kernels that only load and store, with lengths of any kind and, as the compiler specialises 1, of one token."""
+    pointers = {"CU": "*i32", "START": "*i32", "END": "*i32", "O": "*bf16", "DO": "*bf16", "DELTA": "*fp32"}
+    for name, constants in (("bounds", dict(B=256)), ("delta", dict(D=96, BD=128, B=64))):
+        for ones in ({}, {"T": 1, "H": 1, "S": 1}):
+            kernel = getattr(kernels.triton_kernels, f"{name}_kernel")
+            fixed = constants | {n: 1 for n in ones if n in kernel.arg_names}
+            types = {n: pointers.get(n, "i32") for n in kernel.arg_names if n not in fixed}
+            yield {"kernel": name, "one": bool(ones)} | report(compiled(kernel, types, fixed, cc, 4, 2))
+
+
 def main():
     cc = int(sys.argv[1])
     jobs = [(key, blocks, D, causal) for key, blocks in kernels.triton_kernels.TABLE.items() if key[0] == cc
@@ -75,7 +86,8 @@ def main():
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(attention_row, jobs):
             print(json.dumps(row), flush=True)
-    print(json.dumps(loss_row(cc)))
+    for row in (loss_row(cc), *small_rows(cc)):
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":
