@@ -51,9 +51,13 @@ def resolve(impl, device_type=None, dtype=None, head_dim=None):
     return impl
 
 
-@torch.compiler.assume_constant_result     # torch.compile calls it while it traces, and keeps the answer in the graph
 def choose(device_type, dtype, head_dim):
     return chosen(device_type, dtype, head_dim)
+
+
+# torch.compile calls it while it traces and keeps the answer in the graph. What torch.compiler.assume_constant_result does,
+# without its import of torch._dynamo, which every process would pay with a second at its start; a test holds it.
+choose._dynamo_marked_constant = True
 
 
 @functools.cache
