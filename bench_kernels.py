@@ -71,12 +71,13 @@ def peak_memory(call, device):
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
-def compete(contestants, inputs, flops, c, device, row, emit):
+def compete(contestants, inputs, flops, scale, c, device, row, emit):
     """Time forward, backward and both of {name: function without arguments -> output} and emit a row of each.
 
-    flops: of one forward pass; the backward pass counts as 2.5 times that for attention, 2 times for the loss (row["backward"]).
+    flops: of one forward pass; the backward pass counts as scale times that. Some losses, ours too, make their gradients in
+    the forward pass: for them only "both" compares.
     """
-    outputs, grads, refused, scale = {}, {}, {}, row.pop("backward")
+    outputs, grads, refused = {}, {}, {}
     for name, forward in contestants.items():
         try:
             outputs[name] = forward()
@@ -87,7 +88,6 @@ def compete(contestants, inputs, flops, c, device, row, emit):
         except Exception as problem:      # another library's limit is a result, not our failure
             outputs.pop(name, None)
             refused[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
-    # a graph that is kept is recorded again each time it is needed, so that nobody's backward pass runs on freed buffers
     passes = {"forward": (1.0, lambda n: contestants[n]),
               "backward": (scale, lambda n: lambda: torch.autograd.grad(outputs[n], inputs, grads[n], retain_graph=True)),
               "both": (1.0 + scale, lambda n: lambda: torch.autograd.grad(contestants[n](), inputs, grads[n]))}
@@ -97,7 +97,8 @@ def compete(contestants, inputs, flops, c, device, row, emit):
         for name in contestants:
             facts = row | {"pass": kind, "name": name}
             if name in refused:
-                emit(facts | {"not_run": refused[name]}) if kind == "both" else None
+                if kind == "both":
+                    emit(facts | {"not_run": refused[name]})
                 continue
             seconds = statistics.median(times[name])
             ratio = statistics.median(theirs / mine for theirs, mine in zip(times[name], times["ours"]))
@@ -210,9 +211,8 @@ def attention(c, device, emit):
         if packing == "equal":            # cuDNN makes a plan for each length: no contestant for random ones
             contestants["SDPA cuDNN"] = later(sdpa, q, k, v, cu, causal, SDPBackend.CUDNN_ATTENTION)
             contestants["FA3"] = later(fa3, q, k, v, cu, causal)
-        row = {"bench": "attention", "size": size, "heads": [H, Hkv, D], "tokens": c.tokens, "packing": packing, "causal": causal,
-               "backward": 2.5}
-        compete(contestants, (q, k, v), 4 * H * D * pairs, c, device, row, emit)
+        row = {"bench": "attention", "size": size, "heads": [H, Hkv, D], "tokens": c.tokens, "packing": packing, "causal": causal}
+        compete(contestants, (q, k, v), 4 * H * D * pairs, 2.5, c, device, row, emit)
 
 
 # ---- the loss
@@ -248,8 +248,8 @@ def loss(c, device, emit):
         if importlib.util.find_spec("liger_kernel"):
             losses["Liger"] = liger_loss
         contestants = {name: partial(function, hidden, weight, targets) for name, function in losses.items()}
-        row = {"bench": "loss", "size": size, "positions": N, "width": C, "vocab_size": c.head_vocab, "backward": 2.0}
-        compete(contestants, (hidden, weight), 2 * N * C * c.head_vocab, c, device, row, emit)
+        row = {"bench": "loss", "size": size, "positions": N, "width": C, "vocab_size": c.head_vocab}
+        compete(contestants, (hidden, weight), 2 * N * C * c.head_vocab, 2.0, c, device, row, emit)
 
 
 def measure(c, device, emit):

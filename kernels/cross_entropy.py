@@ -3,7 +3,7 @@
 The logits of a step would be the largest tensor of the whole program (24,576 positions x 128,256 in fp32: 11.7 GiB, and
 autograd keeps copies). Here one chunk of them is alive, in the inputs' dtype and in one buffer for all chunks; its loss and
 its gradient are computed together in the forward pass, the gradient over the logits, and the backward pass only scales.
-Same FLOPs as the dense way, and on a GPU 8 bytes of memory traffic a logit in the softmax instead of some 34.
+Same FLOPs as the dense way, and on a GPU some 10 bytes of memory traffic a logit instead of some 34 (counted).
 
     for each chunk of rows:   logits = h W^T             # [n, V], a library product
                               logits <- softmax - 1hot   # in place, a row a program: `row_kernel`; in torch elsewhere
