@@ -13,7 +13,9 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():       # before anything imports triton: its interpreter runs the kernels on a CPU
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:                             # before anything imports triton: its interpreter runs the kernels on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
@@ -27,8 +29,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
+    if not GPU:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def poisoned():
+    """Every tensor made without contents holds NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

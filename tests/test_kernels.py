@@ -1,4 +1,4 @@
-"""The Triton kernels against fp64, interpreted where there is no GPU, compiled where there is; and every shipped
+"""The attention kernels in Triton against fp64, interpreted where there is no GPU, compiled where there is; and every shipped
 configuration compiled ahead of time for Hopper and Ampere, GPU or not.
 
 With a GPU the grid runs compiled, in bf16 and fp16 (marked gpu), with what only a GPU can show, and the rest on the GPU, too.
@@ -9,22 +9,16 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, losses, run_python
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import DEVICE, GPU, ROOT, losses, run_python
 
 import kernels
 import train
 from kernels.reference import attention as reference
-from kernels.reference import linear_cross_entropy as dense
 from kernels.sdpa import attention as sdpa
 from model import SIZES
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed (it needs Linux)")
 T = kernels.triton_kernels
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(GPU, reason="compiled instead, by the tests marked gpu")
 
 # lengths of the packed sequences, query heads, KV heads, head dim
@@ -32,15 +26,6 @@ LONG = [([2048], 1, 1, 64), ([1000, 1049], 1, 1, 96)]     # seconds each under t
 GRID = [([1], 1, 1, 64), ([5], 3, 1, 64), ([63], 2, 2, 96), ([64], 2, 2, 64), ([65], 3, 1, 128), ([127, 129], 3, 1, 64),
         ([1, 1, 1, 61, 64, 1, 0, 0, 65], 6, 1, 64), ([63, 64, 65, 1, 127], 3, 1, 96), ([128, 128, 127, 1], 2, 2, 128),
         ([12, 200, 40], 6, 2, 96)]
-
-
-@pytest.fixture
-def poisoned():
-    """Every tensor made without contents holds NaN: what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "tma"])
@@ -251,72 +236,6 @@ def test_the_trial_runs_for_real_while_torch_compile_traces(monkeypatch, recwarn
     torch._dynamo.reset()
 
 
-# ---- the loss
-
-@pytest.mark.parametrize("n, rows, ignored", [(37, 257, 0.3), (20, 1000, 0.0), (9, 8200, 0.5), (5, 64, 1.0)])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3)])
-def test_the_loss_kernel_equals_fp64_values_and_gradients(poisoned, monkeypatch, n, rows, ignored, dtype, bound):
-    monkeypatch.setitem(kernels.cross_entropy.CHUNK_ELEMENTS, DEVICE, 12 * rows)      # several chunks, the last one shorter
-    torch.manual_seed(0)
-    targets = torch.randint(0, rows, (n,))
-    targets[torch.rand(n) < ignored] = -100
-    hidden, weight = torch.randn(n, 32).to(dtype), (torch.randn(rows, 32) * 0.3).to(dtype)
-    exact = [x.double().requires_grad_() for x in (hidden, weight)]
-    reference_loss = dense(*exact, targets)
-    reference_loss.backward()
-    hidden, weight = (x.to(DEVICE).requires_grad_() for x in (hidden, weight))
-    loss = kernels.linear_cross_entropy(hidden, weight, targets.to(DEVICE), impl="triton")
-    loss.backward()
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(reference_loss.item(), rel=bound)
-    for ours, theirs in zip((hidden.grad, weight.grad), (x.grad for x in exact)):
-        assert (ours.double().cpu() - theirs).norm() <= bound * theirs.norm() + 1e-12
-    with torch.no_grad():
-        again = kernels.linear_cross_entropy(hidden, weight, targets.to(DEVICE), impl="triton")
-    assert torch.equal(again, loss.detach())
-
-
-class LargeTensors(TorchDispatchMode):
-    """Counts the distinct memory of tensors of at least `size` elements that is alive at once."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.alive, self.most, self.largest = size, {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.numel() >= self.size:
-                self.alive[x.untyped_storage().data_ptr()] = StorageWeakRef(x.untyped_storage())
-                self.largest = max(self.largest, x.numel())
-        self.alive = {place: ref for place, ref in self.alive.items() if not ref.expired()}
-        self.most = max(self.most, len(self.alive))
-        return out
-
-
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_never_more_than_two_chunks_of_logits_are_alive(monkeypatch, impl):
-    rows, vocabulary = 128, 500
-    monkeypatch.setitem(kernels.cross_entropy.CHUNK_ELEMENTS, DEVICE, rows * vocabulary)
-    hidden = torch.randn(4 * rows, 4, device=DEVICE, requires_grad=True)
-    weight = torch.randn(vocabulary, 4, device=DEVICE, requires_grad=True)
-    targets = torch.randint(0, vocabulary, (len(hidden),), device=DEVICE)
-    with LargeTensors(rows * vocabulary // 2 + 1) as seen:          # more than the weight and its gradient
-        kernels.linear_cross_entropy(hidden, weight, targets, impl=impl).backward()
-    assert 1 <= seen.most <= 2
-    if GPU or impl == "torch":                                      # the interpreter looks at a tensor as bytes
-        assert seen.largest == rows * vocabulary
-    with LargeTensors(rows * vocabulary // 2 + 1) as dense_way:     # what it is there to avoid
-        dense(hidden, weight, targets).backward()
-    assert dense_way.largest == len(hidden) * vocabulary
-
-
-@pytest.mark.parametrize("change", [dict(targets=3), dict(weight=33), dict(impl="cuda")])
-def test_bad_input_of_the_loss_is_one_clear_value_error(change):
-    hidden, weight, targets = torch.randn(4, 32), torch.randn(9, change.get("weight", 32)), torch.zeros(change.get("targets", 4)).long()
-    with pytest.raises(ValueError, match="^linear_cross_entropy: "):
-        kernels.linear_cross_entropy(hidden, weight, targets, change.get("impl", "auto"))
-
-
 # ---- ahead of time
 
 SPILLS = {(90, "dkdv", 96): 12, (90, "dkdv", 128): 12}           # elsewhere none
@@ -386,16 +305,6 @@ class TestOnlyOnGpu:
         theirs.backward(torch.ones_like(theirs))
         found = [out[some], q.grad[some], k.grad[some], v.grad[some]]
         assert max(errors(found, [theirs, *(x.grad for x in exact)])) <= 1e-2
-
-    def test_the_loss_takes_less_than_4_gib_at_the_papers_size(self):
-        hidden = torch.randn(24_576, 768, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        weight = torch.randn(128_256, 768, device="cuda").requires_grad_()
-        targets = torch.randint(0, 128_256, (24_576,), device="cuda")
-        weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kernels.linear_cross_entropy(hidden, weight, targets).backward()
-        assert torch.cuda.max_memory_allocated() - before < 4 * 2 ** 30
 
     def test_auto_is_triton_in_bf16_and_sdpa_in_fp32(self):
         assert kernels.resolve("auto", "cuda", torch.bfloat16, 64) == "triton"
