@@ -114,6 +114,8 @@ def check(key, value, fields, where):
         value = float(value)
     if kind is tuple and isinstance(value, (tuple, list)):
         value = as_tuple(value)
+    if kind is tuple and type(value) in (int, float):      # --seeds=0, a grid of one
+        value = (value,)
     if type(value) is not kind:
         raise UserError(f"{key}={value!r} in {where}: expected {kind.__name__}, as in {key}={fields[key].default!r}")
     return value

@@ -11,12 +11,9 @@ the hash of its text says so. Everything is written under temporary names first;
 goes on behind the last whole shard, and when all is done it says so and leaves the files alone.
 """
 import glob
-import gzip
 import hashlib
 import importlib.resources
-import io
 import json
-import lzma
 import os
 import time
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from configurator import RunError, UserError, run
 from data import ShardWriter, read_header
-from system import write_whole
+from system import decode, lines_of, write_whole
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_CHARACTERS = 4_000_000    # text in memory at once
@@ -73,35 +70,10 @@ def documents(files):
             if text.strip():
                 yield text
         else:
-            with open_lines(path) as f:
-                for number, line in enumerate(unpacked(f, path), start=1):
-                    if line.strip():
-                        text = json_text(decode(line, f"{path}, line {number}"), f"{path}, line {number}")
-                        if text.strip():
-                            yield text
-
-
-def open_lines(path):
-    """A .jsonl file, packed or not, as a binary file to iterate over."""
-    if path.endswith(".zst"):
-        import zstandard
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)(path, "rb")
-
-
-def unpacked(lines, path):
-    """The lines of a compressed file; a file that breaks off or is no such archive becomes a UserError."""
-    try:
-        yield from lines
-    except Exception as error:       # gzip, lzma and zstandard each raise their own
-        raise UserError(f"{path} cannot be unpacked ({error}): fetch or compress it again") from None
-
-
-def decode(raw, where):
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from None
+            for where, line in lines_of(path):
+                text = json_text(line, where)
+                if text.strip():
+                    yield text
 
 
 def json_text(line, where):

@@ -173,6 +173,15 @@ def in_words(found, lrs):
     return f"{100 * found['mean']:.2f}{interval} ({chosen})"
 
 
+def named(row):
+    """The model, and how it was fine-tuned where that is not the default: such rows are never mixed."""
+    unusual = [row["mode"]] if row.get("mode", "standard") != "standard" else []
+    unusual += [f"{row['param_dtype']} weights"] if row.get("param_dtype", "float32") != "float32" else []
+    unusual += ["causal"] if row.get("causal") else []
+    unusual += [f"{row['split']} split"] if row.get("split", "hash") != "hash" else []
+    return row["model"] + f" ({', '.join(unusual)})" * bool(unusual)
+
+
 def trial_table(rows):
     """Markdown: a line a task and model, both rules side by side, and what is missing of the grid that the rows span."""
     lrs, seeds = ({r[k] for r in rows} for k in ("lr", "seed"))
@@ -181,7 +190,7 @@ def trial_table(rows):
              "|---|---|---|---|---|---|---|---|"]
     groups = defaultdict(list)
     for r in rows:
-        groups[r["task"], r["model"]].append(r)
+        groups[r["task"], named(r)].append(r)
     for (task, model), group in sorted(groups.items()):
         baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
         missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})

@@ -1,5 +1,9 @@
-"""What machine this is: device, precision, compiler, processes, peak FLOP/s, and files that are never half written."""
+"""What machine this is: device, precision, compiler, processes, peak FLOP/s; and its files: packed ones read line by line,
+written ones never half written."""
 import ctypes
+import gzip
+import io
+import lzma
 import os
 import shutil
 import sys
@@ -26,6 +30,34 @@ def write_whole(path, content):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def lines_of(path):
+    """(where, line) of every line that is not blank; path may end in .gz, .xz or .zst. Raises UserError naming file and line."""
+    if path.endswith(".zst"):
+        import zstandard
+        file = io.BufferedReader(zstandard.open(path, "rb"))
+    else:
+        file = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)(path, "rb")
+    with file as f:
+        for number, line in enumerate(unpacked(f, path), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", decode(line, f"{path}, line {number}")
+
+
+def unpacked(lines, path):
+    """The lines of a file; a compressed one that breaks off or is no such archive becomes a UserError."""
+    try:
+        yield from lines
+    except Exception as error:       # gzip, lzma and zstandard each raise their own
+        raise UserError(f"{path} cannot be unpacked ({error}): fetch or compress it again") from None
+
+
+def decode(raw, where):
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from None
 
 
 def pick_device(name):

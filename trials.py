@@ -1,4 +1,5 @@
-"""A grid of fine-tuning trials as a queue of files, shared by any number of processes that see the same folder.
+"""A grid of fine-tuning trials as a queue of files, shared by any number of processes that see the same folder; and the
+training of one trial, `fit`.
 
     FOLDER/trials/<task>/lr5e-05_sd0.json      the trial's row: it is done (or has failed, and says so)
     FOLDER/trials/<task>/lr5e-05_sd0.claim     somebody works on it; its modification time is a heartbeat
@@ -9,16 +10,23 @@ which exactly one process can win, on local disks and on NFS. A killed worker co
 when its process is gone (same machine) or its heartbeat has stopped (another one), and the next worker takes it.
 """
 import json
+import math
 import os
 import socket
 import threading
 import time
 
+import torch
 from tqdm import tqdm
 
 from system import write_whole
 
 HEARTBEAT, STALE = 10.0, 60.0      # seconds: a claim is touched, and a claim of another machine is given up
+
+
+def speaks():
+    """Is this the worker that draws progress bars? Of torchrun's workers one a machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def path_of(folder, trial, ending="json"):
@@ -125,7 +133,7 @@ def work(trials, folder, run, poll=2.0):
     -> how many trials this process ran
     """
     ran = 0
-    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0) as bar:
+    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not speaks()) as bar:
         while True:
             open_trials = [t for t in trials if not is_done(folder, t)]
             bar.n = len(trials) - len(open_trials)
@@ -149,3 +157,45 @@ def work(trials, folder, run, poll=2.0):
                 heart.join()
                 if owner_of(claimed) == myself():       # else we were taken for dead and it is another's
                     os.unlink(claimed)
+
+
+class Diverged(Exception):
+    """A loss that is not finite; the message says at which step."""
+
+
+def fit(parameters, micro_batches, loss_of, steps, lr, c, name=""):
+    """Train one trial: AdamW, linear warmup and decay to 0, gradients clipped, as in the paper's section 4 and its code.
+
+    parameters: list of tensors; weight decay only on those of two dimensions. micro_batches(step) -> [(batch, number of
+    targets)]; loss_of(batch) -> the sum of its targets' losses. So how a batch is cut into micro-batches changes nothing.
+    c: warmup (a share of the steps), beta1, beta2, adam_eps, weight_decay, grad_clip.
+    -> [[step, mean loss since the entry before], ...], ten of them or so. Raises Diverged.
+    """
+    groups = [{"params": [p for p in parameters if (p.ndim >= 2) == matrix], "weight_decay": c.weight_decay * matrix}
+              for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    warmup, curve, pending = math.ceil(c.warmup * steps), [], []
+    bar = tqdm(range(steps), desc=name, leave=False, disable=not speaks())
+    for step in bar:
+        # Hugging Face's schedule, whose first step has a learning rate of 0
+        share = step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        batches = micro_batches(step)
+        targets, loss = max(1, sum(n for _, n in batches)), 0.0
+        for batch, _ in batches:
+            part = loss_of(batch) / targets
+            part.backward()
+            loss += part.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append(loss)
+        if len(pending) >= steps / 10 or step == steps - 1:       # the only places where the host waits for the device
+            mean = float(torch.stack(pending).mean())
+            if not math.isfinite(mean):
+                raise Diverged(f"loss {mean} in the {len(pending)} steps up to step {step + 1}")
+            curve.append([step + 1, mean])
+            bar.set_postfix_str(f"loss {mean:.4f}")
+            pending = []
+    return curve

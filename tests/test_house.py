@@ -9,8 +9,9 @@ from conftest import ROOT, rows, run_python
 import report
 import train
 
-ENTRY_POINTS = {"prepare_fineweb", "train", "bench", "report"}
-LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "trials", "bench_kernels", "entry"]   # low to high
+ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "bench", "report"}
+LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "trials", "demo_tasks", "tasks",
+          "encode", "families", "bench_kernels", "entry"]   # low to high
 
 
 def sources():

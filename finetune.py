@@ -1,0 +1,271 @@
+"""Fine-tune an encoder: every task, every learning rate, every seed; a row of scores for each.
+
+    python finetune.py --ckpt=runs/demo/clm_then_mlm --tasks=demo config/finetune_quick.py      # minutes, no network
+    python finetune.py --ckpt=RUN/step_0042000 --tasks=sst2,squad                               # the whole grid of two tasks
+    torchrun --nproc_per_node=8 finetune.py --ckpt=RUN --tasks=all config/finetune_paper.py     # 8 GPUs share the paper's grid
+    python report.py RUN --to=RUN/report                                                        # the table
+
+Rows go to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default beside the checkpoint, with per-example scores in an .npz of
+the same name. Start it as often as you like, on as many machines as see the folder: workers share what is left, finished trials
+stay, and a killed worker costs the trial it was in. `--tasks=all` are the paper's nine, `demo` the three made from the demo
+corpus; tasks.py lists them, and a folder of your own data is one more.
+"""
+import json
+import os
+import subprocess
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import encode
+import families
+import lineage
+import system
+import tasks
+import tokenizer
+import trials
+from configurator import UserError, run
+from data import permute
+from kernels import resolve
+from model import Encoder, ModelConfig
+
+
+@dataclass
+class Config:
+    # what
+    ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
+    tasks: str = "demo"             # names with commas between them, all (the paper's nine) or demo
+    data_dir: str = ""              # local data instead of the hub: data_dir/<task>/{train,validation,test}.jsonl
+    out_dir: str = ""               # where trials/ is written; the checkpoint's folder if empty
+    lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
+    seeds: tuple = (0, 1, 2, 3, 4)  # of the new head and of the order of the data, and of nothing else
+    random_weights: bool = False    # the same model from random weights: what pretraining is worth
+    # how
+    mode: str = "standard"          # standard: entity F1, answers as spans; paper: the paper's labels, heads and scores
+    split: str = "hash"             # how validation is cut from train: hash (of the text) or encodeval (the paper's, by row)
+    steps: int = 0                  # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
+    batch: int = 32                 # examples in a step
+    warmup: float = 0.1             # share of the steps
+    beta1: float = 0.9              # AdamW
+    beta2: float = 0.95             # AdamW
+    adam_eps: float = 1e-5          # AdamW
+    weight_decay: float = 0.1       # on matrices, not on norms and biases
+    grad_clip: float = 1.0          # global norm
+    max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
+    causal: bool = False            # keep the causal mask, as an ablation
+    param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates
+    # system
+    device: str = "auto"            # cuda where there is one, else cpu
+    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
+    attention: str = "auto"         # triton (CUDA), sdpa (anywhere) or reference
+    micro_tokens: int = 16_384      # tokens in a forward and backward pass; a step is cut to fit
+    eval_tokens: int = 32_768       # tokens in a forward pass of evaluation
+    cache_dir: str = "data/tasks"   # tokenized data sets
+
+
+FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens", "eval_tokens", "cache_dir")
+
+
+# ---- one worker
+
+@dataclass
+class Data:
+    """One task, read and encoded."""
+    task: tasks.Task
+    examples: dict        # {split: list}
+    encoded: dict         # {split: arrays}
+    facts: dict           # what its rows say about it
+
+
+class Worker:
+    """Holds what trials share: the encoder, a copy of its weights, and the task at hand."""
+
+    def __init__(self, c, path):
+        self.c, self.path, self.data, self.name = c, path, None, None
+        self.device = system.pick_device(c.device)
+        if self.device == "cuda":
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
+        self.state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
+        config = ModelConfig(**self.state["model"])
+        try:
+            resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if self.tokenizer.vocab_size != config.vocab_size:
+            raise UserError(f"{path} has {config.vocab_size:,} rows of vocabulary, and the tokenizer beside it "
+                            f"{self.tokenizer.vocab_size:,}: they do not belong together")
+        self.max_length = c.max_length or round(0.99 * config.block_size)
+        if self.max_length < 16:
+            raise UserError(f"max_length={c.max_length}: expected at least 16 tokens")
+        torch.manual_seed(0)
+        self.encoder = Encoder(config, c.attention).to(self.device) if c.random_weights else \
+            checkpoint.load_model(path, self.device, c.attention)
+        self.encoder.to(getattr(torch, c.param_dtype))
+        self.weights = {k: v.clone() for k, v in self.encoder.state_dict().items()}
+        run_name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
+            sums = {name: digest for digest, name in map(str.split, f)}
+        device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
+        self.facts = {"v": 1, "model": f"{run_name}-{self.state['step']}" + "-random" * c.random_weights,
+                      "step": self.state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode, "split": c.split,
+                      "param_dtype": c.param_dtype, "dtype": self.dtype, "causal": c.causal, "max_length": self.max_length,
+                      "device": device, "torch": torch.__version__, "code": code()}
+
+    def autocast(self):
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+    def take(self, name, folder):
+        """Read and encode a task, unless it is the one at hand; say what a reader of its scores should know."""
+        if name == self.name:
+            return
+        c = self.c
+        task, examples, notes = tasks.load(name, c.data_dir, c.split)
+        # the paper's code has no windows: it cuts a paragraph at max_length
+        encoded = encode.cached(name, task, examples, self.tokenizer, self.max_length, c.mode != "paper", c.cache_dir)
+        epoch = -(-len(encoded["train"]["example"]) // c.batch)
+        steps = c.steps or (epoch * task.epochs if task.epochs else 1000)
+        truncated = {split: int(part["truncated"][0]) / len(examples[split]) for split, part in encoded.items()}
+        notes += [f"{share:.1%} of {split} cut at {self.max_length} tokens" for split, share in truncated.items() if share]
+        facts = {"task": name, "kind": task.kind, "data": tasks.fingerprint(examples), "steps": steps,
+                 "epochs": round(steps / epoch, 3), "truncated_frac": truncated,
+                 "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
+        remember(os.path.join(folder, "trials", name), {k: v for k, v in asdict(c).items() if k not in FREE} | {
+            k: (self.facts | facts)[k] for k in ("ckpt_sha", "dtype", "max_length", "data", "steps")})
+        self.data, self.name = Data(task, examples, encoded, facts), name
+        if trials.speaks():
+            sizes = " + ".join(f"{len(part):,}" for part in examples.values())
+            tqdm.write("; ".join([f"{name}: {tasks.KINDS[task.kind]}, {sizes} examples, {steps} steps of {c.batch} "
+                                  f"({facts['epochs']:g} epochs)", *notes]))
+
+    def logits(self, head, encoded, indices):
+        tokens, cu_seqlens = encode.pack(encoded, indices, self.device)
+        with self.autocast():
+            return head(self.encoder(tokens, cu_seqlens, self.c.causal), cu_seqlens).float()
+
+    def evaluate(self, head, split):
+        """-> {"score", ...}, per-example scores [n]. Longest sequences first, so that what does not fit fails at once."""
+        task, examples, encoded = self.data.task, self.data.examples[split], self.data.encoded[split]
+        lengths, (_, _, predictions, scores) = encode.lengths(encoded), families.family(task, self.c.mode)
+        outputs = [None] * len(lengths)
+        for indices in encode.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens):
+            with torch.inference_mode():
+                logits = self.logits(head, encoded, indices).cpu()
+            parts = logits if task.kind == "sequence" else logits.split(lengths[indices].tolist())
+            for i, part in zip(indices, parts):
+                outputs[i] = part.numpy()
+        found = predictions(task, examples, encoded, outputs, self.c.mode)
+        of_all, items = scores(task, examples, encoded, found, self.c.mode)
+        return of_all | {"n": len(examples)}, np.array(items, np.float16)
+
+    def train(self, head, trial, name):
+        """Train encoder and head on the task at hand. -> the loss curve"""
+        c, encoded, (targets, loss, _, _) = self.c, self.data.encoded["train"], families.family(self.data.task, self.c.mode)
+        n, lengths = len(encoded["example"]), encode.lengths(encoded)
+
+        def micro_batches(step):
+            position = np.arange(step * c.batch, (step + 1) * c.batch)       # in the stream of all epochs
+            order = permute(position % n, n, trial["seed"], position // n)
+            parts = [(indices, *targets(encoded, indices, c.mode)) for indices in encode.by_budget(order, encoded, c.micro_tokens)]
+            return [((indices, wanted), count) for indices, wanted, count in parts]
+
+        def loss_of(batch):
+            indices, wanted = batch
+            wanted = {k: torch.from_numpy(v if v.dtype == bool else v.astype(np.int64)).to(self.device) for k, v in wanted.items()}
+            return loss(self.logits(head, encoded, indices), wanted, lengths[indices].tolist())
+
+        parameters = [p for k, p in self.encoder.named_parameters() if not k.startswith("lm_head")] + list(head.parameters())
+        return trials.fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
+
+    def run(self, trial, folder):
+        """Train and evaluate one trial. -> its row"""
+        self.take(trial["task"], folder)
+        began, name = time.time(), f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
+        row = self.facts | self.data.facts | trial | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        self.encoder.load_state_dict(self.weights)
+        torch.manual_seed(trial["seed"])
+        head = families.new_head(self.data.task, self.encoder.config.n_embd).to(self.device, getattr(torch, self.c.param_dtype))
+        try:
+            row["train_loss"] = self.train(head, trial, name)
+        except trials.Diverged as error:
+            tqdm.write(f"{name}: failed, {error}")
+            return row | {"failed": True, "why": str(error), "validation": None, "test": None}
+        trained = time.time()
+        (validation, of_validation), (test, of_test) = (self.evaluate(head, split) for split in ("validation", "test"))
+        items = trials.path_of(folder, trial, "npz")
+        with open(trials.unique(items), "wb") as f:
+            np.savez_compressed(f, validation=of_validation, test=of_test)
+        os.replace(trials.unique(items), items)
+        tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, test {100 * test['score']:.2f} "
+                   f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), {time.time() - began:.1f} s")
+        return row | {"failed": False, "validation": validation, "test": test, "per_item": os.path.basename(items),
+                      "secs": {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}}
+
+
+def code():
+    """The commit of this repository, or None outside of one."""
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                          capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def tokenizer_of(path):
+    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings."""
+    found = tokenizer.load(os.path.dirname(os.path.abspath(path)))
+    wanted = checkpoint.read_state(path)["settings"]["tokenizer_hash"]
+    if found.hash.hex() != wanted:
+        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own tokenizer.tiktoken and "
+                        "tokenizer_info.json back")
+    return found
+
+
+def remember(folder, settings):
+    """Keep the settings beside the first trial; raise UserError if there are trials of other settings."""
+    path = os.path.join(folder, "settings.json")
+    os.makedirs(folder, exist_ok=True)
+    trials.finish(path, settings)          # unless it is there
+    with open(path, encoding="utf-8") as f:
+        changed = lineage.differences(json.load(f), settings, free=())
+    if changed:
+        raise UserError(f"{folder} holds trials of other settings ({'; '.join(changed)}): choose another --out_dir")
+
+
+def check(c):
+    """Raises UserError for what is wrong with the settings alone. -> names of the tasks"""
+    if not c.ckpt:
+        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
+    names = {"all": tasks.PAPER, "demo": tasks.DEMO}.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
+    for name in names:
+        tasks.find(name, c.data_dir)
+    if not names or not c.lrs or any(type(lr) is not float or not 0 < lr < float("inf") for lr in c.lrs):
+        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
+    if not c.seeds or any(type(seed) is not int or seed < 0 for seed in c.seeds):
+        raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
+    known = {"mode": ("standard", "paper"), "split": ("hash", "encodeval"), "param_dtype": ("float32", "bfloat16")}
+    for key, allowed in known.items():
+        if getattr(c, key) not in allowed:
+            raise UserError(f"{key}={getattr(c, key)}: expected {' or '.join(allowed)}")
+    if min(c.batch, c.micro_tokens, c.eval_tokens) < 1 or c.steps < 0 or not 0 <= c.warmup < 1:
+        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
+    return names
+
+
+def main(c):
+    names = check(c)
+    system.keep_freed_memory()
+    path = checkpoint.find(c.ckpt)
+    folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
+    worker = Worker(c, path)
+    grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
+    trials.work(grid, folder, lambda trial: worker.run(trial, folder))
+    if trials.speaks():
+        print(f"{len(grid)} trials in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
+
+
+if __name__ == "__main__":
+    run(main, Config)
