@@ -25,38 +25,41 @@ def blocks(length, causal):
 
 
 def place(kept, q, a, b, end):
-    """The part of kept [L * H * KEEP] that holds a block's weights [H, b - a, end]; None if the sequence keeps none."""
+    """The part of kept [H * L * L] that holds a block's weights [H, b - a, end]; None if the sequence keeps none."""
     heads, length = q.shape[:2]
     if length > KEEP or not kept.numel():
         return None
-    return kept[a * heads * KEEP:][:heads * (b - a) * end].view(heads, b - a, end)
+    return kept[a * heads * length:][:heads * (b - a) * end].view(heads, b - a, end)
 
 
-def weights(q, k, causal, out=None):
+def weights(q, k, causal, hidden=None, out=None):
     """Softmax of q k^T for a block of queries and the keys up to its end, in out if given. [H, n, D], [H, m, D] -> [H, n, m]"""
     scores = torch.bmm(q, k.transpose(1, 2), out=out)
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, :, :k.shape[1]], float("-inf"))
     if causal:       # only the last n keys, the block's own, are partly hidden
         n = q.shape[1]
         scores[:, :, -n:].masked_fill_(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
     return torch.softmax(scores, -1, out=scores)
 
 
-def forward(q, k, v, kept, causal):
-    """q, k, v [H, L, D] -> [H, L, D]; writes the weights into kept [L * H * KEEP], or [0] to keep none."""
+def forward(q, k, v, kept, causal, hidden=None):
+    """q, k, v [H, L, D] -> [H, L, D]; writes the weights into kept [H * L * L], or [0] to keep none. hidden [H, 1, L]: keys that
+    nobody may see."""
     out, q = torch.empty_like(q), q * q.shape[-1] ** -0.5
     for a, b, end in blocks(q.shape[1], causal):
-        p = weights(q[:, a:b], k[:, :end], causal, place(kept, q, a, b, end))                              # [H, n, m]
+        p = weights(q[:, a:b], k[:, :end], causal, hidden, place(kept, q, a, b, end))                      # [H, n, m]
         out[:, a:b] = torch.bmm(p, v[:, :end])
     return out
 
 
-def backward(grad, q, k, v, kept, causal):
+def backward(grad, q, k, v, kept, causal, hidden=None):
     """-> gradients of q, k, v [H, L, D]; those of k and v are summed over the blocks in fp32."""
     scale = q.shape[-1] ** -0.5
     q, dq, dk, dv = q * scale, torch.empty_like(q), None, None
     for a, b, end in blocks(q.shape[1], causal):
         p, g = place(kept, q, a, b, end), grad[:, a:b]                                                     # [H, n, m], [H, n, D]
-        p = weights(q[:, a:b], k[:, :end], causal) if p is None else p
+        p = weights(q[:, a:b], k[:, :end], causal, hidden) if p is None else p
         dv_block = torch.bmm(p.transpose(1, 2), g)                                                         # [H, m, D]
         ds = torch.bmm(g, v[:, :end].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)                  # [H, n, m]

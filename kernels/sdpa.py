@@ -2,18 +2,70 @@
 
 One custom op with a fake and an autograd formula, so torch.compile sees a single node and no graph break however many
 sequences there are. The loop reads cu_seqlens on the host, which on a GPU is one synchronisation a layer: this is the
-portable path, not the fast one.
+portable path, not the fast one. On a CPU a call costs more than a sentence's arithmetic, so sentences of about one length
+are computed together (LOG.md).
 """
+import functools
+from collections import defaultdict
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from . import cpu_bf16
 
+SHORT, GRAIN = 128, 16     # sequences of up to SHORT tokens that fill the same multiple of GRAIN are computed together on a CPU
 
-def sequences(cu_seqlens):
-    """(start, end) of every sequence that has tokens."""
-    bounds = cu_seqlens.tolist()
-    return [(s, e) for s, e in zip(bounds, bounds[1:]) if e > s]
+
+class Together(NamedTuple):
+    """G sequences as one call: their rows of [T * heads, D], as [G * H, L, D]; shorter ones repeat their last token."""
+    shape: tuple               # G, H, Hkv, L
+    q: torch.Tensor            # [G * H * L] rows of q
+    kv: torch.Tensor           # [G * H * L] rows of k and v: each KV head stands for its group of query heads
+    hidden: torch.Tensor       # bool [G * H, 1, L]: keys that are repetitions
+    tokens: torch.Tensor       # [n] the sequences' real tokens ...
+    real: torch.Tensor         # [n * H] ... and where the result has them
+    real_kv: torch.Tensor      # [n * Hkv] ... and where a gradient of k and v has them
+
+
+@functools.lru_cache(maxsize=8)     # all layers ask about the same batch, forward and backward
+def plan(bounds, heads, kv_heads, together):
+    """cu_seqlens as a tuple -> [(start, end)] of what is computed alone, [Together] of the rest."""
+    alone, short = [], defaultdict(list)
+    for s, e in zip(bounds, bounds[1:]):
+        if e > s:
+            (short[-(-(e - s) // GRAIN)] if together and e - s <= SHORT else alone).append((s, e))
+    alone += [spans[0] for spans in short.values() if len(spans) == 1]
+    return alone, [together_of(spans, heads, kv_heads) for spans in short.values() if len(spans) > 1]
+
+
+def together_of(spans, heads, kv_heads):
+    start, end = (x[:, None] for x in torch.tensor(spans).unbind(1))                            # [G, 1] each
+    position = start + torch.arange(int((end - start).max()))                                   # [G, L]
+    G, L = position.shape
+    real, token = position < end, position.minimum(end - 1)
+
+    def rows(n, head):     # of [T * n, D], in the order [G, H, L]
+        return (token[:, None] * n + head[:, None]).flatten()
+
+    def places(n):         # of a [G * n * L, D] result, in the order [tokens, n]
+        g, l = real.nonzero(as_tuple=True)
+        return ((g[:, None] * n + torch.arange(n)) * L + l[:, None]).flatten()
+
+    head = torch.arange(heads)
+    return Together((G, heads, kv_heads, L), rows(heads, head), rows(kv_heads, head // (heads // kv_heads)),
+                    (~real).repeat_interleave(heads, dim=0)[:, None], token[real], places(heads), places(kv_heads))
+
+
+def take(x, rows, p):
+    """x [T, heads, D] -> [G * H, L, D]"""
+    return x.reshape(-1, x.shape[2]).index_select(0, rows).view(-1, p.shape[3], x.shape[2])
+
+
+def put(out, y, places, tokens):
+    """y [G * heads, L, D] -> its real tokens' rows of out [T, heads, D]"""
+    real = y.reshape(-1, y.shape[2]).index_select(0, places)
+    out.flatten(1).index_copy_(0, tokens, real.view(len(tokens), -1))
 
 
 def heads_first(x, start, end, group=1):
@@ -33,14 +85,18 @@ def kept_for_backward(q, training):
     [T * H * KEEP] of the matrix products, nothing [0] elsewhere. Its size depends on shapes alone, as torch.compile wants."""
     T, H, _ = q.shape
     if way(q) == "flash":
-        return q.new_empty((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+        return q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))     # what is computed together has none
     return q.new_empty(T * H * cpu_bf16.KEEP if way(q) == "matmul" and training else 0)
 
 
-def of_sequence(kept, q, start, end):
-    """One sequence's part of the kept softmax weights [T * H * KEEP]."""
-    size = q.shape[1] * cpu_bf16.KEEP if kept.numel() else 0
-    return kept[start * size:end * size]
+def room(kept, used, heads, length):
+    """The next part of the kept softmax weights [T * H * KEEP], for [heads, length, length] of them, and where it ends; nothing
+    where none are kept. Several sequences never need more than their tokens' share: the shortest that fills a multiple of
+    GRAIN has L - GRAIN + 1 tokens, and L^2 <= KEEP * (L - GRAIN + 1) for all L <= SHORT."""
+    if kept.ndim == 2 or not kept.numel() or length > cpu_bf16.KEEP:
+        return kept.new_empty(0), used
+    end = used + heads * length * length
+    return kept[used:end], end
 
 
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
@@ -48,11 +104,17 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Te
          ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [T, H, D], what the backward pass wants besides (kept_for_backward)"""
     out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
-    group = q.shape[1] // k.shape[1]
-    for s, e in sequences(cu_seqlens):
+    group, used = q.shape[1] // k.shape[1], 0
+    alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], k.shape[1], q.device.type == "cpu")
+    for p in together:
+        args = take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
+        weights, used = room(kept, used, *args[0].shape[:2])
+        put(out, cpu_bf16.forward(*args, weights, causal, p.hidden), p.real, p.tokens)
+    for s, e in alone:
         args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
         if way(q) == "matmul":
-            o = cpu_bf16.forward(*args, of_sequence(kept, q, s, e), causal)
+            weights, used = room(kept, used, *args[0].shape[:2])
+            o = cpu_bf16.forward(*args, weights, causal)
         elif way(q) == "flash":
             o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
             o, kept[:, s:e] = o[0], lse[0]
@@ -73,12 +135,24 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for s, e in sequences(cu_seqlens):
+    kv_heads, group, used = k.shape[1], q.shape[1] // k.shape[1], 0
+    alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], kv_heads, q.device.type == "cpu")
+    for p in together:
+        do, *args = take(grad, p.q, p), take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
+        do.masked_fill_(p.hidden.transpose(1, 2), 0.0)                              # a repeated query adds nothing
+        weights, used = room(kept, used, *do.shape[:2])
+        grads = cpu_bf16.backward(do, *args, weights, causal, p.hidden)
+        put(dq, grads[0], p.real, p.tokens)
+        for d, g in ((dk, grads[1]), (dv, grads[2])):
+            if group > 1:                                                           # a group's gradients add up
+                g = g.unflatten(0, (-1, group)).sum(1)                              # [G * H, L, D] -> [G * Hkv, L, D]
+            put(d, g, p.real_kv, p.tokens)
+    for s, e in alone:
         args = [heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)]
         do = heads_first(grad, s, e)
         if way(q) == "matmul":
-            grads = cpu_bf16.backward(do, *args, of_sequence(kept, q, s, e), causal)
+            weights, used = room(kept, used, *do.shape[:2])
+            grads = cpu_bf16.backward(do, *args, weights, causal)
         elif way(q) == "flash":
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do[None], *(x[None] for x in args), heads_first(out, s, e)[None], kept[None, :, s:e], 0.0, causal)
