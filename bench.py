@@ -4,6 +4,7 @@
     python bench.py train --nanogpt=../nanoGPT             # ... with nanoGPT as shipped, from a clone of karpathy/nanoGPT
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus, one core
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
+    python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
 
 The contestants, each in a process of its own, take turns for `rounds` rounds: one untimed step, then `steps` timed
 ones. A row is the median over the rounds, and the ratio to the first row the median of the ratios within a round, so
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bench_finetune
 import bench_kernels
 import data
 import system
@@ -49,6 +52,11 @@ class Config:
     sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths
     tokens: int = 24_576         # in a call: 12 rows of 2,048
     head_vocab: int = 128_256    # rows of the loss's head
+    # finetune: a grid of trials of the model above, from random weights
+    task: str = "sotu_era"       # a sequence classification task of tasks.py
+    task_dir: str = ""           # local data for it, as finetune.py's data_dir
+    trials: int = 8              # of the grid: two learning rates, half as many seeds
+    trial_steps: int = 50        # of each
     # how
     steps: int = 4               # of each contestant in a round
     rounds: int = 5              # each contestant takes two steps before the first
@@ -161,11 +169,11 @@ def contestant(c):
     print(f"seconds {time.time() - began}", flush=True)
     for _ in sys.stdin:
         step()      # untimed: caches and clocks are another contestant's until then
-        synchronize(device)
+        system.synchronize(device)
         began = time.perf_counter()
         for _ in range(c.steps):
             step()
-        synchronize(device)
+        system.synchronize(device)
         print(f"seconds {time.perf_counter() - began}", flush=True)
 
 
@@ -218,11 +226,6 @@ def train(c):
                    "size": c.size, "vocab_size": c.vocab_size, "rows": c.rows, "block_size": c.block_size, "dtype": dtype}, device)
 
 
-def synchronize(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def loading(c):
     """Batches on one core from a warm cache: read, cut, mask, pack."""
     torch.set_num_threads(1)
@@ -269,6 +272,25 @@ def kernel_bench(c):
             print(f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} |")
 
 
+def finetune(c):
+    device = system.pick_device(c.device)
+    dtype = system.pick_dtype(c.dtype, device)
+    if c.trials < 2 or c.trials % 2:
+        raise UserError(f"trials={c.trials}: expected an even number, half of them at each learning rate")
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the peer needs {' and '.join(missing)} (requirements-dev.txt)")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = bench_finetune.measure(c, device, dtype, folder)
+    ratio = seconds["trainer"] / seconds["ours"]
+    print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of {c.trial_steps} steps of 32, and evaluation\n\n"
+          "| grid | seconds | trials/hour | ours is faster by |\n|---|---|---|---|")
+    for key, name in (("ours", "finetune.py"), ("trainer", "Hugging Face Trainer loop: pads, reloads the model each trial")):
+        print(f"| {name} | {seconds[key]:.0f} | {3600 * c.trials / seconds[key]:.0f} | {seconds[key] / seconds['ours']:.2f} x |")
+    record(c, {"bench": "finetune", "task": c.task, "size": c.size, "dtype": dtype, "trials": c.trials, "steps": c.trial_steps,
+               "seconds": seconds, "ratio": ratio}, device)
+
+
 def describe(device):
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -286,9 +308,14 @@ def record(c, row, device):
 
 
 def main(c):
-    what = {"train": train, "data": loading, "kernels": kernel_bench, "contestant": contestant}
+    def trainer(c):
+        device = system.pick_device(c.device)
+        bench_finetune.trainer(c, c.args[1], device, system.pick_dtype(c.dtype, device))
+
+    what = {"train": train, "data": loading, "kernels": kernel_bench, "finetune": finetune, "contestant": contestant,
+            "trainer": trainer}
     if not c.args or c.args[0] not in what:
-        raise UserError("what to measure? python bench.py train|data|kernels")
+        raise UserError("what to measure? python bench.py train|data|kernels|finetune")
     what[c.args[0]](c)
 
 

@@ -80,6 +80,8 @@ def save(out_dir, step, model, state, optimizer=None):
             f.writelines(f"{sha256(os.path.join(temporary, name))}  {name}\n" for name in names)
         for name in [*names, SUMS, ""]:
             sync(os.path.join(temporary, name))
+        for name in results(path):
+            os.replace(os.path.join(path, name), os.path.join(temporary, name))
         shutil.rmtree(path, ignore_errors=True)    # only a damaged one of the same step can stand there
         os.replace(temporary, path)
         sync(out_dir)
@@ -122,10 +124,16 @@ def latest(out_dir, say=print):
 
 
 def prune(out_dir, keep_last, milestones):
-    """Delete all but the newest `keep_last` checkpoints and the milestones (steps kept for good)."""
-    ordinary = [path for path in all_of(out_dir) if step_of(path) not in milestones]
+    """Delete all but the newest `keep_last` checkpoints, the milestones (steps kept for good) and those somebody has fine-tuned,
+    whose rows lie in them."""
+    ordinary = [path for path in all_of(out_dir) if step_of(path) not in milestones and not results(path)]
     for path in ordinary[:-keep_last or None]:
         shutil.rmtree(path)
+
+
+def results(path):
+    """What finetune.py has put into a checkpoint's folder: not ours to delete."""
+    return [name for name in ("trials", "random") if os.path.isdir(os.path.join(path, name))]
 
 
 def find(path):

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.resources
 import re
+from collections import Counter
 
 from configurator import UserError
 
@@ -54,8 +55,11 @@ def sentences(shortest=8, longest=50):
 
 
 def sample(rows, key):
-    """The first ROWS of each split in the order of a hash. rows: (split, row); key(row) -> text. -> {split: [row]}"""
-    ordered = sorted(rows, key=lambda item: hashed(key(item[1])))
+    """The first ROWS of each split in the order of a hash. rows: (split, row); key(row) -> text. A text that occurs twice, as
+    thanks and blessings do, is left out. -> {split: [row]}"""
+    rows = list(rows)
+    count = Counter(key(row) for _, row in rows)
+    ordered = sorted((item for item in rows if count[key(item[1])] == 1), key=lambda item: hashed(key(item[1])))
     return {split: [row for s, row in ordered if s == split][:n] for split, n in ROWS.items()}
 
 

@@ -104,6 +104,12 @@ def peak_flops(device):
     return next((flops for key, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])) if key in name), None)
 
 
+def synchronize(device):
+    """Wait until a GPU has done what it was asked."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks: by default each temporary of a step is mapped, faulted in page by page and
     unmapped again, which costs a CPU step about a fifth of its time (`python bench.py train` shows it)."""

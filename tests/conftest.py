@@ -23,6 +23,10 @@ import pytest  # noqa: E402
 import prepare_fineweb  # noqa: E402
 import train  # noqa: E402
 
+# real data sets that are not ours to publish; the folder is named by the environment or lies beside the repository
+SHARED = os.environ.get("NANOENCODER_TEST_DATA", os.path.join(os.path.dirname(ROOT), "shared", "data"))
+needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="NANOENCODER_TEST_DATA names no folder with sst2, squad, ...")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `pytest -m gpu` runs these alone")

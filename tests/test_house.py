@@ -11,7 +11,7 @@ import train
 
 ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "bench", "report"}
 LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "trials", "demo_tasks", "tasks",
-          "encode", "families", "bench_kernels", "entry"]   # low to high
+          "encode", "families", "bench_kernels", "bench_finetune", "entry"]   # low to high
 
 
 def sources():
