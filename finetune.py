@@ -130,10 +130,10 @@ class Worker:
         encoded = encode.cached(name, task, examples, self.tokenizer, self.max_length, c.mode != "paper", c.cache_dir)
         epoch = -(-len(encoded["train"]["example"]) // c.batch)
         steps = c.steps or (epoch * task.epochs if task.epochs else 1000)
-        truncated = {split: int(part["truncated"][0]) / len(examples[split]) for split, part in encoded.items()}
-        notes += [f"{share:.1%} of {split} cut at {self.max_length} tokens" for split, share in truncated.items() if share]
+        cut = {split: int(part["truncated"][0]) for split, part in encoded.items()}
+        notes += [f"{n:,} of {split} cut at {self.max_length} tokens" for split, n in cut.items() if n]
         facts = {"task": name, "kind": task.kind, "data": tasks.fingerprint(examples), "steps": steps,
-                 "epochs": round(steps / epoch, 3), "truncated_frac": truncated,
+                 "epochs": round(steps / epoch, 3), "truncated_frac": {split: n / len(examples[split]) for split, n in cut.items()},
                  "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
         remember(os.path.join(folder, "trials", name), {k: v for k, v in asdict(c).items() if k not in FREE} | {
             k: (self.facts | facts)[k] for k in ("ckpt_sha", "dtype", "max_length", "data", "steps")})

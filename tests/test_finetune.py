@@ -1,0 +1,259 @@
+"""finetune.py as its users run it: grids, rows, workers that die, and settings that do not fit."""
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, needs_shared, run_python
+from test_tasks import sst2, write
+
+import checkpoint
+import demo_tasks
+import finetune
+import report
+import tokenizer
+import train
+import trials
+from configurator import UserError
+
+
+@pytest.fixture(scope="module")
+def encoder(corpus_dir, tmp_path_factory):
+    """A tiny encoder pretrained for a second: the run's folder."""
+    out = str(tmp_path_factory.mktemp("encoder") / "clm_then_mlm")
+    train.main(train.Config(data_dir=corpus_dir, out_dir=out, size="tiny", block_size=128, batch_rows=8, micro_rows=8, dtype="float32",
+                            phases=(("clm", 20), ("mlm", 20)), warmup_steps=4, decay_steps=4, learning_rate=3e-3, eval_interval=40,
+                            eval_rows=16, save_interval=40, compile=False, device="cpu"))
+    return out
+
+
+@pytest.fixture
+def small(encoder, tmp_path):
+    """Settings of a grid that takes seconds: small(out, **changes) -> finetune.Config"""
+    folder = write(tmp_path, "data/sst2", train=sst2(200), validation=sst2(40, 1000), test=sst2(60, 2000))
+    assert folder == str(tmp_path)
+
+    def config(out="out", **changes):
+        settings = dict(ckpt=encoder, tasks="sst2", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / out), lrs=(1e-3, 3e-3),
+                        seeds=(0, 1), steps=12, dtype="float32", device="cpu", cache_dir=str(tmp_path / "cache"))
+        return finetune.Config(**(settings | changes))
+    return config
+
+
+def words(c):
+    default = finetune.Config()
+    return ["finetune.py", *(f"--{k}={v}" for k, v in vars(c).items() if v != getattr(default, k))]
+
+
+def rows(folder):
+    """{file name below trials/: row}, without what a clock says."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(folder, "trials", "*", "lr*.json"))):
+        with open(path, encoding="utf-8") as f:
+            found[os.path.relpath(path, folder)] = {k: v for k, v in json.load(f).items() if k not in ("secs", "time")}
+    return found
+
+
+def test_the_demo_families_from_a_checkpoint_to_a_table(encoder, small, tmp_path):
+    """A real process, no network: rows with all they need, scores of every example, and both rules in the report."""
+    c = small(tasks="demo", data_dir="", lrs=(2e-3,), steps=4, seeds=(0, 1))
+    done = run_python(words(c), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "sotu_era: sequence classification, 3,000 + 400 + 600 examples, 4 steps of 32" in done.stdout + done.stderr
+    found = rows(c.out_dir)
+    assert len(found) == 6
+    for path, row in found.items():
+        assert row["model"] == "clm_then_mlm-40" and row["mode"] == "standard" and not row["failed"] and row["steps"] == 4
+        assert row["validation"]["n"] == 400 and row["test"]["n"] == 600 and 0 <= row["test"]["score"] <= 1
+        items = np.load(os.path.join(c.out_dir, path)[:-4] + "npz")
+        assert items["validation"].shape == (400,) and items["test"].shape == (600,) and items["test"].dtype == np.float16
+        if row["kind"] != "token":
+            assert items["test"].mean(dtype=np.float64) == pytest.approx(row["test"]["score"], abs=2e-3)
+    done = run_python(["report.py", c.out_dir, f"--to={tmp_path}/report"])
+    assert done.returncode == 0, done.stderr
+    for name in ("(majority)", "(all O)", "(most frequent entity)", "| sotu_era | clm_then_mlm-40 |"):
+        assert name in done.stdout
+
+
+def test_a_seed_decides_head_and_order_and_the_same_twice_is_the_same_to_the_bit(small):
+    one, again = small("one"), small("again", seeds=(1, 0))
+    finetune.main(one)
+    finetune.main(again)
+    assert rows(one.out_dir) == rows(again.out_dir) and len(rows(one.out_dir)) == 4
+    curves = {k: [loss for _, loss in row["train_loss"]] for k, row in rows(one.out_dir).items()}
+    assert len({tuple(curve) for curve in curves.values()}) == 4
+    # the first step has a learning rate of 0: before it only head and data differ, so the learning rate is not in the seed
+    first = {(k.split("sd")[1], curve[0]) for k, curve in curves.items()}
+    assert len(first) == 2
+
+
+def test_how_a_batch_is_cut_changes_nothing(small, tmp_path):
+    for name, rows_of in (("uner", demo_tasks.case()), ("record", demo_tasks.cloze())):       # few rows of their schema
+        write(tmp_path / "data", name, train=rows_of["train"][:64], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
+    whole = small("whole", seeds=(0,), lrs=(1e-3,), tasks="sst2,uner,record", steps=6)
+    parts = small("parts", seeds=(0,), lrs=(1e-3,), tasks="sst2,uner,record", steps=6, micro_tokens=200, eval_tokens=300)
+    finetune.main(whole)
+    finetune.main(parts)
+    for (name, a), b in zip(rows(whole.out_dir).items(), rows(parts.out_dir).values()):
+        assert [x for _, x in a["train_loss"]] == pytest.approx([x for _, x in b["train_loss"]], rel=1e-4), name
+        assert a["test"]["score"] == pytest.approx(b["test"]["score"], abs=0.02)
+
+
+def test_a_worker_killed_in_the_middle_costs_one_trial_and_two_more_finish_the_grid(small):
+    """kill -9, then two workers: the rows of an uninterrupted run, none twice, none missing."""
+    calm, c = small("calm", seeds=(0, 1, 2), steps=60), small("torn", seeds=(0, 1, 2), steps=60)
+    finetune.main(calm)
+    victim = subprocess.Popen([sys.executable, *words(c)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 100
+    while len(rows(c.out_dir)) < 2 and time.time() < deadline:      # it is in its third trial or about to begin it
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert 2 <= len(rows(c.out_dir)) < 6
+    workers = [subprocess.Popen([sys.executable, *words(c)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+               for _ in range(2)]
+    for worker in workers:
+        assert worker.wait(timeout=200) == 0, worker.stderr.read()
+    ended = rows(c.out_dir)
+    assert ended.keys() == rows(calm.out_dir).keys() and len(ended) == 6
+    # workers beside each other have fewer threads, which may round sums otherwise; what a user reads is the same
+    for name, row in rows(calm.out_dir).items():
+        assert row == ended[name], name
+    assert not glob.glob(os.path.join(c.out_dir, "trials", "*", "*.claim"))
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_trial_and_the_grid_goes_on(small, tmp_path):
+    c = small(lrs=(1e-3, 1e30), seeds=(0,))
+    finetune.main(c)
+    found = rows(c.out_dir)
+    bad, good = found["trials/sst2/lr1e+30_sd0.json"], found["trials/sst2/lr1e-03_sd0.json"]
+    assert bad["failed"] and "loss" in bad["why"] and not good["failed"]
+    assert good == rows_of_alone(small)                 # weights come back whole after the ruin
+    table = report.trial_table(list(report.read_trials(c.out_dir).values()))
+    assert "| 1 | 1 | 0 |" in table                     # one seed, one failed, none missing
+
+
+def rows_of_alone(small):
+    c = small("alone", lrs=(1e-3,), seeds=(0,))
+    finetune.main(c)
+    return rows(c.out_dir)["trials/sst2/lr1e-03_sd0.json"]
+
+
+def test_weights_come_back_after_every_trial(small, encoder):
+    c = small(lrs=(3e-3, 1e-3), seeds=(0,))
+    finetune.main(c)
+    assert rows(c.out_dir)["trials/sst2/lr1e-03_sd0.json"] == rows_of_alone(small)
+
+
+def test_pretrained_and_random_weights_causal_and_paper_are_told_apart(small, encoder, tmp_path):
+    """Rows go beside the checkpoint, and a report never mixes them."""
+    ckpt = checkpoint.latest(encoder)
+    run = str(tmp_path / "clm_then_mlm")
+    shutil.copytree(encoder, run)
+    path = os.path.join(run, os.path.basename(ckpt))
+    for changes in ({}, {"random_weights": True}, {"causal": True, "out_dir": f"{run}/causal"},
+                    {"mode": "paper", "param_dtype": "bfloat16", "split": "encodeval", "out_dir": f"{run}/paper"}):
+        finetune.main(small(**({"ckpt": run, "out_dir": "", "lrs": (1e-3,), "seeds": (0,), "steps": 3} | changes)))
+    assert len(rows(path)) == len(rows(os.path.join(path, "random"))) == 1
+    table = report.trial_table(list(report.read_trials(run).values()))
+    for model in ("clm_then_mlm-40 |", "clm_then_mlm-40-random |", "clm_then_mlm-40 (causal) |",
+                  "clm_then_mlm-40 (paper, bfloat16 weights, encodeval split) |"):
+        assert f"| sst2 | {model}" in table
+    scores = {r["test"]["score"] for r in report.read_trials(run).values()}
+    assert len(scores) >= 2
+    # a later checkpoint of the run does not take the rows with it
+    checkpoint.prune(run, 0, ())
+    assert os.path.isdir(path) and len(rows(path)) == 1
+
+
+@pytest.mark.parametrize("task", ["sotu_case", "sotu_cloze"])
+def test_the_papers_mode_runs_the_other_families(small, task):
+    c = small(tasks=task, mode="paper", lrs=(1e-3,), seeds=(0,), steps=3)
+    finetune.main(c)
+    row, = rows(c.out_dir).values()
+    assert 0 <= row["test"]["score"] <= 1 and row["baseline"]["name"] == {"sotu_case": "all O", "sotu_cloze": "no answer"}[task]
+
+
+def test_finished_trials_stay_and_other_settings_are_refused_by_name(small):
+    c = small(seeds=(0,))
+    finetune.main(c)
+    before = {p: os.stat(os.path.join(c.out_dir, p)).st_mtime_ns for p in rows(c.out_dir)}
+    finetune.main(small(seeds=(0, 1)))                                       # more seeds: only what is missing
+    assert len(rows(c.out_dir)) == 4
+    assert all(os.stat(os.path.join(c.out_dir, p)).st_mtime_ns == t for p, t in before.items())
+    with pytest.raises(UserError, match=r"holds trials of other settings \(.*steps: 12 then, 13 now.*\): choose another --out_dir"):
+        finetune.main(small(seeds=(0, 1, 2), steps=13))
+
+
+def test_what_is_longer_than_the_context_is_cut_and_said(small, tmp_path, capsys):
+    long = [dict(row, sentence=row["sentence"] + " and so on" * 60) for row in sst2(8, 500)]
+    write(tmp_path / "data", "sst2", train=sst2(200) + long, validation=sst2(40, 1000), test=sst2(60, 2000))
+    c = small(lrs=(1e-3,), seeds=(0,), steps=2)
+    finetune.main(c)
+    row, = rows(c.out_dir).values()
+    assert row["truncated_frac"] == {"train": 8 / 208, "validation": 0.0, "test": 0.0} and row["max_length"] == 127
+    assert "8 of train cut at 127 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"tasks": "sst"}, "unknown task 'sst': expected one of conll2003, "),
+    ({"ckpt": ""}, "which encoder?"),
+    ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
+    ({"lrs": ()}, "expected names, and learning rates above 0"),
+    ({"lrs": (1,)}, "learning rates above 0 written as in 1e-5"),
+    ({"seeds": (0.5,)}, "seeds=(0.5,): expected whole numbers"),
+    ({"mode": "papers"}, "mode=papers: expected standard or paper"),
+    ({"max_length": 4}, "max_length=4: expected at least 16"),
+    ({"attention": "flash"}, "attention=flash: expected auto or one of"),
+    ({"data_dir": "nowhere"}, "data_dir=nowhere is no folder"),
+])
+def test_a_wrong_call_is_one_line_and_exit_2(small, changes, says):
+    done = run_python(words(small(**changes)))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_beside_anothers_tokenizer_is_refused(small, encoder, tmp_path):
+    run = str(tmp_path / "mixed")
+    shutil.copytree(encoder, run)
+    tokenizer.save(tokenizer.get("train:512", [str(k ** 3) for k in range(3000)]), run)
+    with pytest.raises(UserError, match="the tokenizer beside .* is not the one it was trained with"):
+        finetune.main(small(ckpt=run))
+
+
+def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero_and_decay_spares_vectors():
+    """Against transformers' linear schedule and torch's AdamW on a toy, step by step."""
+    from transformers import get_linear_schedule_with_warmup
+    c, steps = finetune.Config(grad_clip=1e9), 25
+    ours, theirs = ([torch.nn.Parameter(torch.full((3, 3), 2.0)), torch.nn.Parameter(torch.full((3,), 2.0))] for _ in range(2))
+    optimizer = torch.optim.AdamW([{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}], lr=0.01,
+                                  betas=(0.9, 0.95), eps=1e-5)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, steps)
+    for step in range(steps):
+        (sum((p * (step + 1)).sin().sum() for p in theirs) / 5).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    curve = trials.fit(ours, lambda step: [(step, 2), (step, 3)], lambda s: sum((p * (s + 1)).sin().sum() for p in ours) / 2, steps,
+                       0.01, c)
+    assert [step for step, _ in curve][-1] == steps and len(curve) <= 10
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_shared
+@pytest.mark.parametrize("task", ["sst2", "uner_en_ewt", "squad"])
+def test_real_data_trains_above_the_baseline(small, task):
+    """The path, on a tiny encoder that has seen a second of text; README has what a small one reaches."""
+    lr, steps = {"sst2": (2e-3, 160), "uner_en_ewt": (5e-3, 200), "squad": (5e-3, 40)}[task]
+    c = small(tasks=task, data_dir=SHARED, lrs=(lr,), seeds=(0,), steps=steps)
+    finetune.main(c)
+    row, = rows(c.out_dir).values()
+    assert row["train_loss"][-1][1] < row["train_loss"][0][1] and row["test"]["score"] > row["baseline"]["score"]
