@@ -135,4 +135,6 @@ def pack(encoded, indices, device):
     """-> tokens [T] int64, cu_seqlens [S + 1] int32 of these sequences"""
     tokens = torch.from_numpy(rows(encoded, "tokens", indices).astype(np.int64))
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths(encoded)[indices]]).astype(np.int32))
-    return tokens.to(device), cu_seqlens.to(device)
+    tokens, cu_seqlens = tokens.to(device), cu_seqlens.to(device)
+    cu_seqlens.checked_for = len(tokens)      # kernels.attention need not look at it, which on a GPU is a synchronisation
+    return tokens, cu_seqlens

@@ -90,6 +90,7 @@ class Worker:
         self.device = system.pick_device(c.device)
         if self.device == "cuda":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(self.device)      # kernels start on the current one
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
         self.state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
         config = ModelConfig(**self.state["model"])
@@ -116,6 +117,10 @@ class Worker:
                       "step": self.state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode, "split": c.split,
                       "param_dtype": c.param_dtype, "dtype": self.dtype, "causal": c.causal, "max_length": self.max_length,
                       "device": device, "torch": torch.__version__, "code": code()}
+        self.settings = {k: v for k, v in asdict(c).items() if k not in FREE} | {k: self.facts[k] for k in (
+            "ckpt_sha", "dtype", "max_length")}
+        if not c.steps:
+            del self.settings["steps"]      # each task's own
 
     def autocast(self):
         return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
@@ -135,8 +140,10 @@ class Worker:
         facts = {"task": name, "kind": task.kind, "data": tasks.fingerprint(examples), "steps": steps,
                  "epochs": round(steps / epoch, 3), "truncated_frac": {split: n / len(examples[split]) for split, n in cut.items()},
                  "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
-        remember(os.path.join(folder, "trials", name), {k: v for k, v in asdict(c).items() if k not in FREE} | {
-            k: (self.facts | facts)[k] for k in ("ckpt_sha", "dtype", "max_length", "data", "steps")})
+        path = settings_path(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        trials.finish(path, self.settings | {k: facts[k] for k in ("data", "steps")})       # unless it is there
+        same_settings(path, self.settings | {k: facts[k] for k in ("data", "steps")})
         self.data, self.name = Data(task, examples, encoded, facts), name
         if trials.speaks():
             sizes = " + ".join(f"{len(part):,}" for part in examples.values())
@@ -153,7 +160,8 @@ class Worker:
         task, examples, encoded = self.data.task, self.data.examples[split], self.data.encoded[split]
         lengths, (_, _, predictions, scores) = encode.lengths(encoded), families.family(task, self.c.mode)
         outputs = [None] * len(lengths)
-        for indices in encode.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens):
+        batches = encode.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens)
+        for indices in tqdm(batches, desc=split, leave=False, disable=not trials.speaks()):
             with torch.inference_mode():
                 logits = self.logits(head, encoded, indices).cpu()
             parts = logits if task.kind == "sequence" else logits.split(lengths[indices].tolist())
@@ -171,8 +179,8 @@ class Worker:
         def micro_batches(step):
             position = np.arange(step * c.batch, (step + 1) * c.batch)       # in the stream of all epochs
             order = permute(position % n, n, trial["seed"], position // n)
-            parts = [(indices, *targets(encoded, indices, c.mode)) for indices in encode.by_budget(order, encoded, c.micro_tokens)]
-            return [((indices, wanted), count) for indices, wanted, count in parts]
+            return [((indices, wanted), count) for indices in encode.by_budget(order, encoded, c.micro_tokens)
+                    for wanted, count in [targets(encoded, indices, c.mode)]]
 
         def loss_of(batch):
             indices, wanted = batch
@@ -224,15 +232,18 @@ def tokenizer_of(path):
     return found
 
 
-def remember(folder, settings):
-    """Keep the settings beside the first trial; raise UserError if there are trials of other settings."""
-    path = os.path.join(folder, "settings.json")
-    os.makedirs(folder, exist_ok=True)
-    trials.finish(path, settings)          # unless it is there
+def settings_path(folder, name):
+    return os.path.join(folder, "trials", name, "settings.json")
+
+
+def same_settings(path, settings):
+    """Raises UserError if the trials beside path were run with other settings."""
     with open(path, encoding="utf-8") as f:
-        changed = lineage.differences(json.load(f), settings, free=())
+        old = json.load(f)
+    changed = lineage.differences(old, {k: v for k, v in settings.items() if k in old}, free=())
     if changed:
-        raise UserError(f"{folder} holds trials of other settings ({'; '.join(changed)}): choose another --out_dir")
+        raise UserError(f"{os.path.dirname(path)} holds trials of other settings ({'; '.join(changed)}): choose another --out_dir, "
+                        "or delete that folder")
 
 
 def check(c):
@@ -240,6 +251,7 @@ def check(c):
     if not c.ckpt:
         raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
     names = {"all": tasks.PAPER, "demo": tasks.DEMO}.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
+    names = tuple(dict.fromkeys(names))
     for name in names:
         tasks.find(name, c.data_dir)
     if not names or not c.lrs or any(type(lr) is not float or not 0 < lr < float("inf") for lr in c.lrs):
@@ -261,6 +273,8 @@ def main(c):
     path = checkpoint.find(c.ckpt)
     folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
     worker = Worker(c, path)
+    for settings in filter(os.path.isfile, (settings_path(folder, name) for name in names)):
+        same_settings(settings, worker.settings)        # also where all trials are done
     grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
     trials.work(grid, folder, lambda trial: worker.run(trial, folder))
     if trials.speaks():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The finding in miniature, from a bare machine: pretrain a CLM, an MLM and a CLM-then-MLM encoder on the State of the
-# Union addresses at the same token budget, and compare them. Run it again to resume or to see the table again.
+# Union addresses at the same token budget, fine-tune each on three small tasks made from the same text, and compare them.
+# Run it again to resume or to see the tables again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/env.sh
@@ -11,6 +12,9 @@ began=$SECONDS
 "$PYTHON" train.py config/demo_clm.py             # the trunk; its step 200 stays on disk
 "$PYTHON" train.py config/demo_mlm.py
 "$PYTHON" train.py config/demo_clm_then_mlm.py    # branches from the trunk's step 200
+for run in mlm clm clm_then_mlm; do
+  "$PYTHON" finetune.py --ckpt=runs/demo/$run config/finetune_quick.py
+done
 echo
 "$PYTHON" report.py runs/demo/mlm runs/demo/clm runs/demo/clm_then_mlm --to=runs/demo
 echo "all of it took $((SECONDS - began)) s"

@@ -181,15 +181,31 @@ def test_the_papers_mode_runs_the_other_families(small, task):
     assert 0 <= row["test"]["score"] <= 1 and row["baseline"]["name"] == {"sotu_case": "all O", "sotu_cloze": "no answer"}[task]
 
 
-def test_finished_trials_stay_and_other_settings_are_refused_by_name(small):
+def test_finished_trials_stay_and_other_settings_are_refused_by_name(small, tmp_path):
     c = small(seeds=(0,))
     finetune.main(c)
     before = {p: os.stat(os.path.join(c.out_dir, p)).st_mtime_ns for p in rows(c.out_dir)}
-    finetune.main(small(seeds=(0, 1)))                                       # more seeds: only what is missing
+    finetune.main(small(seeds=(0, 1)))                                      # more seeds: only what is missing
     assert len(rows(c.out_dir)) == 4
     assert all(os.stat(os.path.join(c.out_dir, p)).st_mtime_ns == t for p, t in before.items())
-    with pytest.raises(UserError, match=r"holds trials of other settings \(.*steps: 12 then, 13 now.*\): choose another --out_dir"):
-        finetune.main(small(seeds=(0, 1, 2), steps=13))
+    for seeds in ((0, 1, 2), (0,)):                                         # also where nothing is left to do
+        with pytest.raises(UserError, match=r"holds trials of other settings \(steps: 12 then, 13 now\): choose another --out_dir"):
+            finetune.main(small(seeds=seeds, steps=13))
+    write(tmp_path / "data", "sst2", train=sst2(201), validation=sst2(40, 1000), test=sst2(60, 2000))
+    with pytest.raises(UserError, match=r"other settings \(data: [0-9a-f]{16} then, [0-9a-f]{16} now\)"):
+        finetune.main(small(seeds=(2,)))
+
+
+def test_the_tasks_own_number_of_steps_is_the_papers_and_named_or_not_is_the_same(small, tmp_path):
+    rows_of = demo_tasks.case()
+    write(tmp_path / "data", "uner", train=rows_of["train"][:70], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
+    c = small(tasks="uner", lrs=(1e-3,), seeds=(0,), steps=0)
+    finetune.main(c)
+    row, = rows(c.out_dir).values()
+    assert row["steps"] == 3 and row["epochs"] == 1                         # one epoch: 70 sentences by 32
+    finetune.main(small(tasks="uner", lrs=(1e-3,), seeds=(0, 1), steps=0))
+    finetune.main(small(tasks="uner", lrs=(1e-3,), seeds=(0, 1, 2), steps=3))
+    assert len(rows(c.out_dir)) == 3
 
 
 def test_what_is_longer_than_the_context_is_cut_and_said(small, tmp_path, capsys):

@@ -162,6 +162,32 @@ def test_sdpa_equals_the_dense_reference_values_and_gradients(heads, dim, causal
         assert (a.double() - b).norm() / b.norm() <= bound
 
 
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_sentences_computed_together_are_each_alone(heads, causal, dtype, bound, poisoned):
+    """Forty short sequences of all lengths, empty ones and a long one; a NaN in one of them stays there."""
+    torch.manual_seed(0)
+    lengths = [*range(1, 40), 300, 0, 64, 64, 63, 127, 128, 129, 2, 16, 17]
+    cu_seqlens, spoilt = pack(lengths), sum(lengths[:20])
+    inputs = [torch.randn(sum(lengths), h, 32).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1])]
+    grad = torch.randn(sum(lengths), heads[0], 32).to(dtype)
+    out = kernels.attention(*inputs, cu_seqlens, causal, "sdpa")
+    found = [out, *torch.autograd.grad(out, inputs, grad)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = reference(*exact, cu_seqlens, causal)
+    for a, b in zip(found, [expected, *torch.autograd.grad(expected, exact, grad.double())]):
+        assert ((a.double() - b).norm() / b.norm()).item() < bound
+    broken = [x.detach().clone().requires_grad_() for x in inputs]
+    for x in broken:
+        x.data[spoilt] = float("nan")
+    out = kernels.attention(*broken, cu_seqlens, causal, "sdpa")
+    for a, b in zip([out, *torch.autograd.grad(out, broken, grad)], found):
+        others = torch.ones(len(a), dtype=torch.bool)
+        others[spoilt:spoilt + lengths[20]] = False
+        assert torch.equal(a[others], b[others]) and a[spoilt].isnan().any()
+
+
 def test_sdpa_is_a_well_behaved_operator():
     cu, simple = pack([5, 9]), ("test_schema", "test_faketensor")
     q, k, v = (torch.randn(14, h, 8, requires_grad=True) for h in (4, 2, 2))
