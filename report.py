@@ -183,8 +183,7 @@ def named(row):
 
 
 def trial_table(rows):
-    """Markdown: a line a task and model, both rules side by side, and what is missing of the grid that the rows span."""
-    lrs, seeds = ({r[k] for r in rows} for k in ("lr", "seed"))
+    """Markdown: a line a task and model, both rules side by side, and what is missing of the grid that the task's rows span."""
     lines = ["| task | model | rule paper: test ± 1.96 s/√n (LR) | rule standard: test ± t s/√n (LR) "
              "| baseline | seeds | failed | missing |",
              "|---|---|---|---|---|---|---|---|"]
@@ -192,6 +191,7 @@ def trial_table(rows):
     for r in rows:
         groups[r["task"], named(r)].append(r)
     for (task, model), group in sorted(groups.items()):
+        lrs, seeds = ({r[k] for r in rows if r["task"] == task} for k in ("lr", "seed"))
         baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
         missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})
         lines.append(f"| {task} | {model} | {in_words(select(group, 'paper'), lrs)} | {in_words(select(group, 'standard'), lrs)} "

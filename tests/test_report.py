@@ -72,6 +72,13 @@ def test_one_seed_has_no_interval_and_none_at_all_says_so():
     assert report.in_words(report.select([row | {"failed": True}], "paper"), {1e-4}) == "no trial succeeded"
 
 
+def test_what_is_missing_is_counted_within_a_task():
+    rows = [{"task": task, "model": "m", "lr": lr, "seed": seed, "failed": False, "validation": {"score": 0.5}, "test": {"score": 0.4}}
+            for task, lrs, seeds in (("wide", (1e-5, 1e-4), (0, 1, 2)), ("narrow", (5e-4,), (0,))) for lr in lrs for seed in seeds]
+    narrow, wide = report.trial_table(rows[1:]).splitlines()[2:]
+    assert narrow.endswith("| 1 | 0 | 0 |") and wide.endswith("| 3 | 0 | 1 |")
+
+
 def test_a_file_that_is_no_row_is_named(grid):
     path = write(grid, 2e-05, 0, validation={})
     with pytest.raises(UserError, match=os.path.basename(path)):
