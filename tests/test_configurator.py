@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, run_python
 
 import configurator
+import finetune
 import train
 from configurator import UserError
 
@@ -90,7 +91,10 @@ def test_every_config_file_is_valid_and_short():
     assert {"1b_clm_then_mlm.py", "mlm.py", "clm.py"} <= set(names)
     for name in (n for n in names if n.endswith(".py")):
         path = os.path.join(ROOT, "config", name)
-        c = configurator.configure(train.Config, [path])
-        assert train.check(c, world_size=8 if c.batch_rows % (8 * c.micro_rows) == 0 else 1) > 0
+        if name.startswith("finetune_"):
+            assert finetune.check(configurator.configure(finetune.Config, [path, "--ckpt=somewhere"]))
+        else:
+            c = configurator.configure(train.Config, [path])
+            assert train.check(c, world_size=8 if c.batch_rows % (8 * c.micro_rows) == 0 else 1) > 0
         text = open(path).read()
         assert len(text.splitlines()) <= 30 and text.startswith("#"), name
