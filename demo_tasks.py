@@ -11,20 +11,15 @@ the demo corpus has read the texts before, without labels.
 """
 import csv
 import functools
-import hashlib
 import importlib.resources
 import re
 from collections import Counter
 
 from configurator import UserError
+from system import hashed
 
 ERAS = ("1790-1849", "1850-1899", "1900-1949", "1950-")
 ROWS = {"train": 3000, "validation": 400, "test": 600}      # of each task: what a laptop evaluates in seconds
-
-
-def hashed(text):
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") / 2 ** 64
 
 
 @functools.cache

@@ -11,7 +11,6 @@ the hash of its text says so. Everything is written under temporary names first;
 goes on behind the last whole shard, and when all is done it says so and leaves the files alone.
 """
 import glob
-import hashlib
 import importlib.resources
 import json
 import os
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from configurator import RunError, UserError, run
 from data import ShardWriter, read_header
-from system import decode, lines_of, write_whole
+from system import decode, hashed, lines_of, write_whole
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_CHARACTERS = 4_000_000    # text in memory at once
@@ -101,16 +100,10 @@ def parquet_texts(path):
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
-def is_validation(text, fraction):
-    """Decided by the text alone: no order, no seed, and two copies of a document land on the same side."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2 ** 64
-
-
 def remaining(texts, fraction, skip):
     """(text, belongs to validation) of every document, without the first `skip` training documents."""
     for text in texts:
-        validation = is_validation(text, fraction)
+        validation = hashed(text) < fraction
         if validation or skip == 0:
             yield text, validation
         else:

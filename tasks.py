@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import demo_tasks
 from configurator import UserError
-from system import lines_of
+from system import hashed, lines_of
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
 KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering"}
@@ -295,7 +295,7 @@ def cut(task, examples, split):
         return [examples[i] for i in parts["train"]["row"]], [examples[i] for i in parts["test"]["row"]]
     sides = defaultdict(list)
     for e in examples:
-        sides[demo_tasks.hashed(key_of(task, e)) < HELD_OUT].append(e)
+        sides[hashed(key_of(task, e)) < HELD_OUT].append(e)
     return sides[False], sides[True]
 
 

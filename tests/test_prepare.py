@@ -14,6 +14,7 @@ from conftest import ROOT, run_python
 
 import data
 import prepare_fineweb
+import system
 import tokenizer
 from configurator import UserError
 
@@ -61,7 +62,7 @@ def test_the_shards_hold_the_documents_each_closed_by_eos(tmp_path):
         assert ids[-1] == t.eos_id
         found[split] = [t.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == t.eos_id))[:-1]]
         found[split] = [text.removeprefix("<|eos|>") for text in found[split]]
-    held_out = [prepare_fineweb.is_validation(text, 0.2) for text in texts()]
+    held_out = [system.hashed(text) < 0.2 for text in texts()]
     assert found["val"] == [text for text, out in zip(texts(), held_out) if out] != []
     assert found["train"] == [text for text, out in zip(texts(), held_out) if not out]
     assert len(data.Corpus(str(tmp_path / "x")).shards) > 3
