@@ -31,6 +31,7 @@ import bench_finetune
 import bench_kernels
 import data
 import system
+import tasks
 from configurator import RunError, UserError, run
 from kernels import linear_cross_entropy
 from model import SIZES, Encoder, ModelConfig
@@ -277,6 +278,8 @@ def finetune(c):
     dtype = system.pick_dtype(c.dtype, device)
     if c.trials < 2 or c.trials % 2:
         raise UserError(f"trials={c.trials}: expected an even number, half of them at each learning rate")
+    if tasks.find(c.task, c.task_dir).kind != "sequence":
+        raise UserError(f"task={c.task}: expected a sequence classification task, which is what the peer's loop trains")
     missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the peer needs {' and '.join(missing)} (requirements-dev.txt)")

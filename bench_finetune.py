@@ -44,7 +44,7 @@ def measure(c, device, dtype, folder):
     path = new_run(c, os.path.join(folder, "run"))
     seeds = sorted({t["seed"] for t in grid(c)})
     ours = ["finetune.py", f"--ckpt={path}", f"--tasks={c.task}", f"--data_dir={c.task_dir}", "--lrs=5e-5,1e-4",
-            f"--seeds={','.join(map(str, seeds))},", f"--steps={c.trial_steps}", f"--cache_dir={folder}/cache",
+            f"--seeds={','.join(map(str, seeds))}", f"--steps={c.trial_steps}", f"--cache_dir={folder}/cache",
             f"--device={device}", f"--dtype={dtype}"]
     theirs = ["bench.py", "trainer", path, *(w for w in sys.argv[1:] if w.startswith("--"))]
     here, seconds = os.path.dirname(os.path.abspath(__file__)), {}

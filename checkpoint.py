@@ -80,10 +80,13 @@ def save(out_dir, step, model, state, optimizer=None):
             f.writelines(f"{sha256(os.path.join(temporary, name))}  {name}\n" for name in names)
         for name in [*names, SUMS, ""]:
             sync(os.path.join(temporary, name))
-        for name in results(path):
-            os.replace(os.path.join(path, name), os.path.join(temporary, name))
-        shutil.rmtree(path, ignore_errors=True)    # only a damaged one of the same step can stand there
-        os.replace(temporary, path)
+        if results(path):          # a damaged one of the same step that was fine-tuned: its results stay where they are
+            for name in [*names, SUMS]:
+                os.replace(os.path.join(temporary, name), os.path.join(path, name))
+            os.rmdir(temporary)
+        else:
+            shutil.rmtree(path, ignore_errors=True)    # only a damaged one can stand there
+            os.replace(temporary, path)
         sync(out_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

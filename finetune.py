@@ -86,14 +86,14 @@ class Worker:
     """Holds what trials share: the encoder, a copy of its weights, and the task at hand."""
 
     def __init__(self, c, path):
-        self.c, self.path, self.data, self.name = c, path, None, None
+        self.c, self.data = c, None
         self.device = system.pick_device(c.device)
         if self.device == "cuda":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)      # kernels start on the current one
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
-        self.state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
-        config = ModelConfig(**self.state["model"])
+        state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
+        config = ModelConfig(**state["model"])
         try:
             resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim)
         except ValueError as error:
@@ -113,8 +113,8 @@ class Worker:
         with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
             sums = {name: digest for digest, name in map(str.split, f)}
         device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
-        self.facts = {"v": 1, "model": f"{run_name}-{self.state['step']}" + "-random" * c.random_weights,
-                      "step": self.state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode, "split": c.split,
+        self.facts = {"v": 1, "model": f"{run_name}-{state['step']}" + "-random" * c.random_weights,
+                      "step": state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode, "split": c.split,
                       "param_dtype": c.param_dtype, "dtype": self.dtype, "causal": c.causal, "max_length": self.max_length,
                       "device": device, "torch": torch.__version__, "code": code()}
         self.settings = {k: v for k, v in asdict(c).items() if k not in FREE} | {k: self.facts[k] for k in (
@@ -127,7 +127,7 @@ class Worker:
 
     def take(self, name, folder):
         """Read and encode a task, unless it is the one at hand; say what a reader of its scores should know."""
-        if name == self.name:
+        if self.data and self.data.facts["task"] == name:
             return
         c = self.c
         task, examples, notes = tasks.load(name, c.data_dir, c.split)
@@ -142,9 +142,10 @@ class Worker:
                  "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
         path = settings_path(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        trials.finish(path, self.settings | {k: facts[k] for k in ("data", "steps")})       # unless it is there
-        same_settings(path, self.settings | {k: facts[k] for k in ("data", "steps")})
-        self.data, self.name = Data(task, examples, encoded, facts), name
+        settings = self.settings | {k: facts[k] for k in ("data", "steps")}
+        trials.finish(path, settings)       # unless it is there
+        same_settings(path, settings)
+        self.data = Data(task, examples, encoded, facts)
         if trials.speaks():
             sizes = " + ".join(f"{len(part):,}" for part in examples.values())
             tqdm.write("; ".join([f"{name}: {tasks.KINDS[task.kind]}, {sizes} examples, {steps} steps of {c.batch} "

@@ -249,6 +249,8 @@ def of_sequence(task, row, where):
 
 def of_token(task, row, where):
     words = value(row, task.words, list, where)
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where}: the field '{task.words}' holds something that is not a string")
     tags = [label_id(task, tag, where) for tag in value(row, task.label, list, where)]
     if len(words) != len(tags):
         raise UserError(f"{where} has {len(words)} words and {len(tags)} tags")
@@ -275,7 +277,7 @@ def of_span(task, row, where):
         if not answers and not task.unanswerable:
             raise UserError(f"{where}: the question has no answer")
     for text, start in answers:
-        if type(start) is not int or start < 0 or not text or context[start:start + len(text)] != text:
+        if not isinstance(text, str) or type(start) is not int or start < 0 or not text or context[start:start + len(text)] != text:
             raise UserError(f"{where}: the answer {text!r} is not at character {start} of the context")
     return {"question": question, "context": context, "answers": answers, "entities": entities}
 

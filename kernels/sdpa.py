@@ -19,7 +19,7 @@ SHORT, GRAIN = 128, 16     # sequences of up to SHORT tokens that fill the same 
 
 class Together(NamedTuple):
     """G sequences as one call: their rows of [T * heads, D], as [G * H, L, D]; shorter ones repeat their last token."""
-    shape: tuple               # G, H, Hkv, L
+    length: int                # L, of the longest
     q: torch.Tensor            # [G * H * L] rows of q
     kv: torch.Tensor           # [G * H * L] rows of k and v: each KV head stands for its group of query heads
     hidden: torch.Tensor       # bool [G * H, 1, L]: keys that are repetitions
@@ -42,7 +42,7 @@ def plan(bounds, heads, kv_heads, together):
 def together_of(spans, heads, kv_heads):
     start, end = (x[:, None] for x in torch.tensor(spans).unbind(1))                            # [G, 1] each
     position = start + torch.arange(int((end - start).max()))                                   # [G, L]
-    G, L = position.shape
+    L = position.shape[1]
     real, token = position < end, position.minimum(end - 1)
 
     def rows(n, head):     # of [T * n, D], in the order [G, H, L]
@@ -53,13 +53,13 @@ def together_of(spans, heads, kv_heads):
         return ((g[:, None] * n + torch.arange(n)) * L + l[:, None]).flatten()
 
     head = torch.arange(heads)
-    return Together((G, heads, kv_heads, L), rows(heads, head), rows(kv_heads, head // (heads // kv_heads)),
+    return Together(L, rows(heads, head), rows(kv_heads, head // (heads // kv_heads)),
                     (~real).repeat_interleave(heads, dim=0)[:, None], token[real], places(heads), places(kv_heads))
 
 
 def take(x, rows, p):
     """x [T, heads, D] -> [G * H, L, D]"""
-    return x.reshape(-1, x.shape[2]).index_select(0, rows).view(-1, p.shape[3], x.shape[2])
+    return x.reshape(-1, x.shape[2]).index_select(0, rows).view(-1, p.length, x.shape[2])
 
 
 def put(out, y, places, tokens):

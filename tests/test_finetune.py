@@ -22,6 +22,7 @@ import tokenizer
 import train
 import trials
 from configurator import UserError
+from model import SIZES, Encoder, ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,22 @@ def test_pretrained_and_random_weights_causal_and_paper_are_told_apart(small, en
     # a later checkpoint of the run does not take the rows with it
     checkpoint.prune(run, 0, ())
     assert os.path.isdir(path) and len(rows(path)) == 1
+
+
+def test_a_damaged_checkpoint_is_written_anew_around_its_results(tmp_path):
+    model = Encoder(ModelConfig(**SIZES["tiny"], vocab_size=320))
+    path = checkpoint.save(str(tmp_path), 5, model, {"settings": {}})
+    row = os.path.join(path, "trials", "sst2", "lr1e-03_sd0.json")
+    os.makedirs(os.path.dirname(row))
+    with open(row, "w") as f:
+        f.write("{}")
+    with open(os.path.join(path, "model.safetensors"), "r+b") as f:
+        f.truncate(99)
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.verify(path)
+    assert checkpoint.save(str(tmp_path), 5, model, {"settings": {}}) == path
+    checkpoint.verify(path)
+    assert os.path.isfile(row) and os.listdir(tmp_path) == ["step_0000005"]
 
 
 @pytest.mark.parametrize("task", ["sotu_case", "sotu_cloze"])

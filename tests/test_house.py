@@ -87,7 +87,9 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
 
 @pytest.mark.parametrize("words, says", [(["report.py"], "which runs?"), (["report.py", "nowhere"], "nowhere is no run of train.py"),
                                          (["bench.py"], "what to measure?"), (["bench.py", "kernels", "--sizes=('2b',)", "--device=cpu"], "sizes="),
-                                         (["bench.py", "data", "--data_dir=nowhere"], "no corpus in")])
+                                         (["bench.py", "data", "--data_dir=nowhere"], "no corpus in"),
+                                         (["bench.py", "finetune", "--task=sotu_case"], "expected a sequence classification task"),
+                                         (["finetune.py"], "which encoder?")])
 def test_leaves_explain_a_wrong_call_in_one_line(words, says):
     done = run_python(words)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

@@ -134,6 +134,8 @@ GOOD_QA = {"context": "Ada wrote it.", "question": "Who?", "answers": {"text": [
     ("sst2", {"sentence": "x", "label": "neutral"}, "label 'neutral' is not in the table"),
     ("sst2", ["a list"], r"has no field 'sentence' \(it has list\)"),
     ("uner", {"tokens": ["a", "b"], "ner_tags": [0]}, "has 2 words and 1 tags"),
+    ("uner", {"tokens": [3], "ner_tags": [0]}, "the field 'tokens' holds something that is not a string"),
+    ("squad", GOOD_QA | {"answers": {"text": [None], "answer_start": [0]}}, "the answer None is not at character 0 of the context"),
     ("uner", {"tokens": ["a"], "ner_tags": [7]}, "label 7 is not in the table"),
     ("squad", GOOD_QA | {"answers": {"text": ["Ada"], "answer_start": [4]}}, "the answer 'Ada' is not at character 4 of the context"),
     ("squad", GOOD_QA | {"answers": {"text": ["Ada"], "answer_start": [-13]}}, "the answer 'Ada' is not at character -13"),
