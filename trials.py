@@ -160,7 +160,7 @@ def work(trials, folder, run, poll=2.0):
 
 
 class Diverged(Exception):
-    """A loss that is not finite; the message says at which step."""
+    """A loss or a gradient that is not finite; the message says at which step."""
 
 
 def fit(parameters, micro_batches, loss_of, steps, lr, c, name=""):
@@ -187,14 +187,14 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name=""):
             part = loss_of(batch) / targets
             part.backward()
             loss += part.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        pending.append(loss)
+        pending.append(torch.stack([loss.float(), norm.float()]))
         if len(pending) >= steps / 10 or step == steps - 1:       # the only places where the host waits for the device
-            mean = float(torch.stack(pending).mean())
-            if not math.isfinite(mean):
-                raise Diverged(f"loss {mean} in the {len(pending)} steps up to step {step + 1}")
+            mean, norm = torch.stack(pending).mean(0).tolist()        # a gradient that is not finite ruins the weights, too
+            if not math.isfinite(mean + norm):
+                raise Diverged(f"loss {mean}, gradient norm {norm} in the {len(pending)} steps up to step {step + 1}")
             curve.append([step + 1, mean])
             bar.set_postfix_str(f"loss {mean:.4f}")
             pending = []

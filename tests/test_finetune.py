@@ -281,6 +281,13 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero_and_decay_spares_ve
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_that_is_not_finite_in_the_last_step_fails_though_all_losses_were_fine():
+    p = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(trials.Diverged, match="loss 0.0, gradient norm nan"):
+        trials.fit(p, lambda step: [(step, 1)], lambda step: ((p[0] - p[0].detach()).abs().sqrt().sum() if step == 3 else p[0].sum() * 0), 4,
+                   1e-3, finetune.Config())
+
+
 @needs_shared
 @pytest.mark.parametrize("task", ["sst2", "uner_en_ewt", "squad"])
 def test_real_data_trains_above_the_baseline(small, task):
