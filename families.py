@@ -5,11 +5,12 @@ A family is four functions, collected in FAMILIES at the end; `family(task, mode
     targets(encoded, indices, mode)                -> {name: array}, the number of targets in these sequences
     loss(logits, targets, lengths)                 -> the sum of their cross-entropies
     predictions(task, examples, encoded, outputs, mode) -> one prediction an example, from the head's outputs of every sequence
-    scores(task, examples, encoded, predictions, mode)  -> {"score": the headline, ...} from 0 to 1, every example's own [n]
+    scores(task, examples, encoded, predictions, mode, threshold) -> {"score": the headline, ...} of 0 to 1, every example's own [n]
 
 mode "standard": entity F1 (a word is its first token), answers as a start and an end, SQuAD's F1. mode "paper": what
 the code of arXiv 2507.00994 does: every token of a word has its tag and the majority decides, an answer is every token that
-is tagged 1, and the two scores of its own (metrics.py). Encoded arrays are encode.py's.
+is tagged 1, and the two scores of its own (metrics.py). Encoded arrays are encode.py's. threshold is only for questions that
+may have no answer: span_scores tells.
 """
 from collections import Counter
 
@@ -43,7 +44,7 @@ def sequence_predictions(task, examples, encoded, outputs, mode):
     return [int(o.argmax()) for o in outputs]
 
 
-def sequence_scores(task, examples, encoded, found, mode):
+def sequence_scores(task, examples, encoded, found, mode, threshold=None):
     gold = [e["label"] for e in examples]
     return {"score": metrics.accuracy(gold, found)}, [float(g == p) for g, p in zip(gold, found)]
 
@@ -71,7 +72,7 @@ def token_predictions(task, examples, encoded, outputs, mode):
     return found
 
 
-def token_scores(task, examples, encoded, found, mode):
+def token_scores(task, examples, encoded, found, mode, threshold=None):
     gold = [[task.labels[t] for t in e["tags"]] for e in examples]
     items = [metrics.sentence_macro_f1(g, p) for g, p in zip(gold, found)]
     scores = metrics.entity_f1(gold, found) | {"strict_f1": metrics.entity_f1(gold, found, strict=True)["f1"],
@@ -117,8 +118,8 @@ def best_span(start, end, allowed):
 
 
 def span_predictions(task, examples, encoded, outputs, mode):
-    """Answers as text: the best span of all windows; "" if the question may have no answer and "none", the end-of-text token, is
-    better in every window. With marked entities: pairs of that and the text of the best entity."""
+    """Answers as text, the best span of all windows. With marked entities: pairs of that and the text of the best entity. Where a
+    question may have no answer: pairs of that and how much better "none", the end-of-text token, is in each window at least."""
     texts, entities = [""] * len(examples), [""] * len(examples)
     best, best_entity, none = (np.full(len(examples), x) for x in (-np.inf, -np.inf, np.inf))
     for i, o in enumerate(outputs):
@@ -133,7 +134,7 @@ def span_predictions(task, examples, encoded, outputs, mode):
             if len(tokens) and o[tokens[0], 0] + o[tokens[-1], 1] > best_entity[k]:
                 best_entity[k], entities[k] = o[tokens[0], 0] + o[tokens[-1], 1], context[start:end]
     if task.unanswerable:
-        texts = ["" if n > b else text for text, n, b in zip(texts, none, best)]
+        return list(zip(texts, (none - best).tolist()))
     return list(zip(texts, entities)) if task.entities else texts
 
 
@@ -143,9 +144,26 @@ def of_answers(answers, golds):
     return {"em": sum(em) / len(em), "f1": sum(f1) / len(f1)}, f1
 
 
-def span_scores(task, examples, encoded, found, mode):
-    """SQuAD's exact match and F1. With marked entities (ReCoRD) the answer is the best entity; free_* are those of free spans."""
+def null_threshold(found, golds):
+    """The margin of "none" above which giving no answer has the best F1. found: pairs of text and margin; golds: lists of texts"""
+    margins = np.array([margin for _, margin in found])
+    order = np.argsort(margins, kind="stable")
+    gains = np.array([metrics.squad(text, gold)[1] - metrics.squad("", gold)[1] for (text, _), gold in zip(found, golds)])
+    total = np.concatenate([[0.0], np.cumsum(gains[order])])      # [n + 1] when the first 0, 1, ... are answered
+    answered = int(total.argmax())
+    return float(margins[order[answered - 1]] if answered else margins.min() - 1)
+
+
+def span_scores(task, examples, encoded, found, mode, threshold=None):
+    """SQuAD's exact match and F1. With marked entities (ReCoRD) the answer is the best entity; free_* are those of free spans.
+    Where a question may have no answer, the answer is "" if the margin of "none" is above threshold, as in SQuAD v2's own
+    evaluation; without one the best is chosen, which is for validation sets. untuned_f1 is at 0."""
     golds = [[text for text, _ in e["answers"]] for e in examples]
+    extra = {}
+    if task.unanswerable:
+        threshold = null_threshold(found, golds) if threshold is None else threshold
+        at_0, found = ([text if margin <= most else "" for text, margin in found] for most in (0, threshold))
+        extra = {"null_threshold": threshold, "untuned_f1": of_answers(at_0, golds)[0]["f1"]}
     if task.entities:
         free, _ = of_answers([text for text, _ in found], golds)
         scores, items = of_answers([entity for _, entity in found], golds)
@@ -154,7 +172,7 @@ def span_scores(task, examples, encoded, found, mode):
     for name, wanted in (("has_answer_f1", True), ("no_answer_f1", False)) if task.unanswerable else ():
         part = [item for item, gold in zip(items, golds) if bool(gold) == wanted]
         scores[name] = sum(part) / len(part) if part else None
-    return {"score": scores["f1"]} | scores, items
+    return {"score": scores["f1"]} | scores | extra, items
 
 
 # ---- question answering as the paper has it: every token is inside the answer or not; one window
@@ -168,7 +186,7 @@ def tag_predictions(task, examples, encoded, outputs, mode):
     return [set(np.flatnonzero(o.argmax(1)).tolist()) for o in outputs]
 
 
-def tag_scores(task, examples, encoded, found, mode):
+def tag_scores(task, examples, encoded, found, mode, threshold=None):
     items = [metrics.token_set_f1(p, np.flatnonzero(in_answer(encoded, i)).tolist()) for i, p in enumerate(found)]
     return {"score": sum(items) / len(items)}, items
 
@@ -197,5 +215,5 @@ def baseline(task, train, test, encoded_test, mode):
         found = [(common, common) for e in test
                  for common, _ in Counter(e["context"][a:b] for a, b in e["entities"]).most_common(1)]
     else:
-        name, found = "no answer", [""] * len(test)
+        name, found = "no answer", [("", 0.0) if task.unanswerable else ""] * len(test)
     return {"name": name, "score": family(task, mode)[3](task, test, encoded_test, found, mode)[0]["score"]}

@@ -156,8 +156,9 @@ class Worker:
         with self.autocast():
             return head(self.encoder(tokens, cu_seqlens, self.c.causal), cu_seqlens).float()
 
-    def evaluate(self, head, split):
-        """-> {"score", ...}, per-example scores [n]. Longest sequences first, so that what does not fit fails at once."""
+    def evaluate(self, head, split, threshold=None):
+        """-> {"score", ...}, per-example scores [n]. Longest sequences first, so that what does not fit fails at once.
+        threshold: see families.span_scores"""
         task, examples, encoded = self.data.task, self.data.examples[split], self.data.encoded[split]
         lengths, (_, _, predictions, scores) = encode.lengths(encoded), families.family(task, self.c.mode)
         outputs = [None] * len(lengths)
@@ -169,7 +170,7 @@ class Worker:
             for i, part in zip(indices, parts):
                 outputs[i] = part.numpy()
         found = predictions(task, examples, encoded, outputs, self.c.mode)
-        of_all, items = scores(task, examples, encoded, found, self.c.mode)
+        of_all, items = scores(task, examples, encoded, found, self.c.mode, threshold)
         return of_all | {"n": len(examples)}, np.array(items, np.float16)
 
     def train(self, head, trial, name):
@@ -205,7 +206,8 @@ class Worker:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
         trained = time.time()
-        (validation, of_validation), (test, of_test) = (self.evaluate(head, split) for split in ("validation", "test"))
+        validation, of_validation = self.evaluate(head, "validation")
+        test, of_test = self.evaluate(head, "test", validation.get("null_threshold"))
         items = trials.path_of(folder, trial, "npz")
         with open(trials.unique(items), "wb") as f:
             np.savez_compressed(f, validation=of_validation, test=of_test)

@@ -129,11 +129,28 @@ def test_a_question_without_an_answer_points_at_eos_and_needs_every_window_to_sa
     for i in [*windows[0], *windows[1][:-1]]:
         assert families.span_targets(encoded, [i], "standard")[0]["ids"].tolist() == [[length[i] - 1] * 2]
     outputs = oracle(task, encoded, "standard")
-    assert families.span_predictions(task, examples, encoded, outputs, "standard") == ["", "Ada"]
+
+    def found():
+        return families.span_predictions(task, examples, encoded, outputs, "standard")
+
+    assert found()[0][1] > 0 and found()[1][0] == "Ada" and found()[1][1] < 0
     outputs[windows[0][1]][40] = 8.0                 # one window has found something, less sure than all are of "none"
-    assert families.span_predictions(task, examples, encoded, outputs, "standard")[0] == ""
+    assert found()[0][1] > 0
     outputs[windows[0][1]][-1] = 0.0                 # ... and does not say "none" itself: the least sure window decides
-    assert families.span_predictions(task, examples, encoded, outputs, "standard")[0] != ""
+    assert found()[0][1] < 0
+
+
+def test_the_threshold_of_no_answer_is_validations_best_and_the_test_set_keeps_it():
+    task, rng = tasks.TASKS["squad_v2"], np.random.default_rng(0)
+    examples = [{"answers": [("Ada", 0)] if i % 2 else []} for i in range(40)]
+    found = [("Ada" if rng.random() < 0.5 else "Grace", float(rng.normal() + (i % 2 == 0))) for i in range(40)]
+    scores, items = families.span_scores(task, examples, None, found, "standard")
+    at = {t: families.span_scores(task, examples, None, found, "standard", t)[0] for t in [m for _, m in found] + [-9.0, 0.0]}
+    assert scores["f1"] == max(s["f1"] for s in at.values()) > at[-9.0]["f1"] == 0.5 and sum(items) / 40 == scores["score"]
+    assert scores == at[scores["null_threshold"]] and scores["untuned_f1"] == at[0.0]["f1"] < scores["f1"]
+    wrong = [("Grace", -5.0)] * 40                  # never right: it abstains, and equals the baseline
+    scores, _ = families.span_scores(task, examples, None, wrong, "standard")
+    assert scores["f1"] == scores["no_answer_f1"] / 2 == 0.5 and scores["untuned_f1"] == 0
 
 
 def test_the_papers_question_answering_tags_the_first_answers_tokens_and_scores_their_set(tok):
