@@ -91,9 +91,9 @@ def cloze():
     def rows():
         for _, _, split, paragraphs in addresses():
             text = [s for paragraph in paragraphs for s in paragraph]
-            for i in range(3, len(text)):
-                passage, query = " ".join(text[i - 3:i]), text[i]
-                if not (30 <= len(passage.split()) <= 110 and 8 <= len(query.split()) <= 50):
+            for i in range(2, len(text)):
+                passage, query = " ".join(text[i - 2:i]), text[i]
+                if not (20 <= len(passage.split()) <= 70 and 8 <= len(query.split()) <= 50):
                     continue
                 spans = names(passage)
                 entities = {passage[a:b] for a, b in spans}

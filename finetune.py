@@ -89,7 +89,7 @@ class Worker:
         self.c, self.data = c, None
         self.device = system.pick_device(c.device)
         if self.device == "cuda":
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"      # workers may share one
             torch.cuda.set_device(self.device)      # kernels start on the current one
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
         state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
