@@ -1,9 +1,10 @@
-"""The fine-tuning part of bench.py: a grid of trials by finetune.py, and the same grid by a Hugging Face Trainer loop.
+"""The fine-tuning part of bench.py: a grid of trials by finetune.py, by one worker and by several that share the machine, and
+the same grid by a Hugging Face Trainer loop.
 
-Both start as a user starts them, in a process of their own, and are timed from there to the last row: imports, tokenizing and
+All start as a user starts them, in a process of their own, and are timed from there to the last row: imports, tokenizing and
 loading included. The loop is what upstream does for each trial, from_pretrained, a Trainer that pads each batch to its
 longest, evaluation of validation and test set, with three favours: tokens come from our tokenizer ready made, evaluation takes
-batches as large as training, and one process runs all trials.
+batches as large as training, and one process runs all trials. Being a loop, it has no way to share them.
 """
 import os
 import subprocess
@@ -39,16 +40,24 @@ def grid(c):
     return [{"lr": lr, "seed": seed} for lr in (5e-5, 1e-4) for seed in range(c.trials // 2)]
 
 
+def workers(c):
+    """How many share the grid: one a core, four at most, and no more than there are seeds."""
+    return min(4, os.cpu_count() or 1, c.trials // 2)
+
+
 def measure(c, device, dtype, folder):
-    """-> {"ours" | "trainer": seconds of the whole grid}"""
+    """-> {"one" worker | "several" | "trainer": seconds of the whole grid}"""
     path = new_run(c, os.path.join(folder, "run"))
     seeds = sorted({t["seed"] for t in grid(c)})
     ours = ["finetune.py", f"--ckpt={path}", f"--tasks={c.task}", f"--data_dir={c.task_dir}", "--lrs=5e-5,1e-4",
-            f"--seeds={','.join(map(str, seeds))}", f"--steps={c.trial_steps}", f"--cache_dir={folder}/cache",
-            f"--device={device}", f"--dtype={dtype}"]
+            f"--seeds={','.join(map(str, seeds))}", f"--steps={c.trial_steps}", f"--device={device}", f"--dtype={dtype}"]
     theirs = ["bench.py", "trainer", path, *(w for w in sys.argv[1:] if w.startswith("--"))]
+    commands = {"one": [*ours, f"--out_dir={folder}/one", f"--cache_dir={folder}/one"],
+                "several": ["-m", "torch.distributed.run", f"--nproc_per_node={workers(c)}", *ours, f"--out_dir={folder}/several",
+                            f"--cache_dir={folder}/several"],
+                "trainer": theirs}
     here, seconds = os.path.dirname(os.path.abspath(__file__)), {}
-    for name, command in (("ours", ours), ("trainer", theirs)):
+    for name, command in commands.items():
         began = time.time()
         done = subprocess.run([sys.executable, *command], cwd=here, check=False, stdout=subprocess.DEVNULL)
         if done.returncode:

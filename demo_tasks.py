@@ -19,7 +19,7 @@ from configurator import UserError
 from system import hashed
 
 ERAS = ("1790-1849", "1850-1899", "1900-1949", "1950-")
-ROWS = {"train": 3000, "validation": 400, "test": 600}      # of each task: what a laptop evaluates in seconds
+ROWS = {"train": 3000, "validation": 400, "test": 600}      # of a task at most: what a laptop evaluates in seconds
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def check_windows(task, examples, tok, max_length):
 def test_windows_cover_a_passage_and_hold_its_answers(tok):
     task, examples = split("sotu_cloze")
     one, (scores, _) = check_windows(task, examples[:200], tok, 500)
-    many, (windowed, _) = check_windows(task, examples[:200], tok, 96)
+    many, (windowed, _) = check_windows(task, examples[:200], tok, 80)
     assert len(one["example"]) == 200 < len(many["example"]) / 3
     # spans are whole tokens: an answer that ends inside of one comes with the rest of it; the entity is exact
     assert scores["em"] == windowed["em"] == 1 and scores["free_f1"] > 0.95 and windowed["free_f1"] > 0.9
@@ -159,8 +159,8 @@ def test_the_papers_question_answering_tags_the_first_answers_tokens_and_scores_
     assert len(encoded["example"]) == len(examples)
     found = families.tag_predictions(task, examples, encoded, oracle(task, encoded, "paper"), "paper")
     scores, items = families.tag_scores(task, examples, encoded, found, "paper")
-    assert scores["score"] == 1 and len(items) == 600 and all(found)
-    assert families.tag_scores(task, examples, encoded, [set()] * 600, "paper")[0]["score"] == 0
+    assert scores["score"] == 1 and len(items) == len(examples) and all(found)
+    assert families.tag_scores(task, examples, encoded, [set()] * len(examples), "paper")[0]["score"] == 0
 
 
 def test_the_best_span_is_that_of_a_search_through_all():
