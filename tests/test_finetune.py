@@ -72,9 +72,10 @@ def test_the_demo_families_from_a_checkpoint_to_a_table(encoder, small, tmp_path
     assert len(found) == 6
     for path, row in found.items():
         assert row["model"] == "clm_then_mlm-40" and row["mode"] == "standard" and not row["failed"] and row["steps"] == 4
-        assert row["validation"]["n"] == 400 and row["test"]["n"] == 600 and 0 <= row["test"]["score"] <= 1
+        sizes = (221, 323) if row["kind"] == "span" else (400, 600)
+        assert (row["validation"]["n"], row["test"]["n"]) == sizes and 0 <= row["test"]["score"] <= 1
         items = np.load(os.path.join(c.out_dir, path)[:-4] + "npz")
-        assert items["validation"].shape == (400,) and items["test"].shape == (600,) and items["test"].dtype == np.float16
+        assert items["validation"].shape == sizes[:1] and items["test"].shape == sizes[1:] and items["test"].dtype == np.float16
         if row["kind"] != "token":
             assert items["test"].mean(dtype=np.float64) == pytest.approx(row["test"]["score"], abs=2e-3)
     done = run_python(["report.py", c.out_dir, f"--to={tmp_path}/report"])
@@ -105,6 +106,22 @@ def test_how_a_batch_is_cut_changes_nothing(small, tmp_path):
     for (name, a), b in zip(rows(whole.out_dir).items(), rows(parts.out_dir).values()):
         assert [x for _, x in a["train_loss"]] == pytest.approx([x for _, x in b["train_loss"]], rel=1e-4), name
         assert a["test"]["score"] == pytest.approx(b["test"]["score"], abs=0.02)
+
+
+def test_a_test_set_is_scored_at_the_threshold_that_validation_chose(small, tmp_path):
+    def questions(rows):       # every other one has no answer
+        return [{"id": str(i), "context": r["passage"], "question": r["query"], "answers": {
+                 "text": r["answers"][:i % 2], "answer_start": [r["passage"].index(a) for a in r["answers"][:i % 2]]}}
+                for i, r in enumerate(rows)]
+    found = demo_tasks.cloze()
+    write(tmp_path / "data", "squad_v2", train=questions(found["train"][:64]), validation=questions(found["validation"][:60]),
+          test=questions(found["test"][:60]))
+    c = small("v2", tasks="squad_v2", seeds=(0,), lrs=(2e-3,), steps=2)
+    finetune.main(c)
+    row, = rows(c.out_dir).values()
+    validation, test = row["validation"], row["test"]
+    assert validation["null_threshold"] == test["null_threshold"] and row["baseline"] == {"name": "no answer", "score": 0.5}
+    assert validation["score"] == validation["f1"] >= max(0.5, validation["untuned_f1"]) and 0 <= test["untuned_f1"] <= 1
 
 
 def test_a_worker_killed_in_the_middle_costs_one_trial_and_two_more_finish_the_grid(small):
