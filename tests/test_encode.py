@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED, needs_shared
 
 import encode
@@ -138,6 +139,19 @@ def test_a_question_without_an_answer_points_at_eos_and_needs_every_window_to_sa
     assert found()[0][1] > 0
     outputs[windows[0][1]][-1] = 0.0                 # ... and does not say "none" itself: the least sure window decides
     assert found()[0][1] < 0
+
+
+def test_an_answer_is_looked_for_in_the_context_and_never_in_the_question(tok):
+    task, examples = split("sotu_cloze")
+    encoded = encode.encode(task, examples[:3], tok, 500)
+    targets, n = families.span_targets(encoded, [0, 1, 2], "standard")
+    lengths = encode.lengths(encoded).tolist()
+    logits = torch.zeros(sum(lengths), 2, requires_grad=True)
+    loss = families.span_loss(logits, {k: torch.from_numpy(v) for k, v in targets.items()}, lengths)
+    loss.backward()
+    allowed = [length - len(tok.encode(f"Question: {e['question']}\nContext: ")) for length, e in zip(lengths, examples)]
+    assert loss.item() == pytest.approx(sum(np.log(allowed))) and n == 3        # eos, "no answer", is one of them
+    assert (logits.grad[:, 0] != 0).sum() == (logits.grad[:, 1] != 0).sum() == sum(allowed)
 
 
 def test_the_threshold_of_no_answer_is_validations_best_and_the_test_set_keeps_it():

@@ -16,6 +16,7 @@ from test_tasks import sst2, write
 
 import checkpoint
 import demo_tasks
+import families
 import finetune
 import report
 import tokenizer
@@ -94,6 +95,23 @@ def test_a_seed_decides_head_and_order_and_the_same_twice_is_the_same_to_the_bit
     # the first step has a learning rate of 0: before it only head and data differ, so the learning rate is not in the seed
     first = {(k.split("sd")[1], curve[0]) for k, curve in curves.items()}
     assert len(first) == 2
+
+
+def test_every_epoch_reads_every_example_once_in_an_order_of_its_own(small):
+    c = small(steps=14, batch=30)
+    worker = finetune.Worker(c, checkpoint.find(c.ckpt))
+    worker.take("sst2", c.out_dir)
+    head, logits, orders = families.new_head(worker.data.task, worker.encoder.config.n_embd), worker.logits, []
+
+    def watched(head, encoded, indices):
+        orders[-1] += list(indices)
+        return logits(head, encoded, indices)
+    worker.logits = watched
+    for seed in (0, 1):
+        orders.append([])
+        worker.train(head, {"lr": 1e-4, "seed": seed}, "")
+    epochs = [tuple(order[i:i + 200]) for order in orders for i in (0, 200)]       # of 200 examples, 14 x 30 are read
+    assert all(sorted(epoch) == list(range(200)) for epoch in epochs) and len({*epochs, tuple(range(200))}) == 5
 
 
 def test_how_a_batch_is_cut_changes_nothing(small, tmp_path):
