@@ -4,7 +4,8 @@ the same grid by a Hugging Face Trainer loop.
 All start as a user starts them, in a process of their own, and are timed from there to the last row: imports, tokenizing and
 loading included. The loop is what upstream does for each trial, from_pretrained, a Trainer that pads each batch to its
 longest, evaluation of validation and test set, with three favours: tokens come from our tokenizer ready made, evaluation takes
-batches as large as training, and one process runs all trials. Being a loop, it has no way to share them.
+batches as large as training, and one process runs all trials. Several loops side by side are not measured here: compare one
+worker with the loop for what a process does, several for what a user of either gets without more work.
 """
 import os
 import subprocess

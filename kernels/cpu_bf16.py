@@ -3,8 +3,8 @@
 PyTorch's CPU flash kernel walks tiles too small for a CPU's bf16 units: 6 heads x 512 tokens x 64 took it 3.0 ms forward
 and 7.4 backward on two Zen cores with avx512_bf16, this 1.8 and 4.4. The price is precision and memory: scores are
 rounded to bf16 (relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of them is alive.
-A long fp32 sequence
-stays with the flash kernel, which is faster there; several short ones come here in any dtype, as one batch (sdpa.py).
+A long fp32 sequence stays with the flash kernel, which is faster there; several short ones come here in any dtype, as one
+batch (sdpa.py).
 
 Sequences up to KEEP tokens keep their softmax weights for the backward pass (LOG.md), longer ones compute them again: that
 bounds the memory at KEEP bf16 numbers a token and head, whatever the lengths.

@@ -12,7 +12,7 @@ began=$SECONDS
 "$PYTHON" train.py config/demo_clm.py             # the trunk; its step 200 stays on disk
 "$PYTHON" train.py config/demo_mlm.py
 "$PYTHON" train.py config/demo_clm_then_mlm.py    # branches from the trunk's step 200
-# an encoder's six trials are shared by a worker a core, which finish a fifth earlier than one worker with all cores
+# an encoder's six trials are shared by a worker a core, which finish a sixth earlier than one worker with both of two cores
 cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 6 ? cores : 6))
 export OMP_NUM_THREADS=$((cores / workers))
