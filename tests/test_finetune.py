@@ -144,7 +144,7 @@ def test_a_test_set_is_scored_at_the_threshold_that_validation_chose(small, tmp_
 
 def test_a_worker_killed_in_the_middle_costs_one_trial_and_two_more_finish_the_grid(small):
     """kill -9, then two workers: the rows of an uninterrupted run, none twice, none missing."""
-    calm, c = small("calm", seeds=(0, 1, 2), steps=60), small("torn", seeds=(0, 1, 2), steps=60)
+    calm, c = small("calm", seeds=(0, 1, 2), steps=40), small("torn", seeds=(0, 1, 2), steps=40)
     finetune.main(calm)
     victim = subprocess.Popen([sys.executable, *words(c)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 100
