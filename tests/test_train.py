@@ -55,7 +55,7 @@ def test_20_steps_equal_10_and_resume_and_10_bit_for_bit_across_the_swap(tiny, c
 
 
 def test_kill_9_at_random_moments_changes_nothing(tiny, command):
-    settings = dict(phases=(("clm", 60), ("mlm", 140)), save_interval=20, log_interval=3, keep_last=2, eval_interval=100)
+    settings = dict(phases=(("clm", 60), ("mlm", 340)), save_interval=20, log_interval=3, keep_last=2, eval_interval=100)
     whole = tiny("whole", **settings)
     train.main(whole)
     killed, kills = command("killed", **settings), 0
@@ -74,7 +74,7 @@ def test_kill_9_at_random_moments_changes_nothing(tiny, command):
         assert process.returncode == -signal.SIGKILL, process.stderr.read()
         kills += 1
     assert kills >= 3
-    assert files(checkpoint.path_of(out, 200)) == files(checkpoint.path_of(whole.out_dir, 200))
+    assert files(checkpoint.path_of(out, 400)) == files(checkpoint.path_of(whole.out_dir, 400))
     assert science(out) == science(whole.out_dir)
 
 
