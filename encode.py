@@ -109,14 +109,15 @@ def cached(name, task, examples, tokenizer, max_length, windows, folder):
     return {split: {k.partition(".")[2]: v for k, v in flat.items() if k.startswith(f"{split}.")} for split in examples}
 
 
-def lengths(encoded):
-    return np.diff(encoded["bounds"])
+def lengths(encoded, indices=slice(None)):
+    """Tokens of these sequences, by default of all."""
+    return encoded["bounds"][1:][indices] - encoded["bounds"][:-1][indices]
 
 
 def by_budget(indices, encoded, budget):
     """Cut a list of sequences, in its order, into lists of at most `budget` tokens; a longer sequence is alone."""
     batches, size = [[]], 0
-    for i, n in zip(indices, lengths(encoded)[indices]):
+    for i, n in zip(indices, lengths(encoded, indices)):
         if batches[-1] and size + n > budget:
             batches.append([])
             size = 0
@@ -134,7 +135,7 @@ def rows(encoded, key, indices):
 def pack(encoded, indices, device):
     """-> tokens [T] int64, cu_seqlens [S + 1] int32 of these sequences"""
     tokens = torch.from_numpy(rows(encoded, "tokens", indices).astype(np.int64))
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths(encoded)[indices]]).astype(np.int32))
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths(encoded, indices)]).astype(np.int32))
     tokens, cu_seqlens = tokens.to(device), cu_seqlens.to(device)
     cu_seqlens.checked_for = len(tokens)      # kernels.attention need not look at it, which on a GPU is a synchronisation
     return tokens, cu_seqlens

@@ -10,12 +10,9 @@ the same name. Start it as often as you like, on as many machines as see the fol
 stay, and a killed worker costs the trial it was in. `--tasks=all` are the paper's nine, `demo` the three made from the demo
 corpus; tasks.py lists them, and a folder of your own data is one more.
 """
-import json
 import os
-import subprocess
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,15 +21,12 @@ from tqdm import tqdm
 import checkpoint
 import encode
 import families
-import lineage
 import system
 import tasks
-import tokenizer
 import trials
+import worker
 from configurator import UserError, run
 from data import permute
-from kernels import resolve
-from model import Encoder, ModelConfig
 
 
 @dataclass
@@ -68,9 +62,6 @@ class Config:
     cache_dir: str = "data/tasks"   # tokenized data sets
 
 
-FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens", "eval_tokens", "cache_dir")
-
-
 # ---- one worker
 
 @dataclass
@@ -82,48 +73,13 @@ class Data:
     facts: dict           # what its rows say about it
 
 
-class Worker:
-    """Holds what trials share: the encoder, a copy of its weights, and the task at hand."""
+class Worker(worker.Worker):
+    """Runs trials of the task at hand."""
 
     def __init__(self, c, path):
-        self.c, self.data = c, None
-        self.device = system.pick_device(c.device)
-        if self.device == "cuda":
-            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"      # workers may share one
-            torch.cuda.set_device(self.device)      # kernels start on the current one
-        self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
-        state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
-        config = ModelConfig(**state["model"])
-        try:
-            resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if self.tokenizer.vocab_size != config.vocab_size:
-            raise UserError(f"{path} has {config.vocab_size:,} rows of vocabulary, and the tokenizer beside it "
-                            f"{self.tokenizer.vocab_size:,}: they do not belong together")
-        self.max_length = c.max_length or round(0.99 * config.block_size)
-        if self.max_length < 16:
-            raise UserError(f"max_length={c.max_length}: expected at least 16 tokens")
-        torch.manual_seed(0)
-        self.encoder = Encoder(config, c.attention).to(self.device) if c.random_weights else \
-            checkpoint.load_model(path, self.device, c.attention)
-        self.encoder.to(getattr(torch, c.param_dtype))
-        self.weights = {k: v.clone() for k, v in self.encoder.state_dict().items()}
-        run_name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
-            sums = {name: digest for digest, name in map(str.split, f)}
-        device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
-        self.facts = {"v": 1, "model": f"{run_name}-{state['step']}" + "-random" * c.random_weights,
-                      "step": state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode, "split": c.split,
-                      "param_dtype": c.param_dtype, "dtype": self.dtype, "causal": c.causal, "max_length": self.max_length,
-                      "device": device, "torch": torch.__version__, "code": code()}
-        self.settings = {k: v for k, v in asdict(c).items() if k not in FREE} | {k: self.facts[k] for k in (
-            "ckpt_sha", "dtype", "max_length")}
-        if not c.steps:
-            del self.settings["steps"]      # each task's own
-
-    def autocast(self):
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+        super().__init__(c, path)
+        self.data = None
+        self.facts["split"] = c.split
 
     def take(self, name, folder):
         """Read and encode a task, unless it is the one at hand; say what a reader of its scores should know."""
@@ -140,11 +96,7 @@ class Worker:
         facts = {"task": name, "kind": task.kind, "data": tasks.fingerprint(examples), "steps": steps,
                  "epochs": round(steps / epoch, 3), "truncated_frac": {split: n / len(examples[split]) for split, n in cut.items()},
                  "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
-        path = settings_path(folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        settings = self.settings | {k: facts[k] for k in ("data", "steps")}
-        trials.finish(path, settings)       # unless it is there
-        same_settings(path, settings)
+        self.settle(folder, name, facts)
         self.data = Data(task, examples, encoded, facts)
         if trials.speaks():
             sizes = " + ".join(f"{len(part):,}" for part in examples.values())
@@ -189,7 +141,7 @@ class Worker:
             wanted = {k: torch.from_numpy(v if v.dtype == bool else v.astype(np.int64)).to(self.device) for k, v in wanted.items()}
             return loss(self.logits(head, encoded, indices), wanted, lengths[indices].tolist())
 
-        parameters = [p for k, p in self.encoder.named_parameters() if not k.startswith("lm_head")] + list(head.parameters())
+        parameters = [*self.parameters(), *head.parameters()]
         return trials.fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
 
     def run(self, trial, folder):
@@ -197,8 +149,7 @@ class Worker:
         self.take(trial["task"], folder)
         began, name = time.time(), f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | self.data.facts | trial | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}
-        self.encoder.load_state_dict(self.weights)
-        torch.manual_seed(trial["seed"])
+        self.restore(trial["seed"])
         head = families.new_head(self.data.task, self.encoder.config.n_embd).to(self.device, getattr(torch, self.c.param_dtype))
         try:
             row["train_loss"] = self.train(head, trial, name)
@@ -208,65 +159,21 @@ class Worker:
         trained = time.time()
         validation, of_validation = self.evaluate(head, "validation")
         test, of_test = self.evaluate(head, "test", validation.get("null_threshold"))
-        items = trials.path_of(folder, trial, "npz")
-        with open(trials.unique(items), "wb") as f:
-            np.savez_compressed(f, validation=of_validation, test=of_test)
-        os.replace(trials.unique(items), items)
+        items = worker.keep_items(folder, trial, validation=of_validation, test=of_test)
         tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, test {100 * test['score']:.2f} "
                    f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), {time.time() - began:.1f} s")
-        return row | {"failed": False, "validation": validation, "test": test, "per_item": os.path.basename(items),
+        return row | {"failed": False, "validation": validation, "test": test, "per_item": items,
                       "secs": {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}}
-
-
-def code():
-    """The commit of this repository, or None outside of one."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                          capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def tokenizer_of(path):
-    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings."""
-    found = tokenizer.load(os.path.dirname(os.path.abspath(path)))
-    wanted = checkpoint.read_state(path)["settings"]["tokenizer_hash"]
-    if found.hash.hex() != wanted:
-        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own tokenizer.tiktoken and "
-                        "tokenizer_info.json back")
-    return found
-
-
-def settings_path(folder, name):
-    return os.path.join(folder, "trials", name, "settings.json")
-
-
-def same_settings(path, settings):
-    """Raises UserError if the trials beside path were run with other settings."""
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    changed = lineage.differences(old, {k: v for k, v in settings.items() if k in old}, free=())
-    if changed:
-        raise UserError(f"{os.path.dirname(path)} holds trials of other settings ({'; '.join(changed)}): choose another --out_dir, "
-                        "or delete that folder")
 
 
 def check(c):
     """Raises UserError for what is wrong with the settings alone. -> names of the tasks"""
-    if not c.ckpt:
-        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
-    names = {"all": tasks.PAPER, "demo": tasks.DEMO}.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
-    names = tuple(dict.fromkeys(names))
+    names = worker.check(c, tasks.PAPER, tasks.DEMO)
     for name in names:
-        tasks.find(name, c.data_dir)
-    if not names or not c.lrs or any(type(lr) is not float or not 0 < lr < float("inf") for lr in c.lrs):
-        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
-    if not c.seeds or any(type(seed) is not int or seed < 0 for seed in c.seeds):
-        raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
-    known = {"mode": ("standard", "paper"), "split": ("hash", "encodeval"), "param_dtype": ("float32", "bfloat16")}
-    for key, allowed in known.items():
-        if getattr(c, key) not in allowed:
-            raise UserError(f"{key}={getattr(c, key)}: expected {' or '.join(allowed)}")
-    if min(c.batch, c.micro_tokens, c.eval_tokens) < 1 or c.steps < 0 or not 0 <= c.warmup < 1:
-        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
+        if tasks.find(name, c.data_dir).kind == "retrieval":
+            raise UserError(f"{name} is a retrieval collection: python eval_ir.py --tasks={name}")
+    if c.split not in ("hash", "encodeval") or c.eval_tokens < 1:
+        raise UserError(f"split={c.split}, eval_tokens={c.eval_tokens}: expected hash or encodeval, and at least 1 token")
     return names
 
 
@@ -275,11 +182,10 @@ def main(c):
     system.keep_freed_memory()
     path = checkpoint.find(c.ckpt)
     folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
-    worker = Worker(c, path)
-    for settings in filter(os.path.isfile, (settings_path(folder, name) for name in names)):
-        same_settings(settings, worker.settings)        # also where all trials are done
+    mine = Worker(c, path)
+    mine.refuse_other_settings(folder, {name: {} for name in names})
     grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
-    trials.work(grid, folder, lambda trial: worker.run(trial, folder))
+    trials.work(grid, folder, lambda trial: mine.run(trial, folder))
     if trials.speaks():
         print(f"{len(grid)} trials in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
 

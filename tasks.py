@@ -3,11 +3,13 @@
     sst2 mnli qqp                  sequence classification          GLUE
     conll2003 ontonotes5 uner      token classification             entities, IOB2
     squad squad_v2 record          extractive question answering
-    sotu_era sotu_case sotu_cloze  one of each, made by rule from the demo corpus (demo_tasks.py)
+    msmarco nq mldr_en             retrieval: eval_ir.py; ir_data.py reads them
+    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule from the demo corpus (demo_tasks.py)
 
 `load(name, data_dir, split)` reads a set from the Hugging Face hub or, with data_dir, from local files of the same fields:
 data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst). A local folder whose
-info.json has "label_names", "text_fields" and "label_field" is a task of its own under the folder's name.
+info.json has "label_names", "text_fields" and "label_field" is a task of its own under the folder's name, and so is one in BEIR's
+layout, with corpus.jsonl, queries.jsonl and qrels/.
 
 Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation code). Its test sets are
 the published validation sets where the published test labels are secret; validation is cut from train. We cut by a
@@ -27,12 +29,13 @@ from configurator import UserError
 from system import hashed, lines_of
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
-KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering"}
+KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering",
+         "retrieval": "retrieval"}
 
 
 @dataclass(frozen=True)
 class Task:
-    kind: str                      # "sequence", "token" or "span"
+    kind: str                      # "sequence", "token", "span" or "retrieval"
     labels: tuple = ()             # names by id
     template: str = ""             # sequence: the text, from a row's fields
     label: str = "label"           # field of the label (sequence) or tags (token)
@@ -46,7 +49,10 @@ class Task:
     epochs: int = 0                # train so many epochs; 0: 1,000 steps, as the paper's code has it for each set
     unanswerable: bool = False     # span: some questions have no answer
     entities: bool = False         # span: the answer is one of the passage's marked entities (ReCoRD)
-    make: object = None            # a function -> {split: rows}, instead of a hub
+    pairs: str = ""                # retrieval: a set of (query, positive) texts on the hub to train on, instead of train qrels
+    train_on: str = ""             # retrieval: the task whose pairs it is trained on; its own if empty
+    pool: str = "full"             # retrieval: the documents that are searched unless --pool says otherwise
+    make: object = None            # a function -> {split: rows}, or a collection, instead of a hub
     folder: str = ""               # of local files
 
 
@@ -78,11 +84,25 @@ TASKS = {
                      sizes=(130_319, 0, 11_873), unanswerable=True),
     "record": Task("span", hub="aps/super_glue", revision="9f1f8088b6705f471970f4f2edbcdb450ccf8b22", entities=True,
                    files={part: f"record/{part}/*.parquet" for part in ("train", "validation")}, sizes=(100_730, 0, 10_000)),
+    # the hub's mteb copies; the paper trains on MS MARCO and searches the documents judged for its queries, nothing else
+    "msmarco": Task("retrieval", hub="mteb/msmarco", revision="c5a29a104738b98a9e76336939199e264163d4a0", pool="judged",
+                    pairs="hgissbkh/msmarco-pairs", splits=("", "dev", "test"), sizes=(0, 6_980, 43)),
+    "nq": Task("retrieval", hub="mteb/nq", revision="b774495ed302d8c44a3a7ea25c90dbce03968f31", splits=("", "", "test"),
+               train_on="msmarco", pool="judged", sizes=(0, 0, 3_452)),
+    "mldr_en": Task("retrieval", hub="mteb/MultiLongDocRetrieval", config="en", revision="837028901907a7d419b4ab906f28e011ce1cc824",
+                    splits=("", "dev", "test"), train_on="msmarco", pool="judged", sizes=(0, 200, 800)),
     "sotu_era": Task("sequence", demo_tasks.ERAS, template="{sentence}", make=demo_tasks.era),
     "sotu_case": Task("token", iob2("CAP"), label="ner_tags", make=demo_tasks.case),
     "sotu_cloze": Task("span", make=demo_tasks.cloze, entities=True),
+    "sotu_search": Task("retrieval", make=demo_tasks.search),
 }
-PAPER, DEMO = (tuple(name for name in TASKS if name.startswith("sotu_") == demo) for demo in (False, True))
+
+def names(demo, retrieval):
+    return tuple(name for name, t in TASKS.items() if name.startswith("sotu_") == demo and (t.kind == "retrieval") == retrieval)
+
+
+PAPER, DEMO = names(False, False), names(True, False)               # "all" and "demo" of finetune.py
+PAPER_IR, DEMO_IR = names(False, True), names(True, True)           # and of eval_ir.py
 
 
 # ---- finding
@@ -92,10 +112,11 @@ def folders(data_dir):
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir={data_dir} is no folder")
     found = {}
-    for pattern in ("*/train.jsonl*", "*/*/train.jsonl*"):
+    for pattern in ("*/train.jsonl*", "*/*/train.jsonl*", "*/corpus.jsonl*", "*/*/corpus.jsonl*"):
         for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern))):
             folder = os.path.dirname(path)
-            if os.path.basename(folder) in TASKS or os.path.isfile(os.path.join(folder, "info.json")):
+            known = os.path.basename(folder) in TASKS or os.path.isfile(os.path.join(folder, "info.json"))
+            if known or os.path.basename(path).startswith("corpus."):
                 found.setdefault(os.path.basename(folder), folder)
     return found
 
@@ -104,6 +125,9 @@ def find(name, data_dir=""):
     """The Task called name: of the table, of a local folder, or both. Raises UserError for an unknown one, listing all."""
     local = folders(data_dir) if data_dir else {}
     task = TASKS.get(name)
+    if name in local and glob.glob(os.path.join(glob.escape(local[name]), "corpus.jsonl*")):
+        known = task if task and task.kind == "retrieval" else Task("retrieval")
+        return dataclasses.replace(known, folder=local[name], make=None)
     if name in local:
         return dataclasses.replace(described(task, local[name]), folder=local[name], make=None)
     if task is None:
@@ -111,7 +135,8 @@ def find(name, data_dir=""):
                         + ("; a folder in data_dir is one if its info.json has label_names, text_fields and label_field" if data_dir
                            else "; or a folder of yours, see --data_dir"))
     if data_dir and not task.make:
-        raise UserError(f"{data_dir} has no {name}/train.jsonl, nor one folder deeper: without --data_dir it comes from the hub")
+        file = "corpus" if task.kind == "retrieval" else "train"
+        raise UserError(f"{data_dir} has no {name}/{file}.jsonl, nor one folder deeper: without --data_dir it comes from the hub")
     return task
 
 

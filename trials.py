@@ -112,7 +112,8 @@ def keep_alive(path, stop):
 
 
 def is_done(folder, trial):
-    return os.path.isfile(path_of(folder, trial))
+    """Has it its row, and has every task in trial["also"], which are scored after the same training?"""
+    return all(os.path.isfile(path_of(folder, trial | {"task": task})) for task in (trial["task"], *trial.get("also", ())))
 
 
 def finish(path, row):
@@ -127,7 +128,8 @@ def finish(path, row):
 
 
 def work(trials, folder, run, poll=2.0):
-    """Run what nobody has run, until every trial of the list has a row. run(trial) -> row, a dict for JSON.
+    """Run what nobody has run, until every trial of the list has a row. run(trial) -> row, a dict for JSON; rows of the
+    tasks in trial["also"] are run's to finish before it returns.
 
     A worker that finds only claimed trials waits for them: their owners may be killed. The first row of a trial stays.
     -> how many trials this process ran
@@ -163,11 +165,12 @@ class Diverged(Exception):
     """A loss or a gradient that is not finite; the message says at which step."""
 
 
-def fit(parameters, micro_batches, loss_of, steps, lr, c, name=""):
+def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
     """Train one trial: AdamW, linear warmup and decay to 0, gradients clipped, as in the paper's section 4 and its code.
 
     parameters: list of tensors; weight decay only on those of two dimensions. micro_batches(step) -> [(batch, number of
     targets)]; loss_of(batch) -> the sum of its targets' losses. So how a batch is cut into micro-batches changes nothing.
+    reduce(): called before the clip, where processes share a step, to sum their gradients.
     c: warmup (a share of the steps), beta1, beta2, adam_eps, weight_decay, grad_clip.
     -> [[step, mean loss since the entry before], ...], ten of them or so. Raises Diverged.
     """
@@ -187,6 +190,8 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name=""):
             part = loss_of(batch) / targets
             part.backward()
             loss += part.detach()
+        if reduce:
+            reduce()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,321 @@
+"""Retrieval collections: documents, queries, judgements (qrels), the pairs to train on, and the pools that are searched.
+
+    msmarco nq mldr_en     the Hugging Face hub's mteb copies at pinned commits; msmarco also has the training pairs of all three
+    DATA_DIR/<name>/       any folder in BEIR's layout: corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and
+                           qrels/{train,validation or dev,test}.tsv (query-id, corpus-id, score); may be packed (.gz .xz .zst)
+    sotu_search            made by rule from the demo corpus (demo_tasks.py)
+
+What is searched decides the level of every score, so a pool has a name, which stands in each row, and pools are never mixed:
+
+    judged   the documents that have a judgement for a validation or test query. The paper's (arXiv 2507.00994, its
+             evaluation code): no distractors, so its scores cannot be compared with BEIR's.
+    hard     these and the best documents by BM25 for each of the queries
+    full     the whole corpus
+
+Without validation judgements the learning rate is chosen on 5 % of the training queries, or, where there are none, on half of the
+test queries (so for NQ, as the paper's code has it); which ones is decided by a hash of their id.
+"""
+import glob
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors.numpy import load_file, save
+from tqdm import tqdm
+
+from configurator import UserError
+from system import hashed, lines_of
+from tasks import HELD_OUT, find, value
+from trials import speaks, unique
+
+SPLITS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
+BATCH = 10_000          # documents tokenized at a time
+BM25_LIMIT = 1_000_000  # documents; a baseline of more takes a quarter of an hour and tens of gigabytes
+
+
+@dataclass
+class Collection:
+    name: str
+    documents: object     # a function -> iterator of (id, text with its title), in the corpus' order
+    queries: dict         # {id: text}
+    qrels: dict           # {"train", "validation", "test": {query: {document: grade}}}; an empty train without pairs
+    fingerprint: str      # 16 hex digits that change with queries, qrels or corpus
+    pairs: list           # [(query text, document text)] where training pairs come without ids
+    notes: list           # what a reader of the scores should know
+
+
+def load(name, data_dir=""):
+    """-> Collection. Raises UserError, in one line, for what does not fit, and for a collection that cannot be reached."""
+    task = find(name, data_dir)
+    if task.kind != "retrieval":
+        raise UserError(f"{name} is no retrieval collection: python finetune.py --tasks={name}")
+    documents, queries, qrels = of_folder(task.folder) if task.folder else of_demo(task) if task.make else of_hub(name, task)
+    pairs = pairs_of_hub(task) if task.pairs and not task.folder else []
+    ids, digest, empty = set(), hashlib.sha256(), []
+    for id_, text in documents():
+        if id_ in ids:
+            raise UserError(f"{name}: the document id '{id_}' is there twice: rename or remove one")
+        ids.add(id_)
+        digest.update(f"{id_}\0{text}\0".encode("utf-8", "surrogatepass"))
+        if not text.strip():
+            empty.append(id_)
+    for what, found in (("documents", ids), ("queries", queries), ("judgements of test queries", qrels.get("test"))):
+        if not found:
+            raise UserError(f"{name} has no {what}: an empty collection cannot be searched")
+    notes = []
+    for split in [s for s in SPLITS if qrels.get(s)]:
+        graded = qrels[split]
+        unknown = [[q for q in graded if q not in queries], sorted({d for grades in graded.values() for d in grades} - ids)]
+        for what, strange in zip(("queries", "documents"), unknown):
+            notes += counted(f"{what} of the {split} judgements are not in the collection, which count as not found"
+                             if split != "train" else f"{what} of the train judgements are not in the collection", strange)
+        if split != "train":
+            notes += counted(f"{split} queries have no relevant document, which score 0",
+                             [q for q, grades in graded.items() if max(grades.values()) < 1])
+    notes += counted("documents are empty", empty)
+    if "validation" not in qrels:
+        source, share = ("train", HELD_OUT) if qrels.get("train") else ("test", 0.5)
+        chosen = {q for q in qrels[source] if hashed(q) < share}
+        qrels["validation"] = {q: grades for q, grades in qrels[source].items() if q in chosen}
+        qrels[source] = {q: grades for q, grades in qrels[source].items() if q not in chosen}
+        notes.append(f"validation is cut from {source}, {len(chosen):,} queries")
+    for split in ("validation", "test"):
+        if not qrels[split]:
+            raise UserError(f"{name} has no {split} queries: give qrels/{split}.tsv, or more queries to cut it from")
+    digest.update(json.dumps([queries, qrels, pairs], sort_keys=True).encode())
+    return Collection(name, documents, queries, {"train": {}} | qrels, digest.hexdigest()[:16], pairs, notes)
+
+
+def counted(what, strange, shown=3):
+    """["2 documents are empty (471, 995)"], or [] for none."""
+    names = ", ".join(strange[:shown]) + (", ..." if len(strange) > shown else "")
+    return [f"{len(strange):,} {what} ({names})"] if strange else []
+
+
+def titled(title, text):
+    return f"{title}. {text}" if title and title.strip() else text
+
+
+# ---- reading
+
+def one_file(folder, name):
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}.jsonl*")))
+    if not found:
+        raise UserError(f"{folder} has no {name}.jsonl: BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    return found[0]
+
+
+def json_lines(path):
+    for where, line in lines_of(path):
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(f"{where} is no JSON object") from None
+
+
+def of_folder(folder):
+    """-> documents, queries, qrels of a folder in BEIR's layout"""
+    corpus = one_file(folder, "corpus")
+
+    def documents():
+        for where, row in json_lines(corpus):
+            yield value(row, "_id", str, where), titled(row.get("title"), value(row, "text", str, where))
+
+    queries = {}
+    for where, row in json_lines(one_file(folder, "queries")):
+        id_ = value(row, "_id", str, where)
+        if id_ in queries:
+            raise UserError(f"{where}: the query id '{id_}' is there twice: rename or remove one")
+        queries[id_] = value(row, "text", str, where)
+    qrels = {}
+    for split, names in SPLITS.items():
+        paths = [path for name in names for path in glob.glob(os.path.join(glob.escape(folder), "qrels", f"{name}.tsv*"))]
+        for path in sorted(paths, reverse=True)[:1]:           # "validation" before "dev"
+            qrels[split] = read_qrels((where, line.rstrip("\r\n").split("\t")) for where, line in lines_of(path))
+    if "test" not in qrels:
+        raise UserError(f"{folder} has no qrels/test.tsv: BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    return documents, queries, qrels
+
+
+def read_qrels(rows):
+    """(where, [query, document, grade]) of each row, BEIR's header allowed -> {query: {document: grade}}"""
+    qrels = {}
+    for i, (where, row) in enumerate(rows):
+        if i == 0 and row == ["query-id", "corpus-id", "score"]:
+            continue
+        if len(row) != 3:
+            raise UserError(f"{where} has {len(row)} columns, not query-id, corpus-id and score with tabs between them")
+        query, document, grade = row
+        try:
+            grade = int(grade)
+        except ValueError:
+            raise UserError(f"{where}: the grade '{grade}' is no whole number") from None
+        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise UserError(f"{where}: document '{document}' has another grade for query '{query}' further up")
+    return qrels
+
+
+def of_demo(task):
+    found = task.make()
+    queries = {id_: text for part in found["queries"].values() for id_, text in part.items()}
+    return lambda: iter(found["corpus"].items()), queries, found["qrels"]
+
+
+def id_of(row):
+    return str(row["_id"] if "_id" in row else row["id"])
+
+
+def of_hub(name, task):
+    """-> documents, queries, qrels of one of the hub's mteb collections, numbers of queries checked"""
+    kind = f"{task.config}-" if task.config else ""
+    corpus, asked, judged = (from_hub(task.hub, f"{kind}{what}" if what or kind else "default", task.revision)
+                             for what in ("corpus", "queries", "qrels" if kind else ""))
+
+    def documents():
+        before = set()                    # where validation and test have a corpus each, they share documents
+        for i, part in enumerate(corpus.values(), start=1):
+            for row in part:
+                if id_of(row) not in before:
+                    yield id_of(row), titled(row.get("title"), row["text"])
+            if i < len(corpus):
+                before.update(map(id_of, part))
+
+    queries = {id_of(row): row["text"] for part in asked.values() for row in part}
+    qrels = {}
+    for split, there, size in zip(SPLITS, task.splits, task.sizes):
+        if there:
+            rows = judged[there] if there in judged else []
+            qrels[split] = read_qrels((f"{name}, {there} row {i}", [str(row["query-id"]), str(row["corpus-id"]), row["score"]])
+                                      for i, row in enumerate(rows))
+            if len(qrels[split]) != size:
+                raise UserError(f"{name}: {task.hub} has judgements for {len(qrels[split]):,} queries in {there}, and the table in "
+                                f"tasks.py {size:,}: the data has changed")
+    return documents, queries, qrels
+
+
+def pairs_of_hub(task):
+    rows = next(iter(from_hub(task.pairs, None, "main").values()))
+    return list(zip(rows["query"], rows["positive"]))
+
+
+def from_hub(repository, config, revision):
+    """All splits of one configuration, memory-mapped. Raises UserError."""
+    try:
+        import datasets
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()       # its retries; the error below says it once
+        return datasets.load_dataset(repository, config, revision=None if os.path.isdir(repository) else revision)
+    except Exception as error:              # network, hub and parser each raise their own
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"could not load {repository} at {revision} from the Hugging Face hub ({type(error).__name__}: {first}): "
+                        "connect to the network, or give a folder in BEIR's layout with --data_dir=FOLDER, or run --tasks=demo"
+                        ) from None
+
+
+# ---- training pairs
+
+def training_pairs(collection):
+    """-> (query texts, document texts, pairs [P, 2] of indices into them, known: for each query text its set of documents).
+
+    A pair is a query and a document of grade 1 or above. Equal texts are one text, so that a copy of a positive is no negative.
+    Raises UserError where there are none.
+    """
+    if collection.pairs:
+        texts = collection.pairs
+    else:
+        wanted = {d for grades in collection.qrels["train"].values() for d, grade in grades.items() if grade >= 1}
+        document = {id_: text for id_, text in collection.documents() if id_ in wanted}
+        texts = [(collection.queries[q], document[d]) for q, grades in collection.qrels["train"].items() if q in collection.queries
+                 for d, grade in grades.items() if grade >= 1 and d in document]
+    if not texts:
+        raise UserError(f"{collection.name} has no training pairs (qrels/train.tsv): name a collection that has, --train_on=NAME")
+    queries, documents = ({text: i for i, text in enumerate(dict.fromkeys(pair[side] for pair in texts))} for side in (0, 1))
+    pairs = np.array([(queries[q], documents[d]) for q, d in dict.fromkeys(texts)])
+    known = [set() for _ in queries]
+    for q, d in pairs.tolist():
+        known[q].add(d)
+    return list(queries), list(documents), pairs, known
+
+
+# ---- pools
+
+def pool_of(collection, pool, hard_negatives, folder):
+    """Ids of the documents that are searched, or None for all. hard: BM25's best hard_negatives for each query, kept in folder."""
+    if pool == "full":
+        return None
+    graded = {q: grades for split in ("validation", "test") for q, grades in collection.qrels[split].items()}
+    ids = {d for grades in graded.values() for d in grades}
+    if pool == "judged":
+        return ids
+    path = os.path.join(folder, f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json")
+    if not os.path.isfile(path):
+        os.makedirs(folder, exist_ok=True)
+        found = sorted({d for best in bm25(collection, sorted(graded), None, hard_negatives).values() for d in best})
+        with open(unique(path), "w", encoding="utf-8") as f:
+            json.dump(found, f)
+        os.replace(unique(path), path)
+    with open(path, encoding="utf-8") as f:
+        return ids | set(json.load(f))
+
+
+def bm25(collection, queries, pool, k):
+    """BM25's k best documents of a pool (ids, or None for all): {query: {document: score}}; bm25s' defaults, English stop words."""
+    try:
+        import bm25s
+    except ImportError:
+        raise UserError("BM25 needs the package bm25s: pip install -r requirements.txt") from None
+    ids, texts = zip(*((id_, text) for id_, text in collection.documents() if pool is None or id_ in pool))
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    asked = [q for q in queries if q in collection.queries]
+    tokens = bm25s.tokenize([collection.queries[q] for q in asked], stopwords="en", show_progress=False)
+    found, scores = index.retrieve(tokens, k=min(k, len(ids)), show_progress=False)
+    return {q: {ids[d]: float(s) for d, s in zip(row, of) if s > 0} for q, row, of in zip(asked, found, scores)}
+
+
+# ---- tokens
+
+def tokenized(texts, tokenizer, max_length):
+    """-> a list of int32 arrays, each a text cut to max_length - 1 tokens, and eos, as in pretraining; how many were cut"""
+    found = tokenizer.encode_batch(texts, threads=os.cpu_count() or 1)
+    return ([np.array([*ids[:max_length - 1], tokenizer.eos_id], np.int32) for ids in found],
+            sum(len(ids) > max_length - 1 for ids in found))
+
+
+def encoded(name, texts, tokenizer, max_length, key, folder):
+    """Texts -> tokens on disk, memory-mapped, made once under each key. texts: a function -> iterator of (id, text).
+
+    -> {"tokens": int32 [N], "bounds": int64 [n + 1], "truncated": [1], how many were cut}, ids [n]. Memory is that of BATCH texts
+    and of the ids.
+    """
+    rules = hashlib.sha256(repr([tokenizer.hash.hex(), max_length, key]).encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"{name}-{rules}")
+    if not os.path.isdir(path):
+        temporary, ids, lengths, cut, items = unique(path), [], [], 0, iter(texts())
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        with (open(os.path.join(temporary, "tokens.bin"), "wb") as f,
+              tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=not speaks()) as bar):
+            while batch := list(itertools.islice(items, BATCH)):
+                arrays, n = tokenized([text for _, text in batch], tokenizer, max_length)
+                f.write(np.concatenate(arrays).tobytes())
+                ids += [id_ for id_, _ in batch]
+                lengths += map(len, arrays)
+                cut += n
+                bar.update(len(batch))
+        with open(os.path.join(temporary, "index.safetensors"), "wb") as f:
+            f.write(save({"bounds": np.cumsum([0, *lengths], dtype=np.int64), "truncated": np.array([cut])}))
+        with open(os.path.join(temporary, "ids.json"), "w", encoding="utf-8") as f:
+            json.dump(ids, f)
+        try:
+            os.rename(temporary, path)
+        except OSError:                  # another worker was faster
+            shutil.rmtree(temporary)
+    found = load_file(os.path.join(path, "index.safetensors"))
+    with open(os.path.join(path, "ids.json"), encoding="utf-8") as f:
+        ids = json.load(f)
+    return found | {"tokens": np.memmap(os.path.join(path, "tokens.bin"), np.int32, "r")}, ids
