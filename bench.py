@@ -5,6 +5,7 @@
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus, one core
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
+    python bench.py search                                 # a million documents, beside numpy's sort and FAISS (3 GB of disk)
 
 The contestants, each in a process of its own, take turns for `rounds` rounds: one untimed step, then `steps` timed
 ones. A row is the median over the rounds, and the ratio to the first row the median of the ratios within a round, so
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import bench_finetune
 import bench_kernels
+import bench_search
 import data
 import system
 import tasks
@@ -58,6 +60,10 @@ class Config:
     task_dir: str = ""           # local data for it, as finetune.py's data_dir
     trials: int = 8              # of the grid: two learning rates, half as many seeds
     trial_steps: int = 50        # of each
+    # search
+    documents: int = 1_000_000   # random unit vectors
+    queries: int = 1000
+    width: int = 768             # of an embedding: 210m's
     # how
     steps: int = 4               # of each contestant in a round
     rounds: int = 5              # each contestant takes two steps before the first
@@ -295,6 +301,25 @@ def finetune(c):
                "workers": n, "seconds": seconds, "ratio": ratio}, device)
 
 
+def search(c):
+    device = system.pick_device(c.device)
+    if min(c.documents, c.queries, c.width) < bench_search.K:
+        raise UserError(f"documents={c.documents}, queries={c.queries}, width={c.width}: expected at least {bench_search.K} each")
+    with tempfile.TemporaryDirectory() as folder:
+        found = bench_search.measure(c, folder)
+    print(f"\n{describe(device)}; the {bench_search.K} best of {c.documents:,} documents x {c.width}, {c.queries:,} queries\n\n"
+          "| search | ms a query | the corpus | peak extra MiB | same first ten |\n|---|---|---|---|---|")
+    names = {"ours": "search.py, from a file piece by piece", "numpy": f"numpy, all scores sorted ({bench_search.SORTED} queries)",
+             "faiss": "FAISS IndexFlatIP"}
+    for key, row in found.items():
+        same = sum(a[:10] == b[:10] for a, b in zip(row["ids"], found["ours"]["ids"])) / len(row["ids"])
+        load = f"+ {row['load']:.1f} s to load" if row["load"] else "reading included"
+        ms, peak = 1000 * row["seconds"] / row["queries"], row["peak"] / 2 ** 20
+        print(f"| {names[key]} | {ms:.1f} | {load} | {peak:,.0f} | {same:.0%} |")
+        record(c, {"bench": "search", "name": key, "documents": c.documents, "width": c.width, "k": bench_search.K,
+                   **{k: row[k] for k in ("seconds", "queries", "peak", "load")}, "same_ten": same}, device)
+
+
 def describe(device):
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -316,10 +341,10 @@ def main(c):
         device = system.pick_device(c.device)
         bench_finetune.trainer(c, c.args[1], device, system.pick_dtype(c.dtype, device))
 
-    what = {"train": train, "data": loading, "kernels": kernel_bench, "finetune": finetune, "contestant": contestant,
-            "trainer": trainer}
+    what = {"train": train, "data": loading, "kernels": kernel_bench, "finetune": finetune, "search": search,
+            "contestant": contestant, "trainer": trainer, "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
     if not c.args or c.args[0] not in what:
-        raise UserError("what to measure? python bench.py train|data|kernels|finetune")
+        raise UserError("what to measure? python bench.py train|data|kernels|finetune|search")
     what[c.args[0]](c)
 
 

@@ -113,7 +113,7 @@ def search():
     found = []
     for name, _, split, paragraphs in addresses():
         for i, paragraph in enumerate(paragraphs):
-            if len(paragraph) >= 4 and len(paragraph[len(paragraph) // 2].split()) >= 8 and len(" ".join(paragraph)) < 1200:
+            if len(paragraph) >= 3 and len(paragraph[len(paragraph) // 2].split()) >= 8 and len(" ".join(paragraph)) < 700:
                 found.append((split, (f"{name}:{i}", paragraph)))
     chosen = sample(found, key=lambda item: item[0])
     with_query = {id_ for items in chosen.values() for id_, _ in items}

@@ -4,7 +4,8 @@
 
 Of a run of train.py it reads config.json and log.jsonl; one that was branched from a trunk is shown with the trunk's steps
 before it, so that all curves begin at step 0. Trials are every trials/<task>/lr<lr>_sd<seed>.json anywhere below the folders:
-{"model", "task", "lr", "seed", "validation": {"score"}, "test": {"score"}}, scores from 0 to 1, or "failed": true.
+{"model", "task", "lr", "seed", "validation": {"score"}, "test": {"score"}}, scores from 0 to 1, or "failed": true. Retrieval rows
+are told apart by the pool of documents that was searched, and have a second table with what else is known of their rankings.
 """
 import glob
 import json
@@ -17,6 +18,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+import metrics
 from configurator import UserError, run
 
 matplotlib.use("Agg")
@@ -143,7 +145,8 @@ def select(rows, rule):
                 the published tables came about (their figures follow from the official rows). 1.96 is a normal quantile: with
                 five seeds such an interval covers the true mean in 88 of 100 cases, and choosing per seed is optimistic.
     "standard": one LR, of the best mean validation score among those with the most seeds; +- t(0.975, n - 1) s / sqrt(n).
-    s has ddof 1. Failed trials have no score and are never chosen. -> {"mean", "half_width", "lrs": one a seed, "n"}, or None
+    s has ddof 1. Failed trials have no score and are never chosen.
+    -> {"mean", "half_width", "lrs": one a seed, "n", "rows": the chosen ones}, or None
     """
     good = [r for r in rows if not r["failed"]]
     if not good:
@@ -155,11 +158,12 @@ def select(rows, rule):
         by_lr = defaultdict(list)
         for r in good:
             by_lr[r["lr"]].append(r)
-        chosen = max(by_lr.values(), key=lambda rs: (len(rs), np.mean([r["validation"]["score"] for r in rs])))
+        chosen = by_lr[metrics.best_lr({lr: [r["validation"]["score"] for r in rs] for lr, rs in by_lr.items()})]
     scores, n = [r["test"]["score"] for r in chosen], len(chosen)
     quantile = 1.96 if rule == "paper" else stats.t.ppf(0.975, n - 1)
     half_width = quantile * np.std(scores, ddof=1) / n ** 0.5 if n > 1 else float("nan")
-    return {"mean": float(np.mean(scores)), "half_width": float(half_width), "lrs": [r["lr"] for r in chosen], "n": n}
+    return {"mean": float(np.mean(scores)), "half_width": float(half_width), "lrs": [r["lr"] for r in chosen], "n": n,
+            "rows": chosen}
 
 
 def in_words(found, lrs):
@@ -179,7 +183,13 @@ def named(row):
     unusual += [f"{row['param_dtype']} weights"] if row.get("param_dtype", "float32") != "float32" else []
     unusual += ["causal"] if row.get("causal") else []
     unusual += [f"{row['split']} split"] if row.get("split", "hash") != "hash" else []
+    unusual += [f"trained on {row['train_on']}"] if row.get("train_on", row["task"]) != row["task"] else []
     return row["model"] + f" ({', '.join(unusual)})" * bool(unusual)
+
+
+def task_of(row):
+    """The task and, in retrieval, the pool of documents that was searched: another pool is another task."""
+    return f"{row['task']}, {row['pool']} pool" if row.get("pool") else row["task"]
 
 
 def trial_table(rows):
@@ -189,14 +199,31 @@ def trial_table(rows):
              "|---|---|---|---|---|---|---|---|"]
     groups = defaultdict(list)
     for r in rows:
-        groups[r["task"], named(r)].append(r)
+        groups[task_of(r), named(r)].append(r)
     for (task, model), group in sorted(groups.items()):
-        lrs, seeds = ({r[k] for r in rows if r["task"] == task} for k in ("lr", "seed"))
+        lrs, seeds = ({r[k] for r in rows if task_of(r) == task} for k in ("lr", "seed"))
         baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
         missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})
         lines.append(f"| {task} | {model} | {in_words(select(group, 'paper'), lrs)} | {in_words(select(group, 'standard'), lrs)} "
                      f"| {baseline} | {len({r['seed'] for r in group})} | {sum(r['failed'] for r in group)} | {missing} |")
     return "\n".join(lines) + "\n"
+
+
+def retrieval_table(rows):
+    """Markdown: what else is known of the rankings, means over the seeds of rule standard's learning rate."""
+    keys = {"ndcg_10": "NDCG@10", "paper_ndcg_10": "the paper's NDCG@10", "mrr_10": "MRR@10", "recall_100": "Recall@100"}
+    lines = [f"| collection, pool | model | documents | queries | {' | '.join(keys.values())} |", "|" + "---|" * (4 + len(keys))]
+    groups = defaultdict(list)
+    for r in rows:
+        if r.get("kind") == "retrieval":
+            groups[task_of(r), named(r)].append(r)
+    for (task, model), group in sorted(groups.items()):
+        found = select(group, "standard")
+        if found is not None:
+            means = [f"{100 * np.mean([r['test'][key] for r in found['rows']]):.2f}" for key in keys]
+            first = found["rows"][0]
+            lines.append(f"| {task} | {model} | {first['documents']:,} | {first['test']['n']:,} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def main(c):
@@ -213,7 +240,7 @@ def main(c):
     os.makedirs(c.to, exist_ok=True)
     texts = {"table.md": table(runs)} if runs else {}
     if trials:
-        texts["trials.md"] = trial_table(trials)
+        texts["trials.md"] = "\n".join(filter(None, (trial_table(trials), retrieval_table(trials))))
     for name, text in texts.items():
         with open(os.path.join(c.to, name), "w", encoding="utf-8") as f:
             f.write(text)

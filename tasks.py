@@ -94,7 +94,7 @@ TASKS = {
     "sotu_era": Task("sequence", demo_tasks.ERAS, template="{sentence}", make=demo_tasks.era),
     "sotu_case": Task("token", iob2("CAP"), label="ner_tags", make=demo_tasks.case),
     "sotu_cloze": Task("span", make=demo_tasks.cloze, entities=True),
-    "sotu_search": Task("retrieval", make=demo_tasks.search),
+    "sotu_search": Task("retrieval", make=demo_tasks.search, pool="judged"),
 }
 
 def names(demo, retrieval):

@@ -20,20 +20,9 @@ import families
 import finetune
 import report
 import tokenizer
-import train
 import trials
 from configurator import UserError
 from model import SIZES, Encoder, ModelConfig
-
-
-@pytest.fixture(scope="module")
-def encoder(corpus_dir, tmp_path_factory):
-    """A tiny encoder pretrained for a second: the run's folder."""
-    out = str(tmp_path_factory.mktemp("encoder") / "clm_then_mlm")
-    train.main(train.Config(data_dir=corpus_dir, out_dir=out, size="tiny", block_size=128, batch_rows=8, micro_rows=8, dtype="float32",
-                            phases=(("clm", 20), ("mlm", 20)), warmup_steps=4, decay_steps=4, learning_rate=3e-3, eval_interval=40,
-                            eval_rows=16, save_interval=40, compile=False, device="cpu"))
-    return out
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from conftest import ROOT, rows, run_python
 import report
 import train
 
-ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "bench", "report"}
-LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "trials", "demo_tasks", "tasks",
-          "encode", "families", "bench_kernels", "bench_finetune", "entry"]   # low to high
+ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report"}
+LAYERS = ["configurator", "system", "tokenizer", "data", "kernels", "model", "checkpoint", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
+          "encode", "families", "ir_data", "worker", "retriever", "bench_kernels", "bench_finetune", "bench_search", "entry"]   # low to high
 
 
 def sources():
@@ -89,7 +89,8 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
                                          (["bench.py"], "what to measure?"), (["bench.py", "kernels", "--sizes=('2b',)", "--device=cpu"], "sizes="),
                                          (["bench.py", "data", "--data_dir=nowhere"], "no corpus in"),
                                          (["bench.py", "finetune", "--task=sotu_case"], "expected a sequence classification task"),
-                                         (["finetune.py"], "which encoder?")])
+                                         (["bench.py", "search", "--queries=9"], "expected at least 100 each"),
+                                         (["finetune.py"], "which encoder?"), (["eval_ir.py"], "which encoder?")])
 def test_leaves_explain_a_wrong_call_in_one_line(words, says):
     done = run_python(words)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

@@ -53,7 +53,7 @@ def test_a_folder_with_labels_of_its_own_is_a_task(tmp_path):
     (tmp_path / "mine/info.json").write_text(json.dumps({"label_names": ["yes", "no"], "text_fields": ["a", "b"], "label_field": "sense"}))
     task, examples, _ = tasks.load("mine", folder)
     assert task.kind == "sequence" and examples["train"][1] == {"text": "left 1\nright", "label": 1}
-    with pytest.raises(UserError, match="unknown task 'yours': expected one of conll2003, mine, mnli, .*, all or demo"):
+    with pytest.raises(UserError, match="unknown task 'yours': expected one of conll2003, mine, mldr_en, mnli, .*, all or demo"):
         tasks.load("yours", folder)
 
 
