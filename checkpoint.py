@@ -135,8 +135,8 @@ def prune(out_dir, keep_last, milestones):
 
 
 def results(path):
-    """What finetune.py has put into a checkpoint's folder: not ours to delete."""
-    return [name for name in ("trials", "random") if os.path.isdir(os.path.join(path, name))]
+    """What finetune.py and eval_ir.py have put into a checkpoint's folder: not ours to delete."""
+    return [name for name in ("trials", "random", "mteb") if os.path.isdir(os.path.join(path, name))]
 
 
 def find(path):

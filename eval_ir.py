@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
@@ -30,7 +31,7 @@ import tasks
 import tokenizer
 import trials
 import worker
-from configurator import UserError, run
+from configurator import RunError, UserError, run
 from retriever import DOCUMENT, QUERY
 
 DEPTH = 100           # documents kept for each query
@@ -234,6 +235,8 @@ def check(c):
         raise UserError(f"pool={c.pool}: expected {', '.join(POOLS)}, or nothing for each collection's own")
     if not 0 < c.temperature < float("inf") or c.hard_negatives < 1:
         raise UserError(f"temperature={c.temperature}, hard_negatives={c.hard_negatives}: expected numbers above 0")
+    if c.finals and all(pool == "full" for _, pool, _ in found.values()):
+        raise UserError("finals=true is for pools that are not the full corpus: it is searched in full already")
     if c.batch < 2:
         raise UserError("batch=1: a query's negatives are the other pairs' documents, so expected at least 2")
     return found
@@ -275,6 +278,7 @@ def work(mine, todo, folder, where):
             row = mine.run(trial, folder, where)
             if mine.processes.first:
                 trials.finish(trials.path_of(folder, trial), row)
+    system.all_sum([0], mine.processes)      # the last row is there before anybody goes on
     return None
 
 
@@ -283,6 +287,15 @@ def main(c):
     system.keep_freed_memory()
     path = checkpoint.find(c.ckpt)
     processes = system.start_processes(system.pick_device(c.device))[0] if c.shard else system.Processes(0, 0, 1)
+    try:
+        run_grids(c, wanted, path, processes)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_grids(c, wanted, path, processes):
+    """The grid, and with --finals its best learning rates on the full pools; or --mteb."""
     if processes.world_size > 2 * c.batch:
         raise UserError(f"{processes.world_size} processes share {2 * c.batch} texts of a batch: start fewer, or without --shard")
     folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
@@ -290,8 +303,7 @@ def main(c):
     if c.mteb:
         return on_mteb(mine, folder)
     where = {folder_of(name, task, pool): (name, pool, train_on) for name, (task, pool, train_on) in wanted.items()}
-    todo = grid(where, c.lrs, c.seeds)
-    work(mine, todo, folder, where)
+    work(mine, grid(where, c.lrs, c.seeds), folder, where)
     if c.finals:
         by_lr = defaultdict(dict)
         for name, (task, pool, train_on) in wanted.items():
@@ -301,7 +313,7 @@ def main(c):
         for lr, where in by_lr.items():
             work(mine, grid(where, (lr,), c.seeds), folder, where)
     if trials.speaks():
-        print(f"{len(todo)} trials in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
+        print(f"rows in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
 
 
 def on_mteb(mine, folder):
@@ -310,15 +322,18 @@ def on_mteb(mine, folder):
         import mteb
     except ImportError:
         raise UserError("--mteb needs the package mteb: pip install mteb") from None
-    names = tuple(filter(None, mine.c.mteb.replace(" ", "").split(",")))
     try:
-        found = mteb.get_tasks(tasks=list(names))
+        found = mteb.get_tasks(tasks=[name for name in mine.c.mteb.replace(" ", "").split(",") if name])
     except (KeyError, ValueError) as error:
         raise UserError(f"mteb={mine.c.mteb}: {error.args[0]}") from None
-    cache = mteb.ResultCache(os.path.join(folder, "mteb"))
-    results = mteb.evaluate(retriever.ForMteb(mine), found, cache=cache)
-    for result in results.task_results:
-        print(f"{result.task_name}: {100 * result.get_score():.2f} ({result.task.metadata.main_score})")
+    try:
+        results = mteb.evaluate(retriever.ForMteb(mine), found, cache=mteb.ResultCache(os.path.join(folder, "mteb")))
+    except Exception as error:                # network, hub and mteb each raise their own
+        first = (str(error).splitlines() or [""])[0]
+        raise RunError(f"mteb could not score {mine.c.mteb} ({type(error).__name__}: {first}); finished tasks are kept in "
+                       f"{folder}/mteb") from error
+    for task, result in zip(found, results.task_results):
+        print(f"{result.task_name}: {task.metadata.main_score} {100 * result.get_score():.2f}")
 
 
 if __name__ == "__main__":

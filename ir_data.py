@@ -123,7 +123,8 @@ def of_folder(folder):
 
     def documents():
         for where, row in json_lines(corpus):
-            yield value(row, "_id", str, where), titled(row.get("title"), value(row, "text", str, where))
+            id_, title = value(row, "_id", str, where), "" if row.get("title") is None else value(row, "title", str, where)
+            yield id_, titled(title, value(row, "text", str, where))
 
     queries = {}
     for where, row in json_lines(one_file(folder, "queries")):

