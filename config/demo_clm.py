@@ -6,4 +6,4 @@ phases = [("clm", 500)]
 milestones = [200]          # demo_clm_then_mlm.py branches here
 block_size, batch_rows, micro_rows = 256, 8, 8
 learning_rate, warmup_steps, decay_steps = 1e-3, 30, 100
-eval_interval, eval_rows, save_interval, log_interval = 50, 32, 250, 25
+eval_interval, eval_rows, save_interval, log_interval = 100, 32, 250, 25

@@ -4,4 +4,4 @@ data_dir, out_dir = "data/demo", "runs/demo/mlm"
 phases = [("mlm", 500)]
 block_size, batch_rows, micro_rows = 256, 8, 8
 learning_rate, warmup_steps, decay_steps = 1e-3, 30, 100
-eval_interval, eval_rows, save_interval, log_interval = 50, 32, 250, 25
+eval_interval, eval_rows, save_interval, log_interval = 100, 32, 250, 25

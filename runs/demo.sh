@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The finding in miniature, from a bare machine: pretrain a CLM, an MLM and a CLM-then-MLM encoder on the State of the
-# Union addresses at the same token budget, fine-tune each on three small tasks made from the same text, and compare them.
+# Union addresses at the same token budget, fine-tune each on four small tasks made from the same text, and compare them.
 # Run it again to resume or to see the tables again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,14 +12,16 @@ began=$SECONDS
 "$PYTHON" train.py config/demo_clm.py             # the trunk; its step 200 stays on disk
 "$PYTHON" train.py config/demo_mlm.py
 "$PYTHON" train.py config/demo_clm_then_mlm.py    # branches from the trunk's step 200
-# an encoder's six trials are shared by a worker a core, which finish a sixth earlier than one worker with both of two cores
+# trials, six of fine-tuning and two of retrieval, are shared by workers: two of one core finish a sixth earlier than one of two
 cores=$(getconf _NPROCESSORS_ONLN)
-workers=$((cores < 6 ? cores : 6))
-export OMP_NUM_THREADS=$((cores / workers))
+share() {   # AT_MOST SCRIPT WORDS...: a worker a core
+  local workers=$((cores < $1 ? cores : $1))
+  OMP_NUM_THREADS=$((cores / workers)) "$PYTHON" -m torch.distributed.run --nproc_per_node=$workers "${@:2}"
+}
 for run in mlm clm clm_then_mlm; do
-  "$PYTHON" -m torch.distributed.run --nproc_per_node=$workers finetune.py --ckpt=runs/demo/$run config/finetune_quick.py
+  share 6 finetune.py --ckpt=runs/demo/$run config/finetune_quick.py
+  share 2 eval_ir.py --ckpt=runs/demo/$run config/retrieval_quick.py
 done
-unset OMP_NUM_THREADS
 echo
 "$PYTHON" report.py runs/demo/mlm runs/demo/clm runs/demo/clm_then_mlm --to=runs/demo
 echo "all of it took $((SECONDS - began)) s"

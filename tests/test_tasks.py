@@ -180,7 +180,8 @@ def test_demo_tasks_share_no_address_between_splits_and_hold_what_they_say():
         for id_, text in queries.items():
             (document, grade), = found["qrels"][split][id_].items()
             assert grade == 1 and text not in found["corpus"][document]
-    assert len(found["corpus"]) > 5000
+    assert {split: len(part) for split, part in found["qrels"].items()} == {"train": 1500, "validation": 200, "test": 300}
+    assert len(found["corpus"]) == 4000
 
 
 @needs_shared
