@@ -62,7 +62,7 @@ class Config:
     trial_steps: int = 50        # of each
     # search
     documents: int = 1_000_000   # random unit vectors
-    queries: int = 1000
+    queries: int = 1000          # likewise
     width: int = 768             # of an embedding: 210m's
     # how
     steps: int = 4               # of each contestant in a round

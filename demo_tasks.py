@@ -50,8 +50,8 @@ def sentences(shortest=8, longest=50):
 
 
 def sample(rows, key, share=1.0):
-    """The first ROWS of each split, or a share of them, in the order of a hash. rows: (split, row); key(row) -> text. A text that occurs twice, as
-    thanks and blessings do, is left out. -> {split: [row]}"""
+    """The first ROWS of each split, or a share of them, in the order of a hash. rows: (split, row); key(row) -> text. A text that
+    occurs twice, as thanks and blessings do, is left out. -> {split: [row]}"""
     rows = list(rows)
     count = Counter(key(row) for _, row in rows)
     ordered = sorted((item for item in rows if count[key(item[1])] == 1), key=lambda item: hashed(key(item[1])))

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, run_python
 
 import configurator
+import eval_ir
 import finetune
 import train
 from configurator import UserError
@@ -68,7 +69,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
     assert says in str(error.value) and str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "report.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "bench.py"])
 def test_help_lists_every_key_with_default_and_comment(script):
     help_text = run_python([script, "--help"]).stdout
     module = __import__(script[:-3])
@@ -93,6 +94,8 @@ def test_every_config_file_is_valid_and_short():
         path = os.path.join(ROOT, "config", name)
         if name.startswith("finetune_"):
             assert finetune.check(configurator.configure(finetune.Config, [path, "--ckpt=somewhere"]))
+        elif name.startswith("retrieval_"):
+            assert eval_ir.check(configurator.configure(eval_ir.Config, [path, "--ckpt=somewhere"]))
         else:
             c = configurator.configure(train.Config, [path])
             assert train.check(c, world_size=8 if c.batch_rows % (8 * c.micro_rows) == 0 else 1) > 0
