@@ -210,6 +210,30 @@ def test_an_embedding_is_the_mean_over_all_tokens(small):
     assert mine.tokenizer.decode(tokens[:4].tolist()).startswith("Query") or mine.tokenizer.decode(tokens[:9].tolist()).startswith("Query: ")
 
 
+def test_encoding_begins_with_the_longest_text_and_shares_are_all_of_it(small):
+    mine = worker(small(eval_tokens=500))
+    documents = mine.targets["one"].documents
+    first, _ = next(mine.encode(documents, ""))
+    lengths = encode.lengths(documents)
+    assert lengths[first[0]] == lengths.max() and lengths[first].sum() <= 500
+    shares = [torch.cat([indices for indices, _ in mine.encode(documents, "", rank, 3)]).tolist() for rank in range(3)]
+    assert sorted(sum(shares, [])) == list(range(120)) and min(map(len, shares)) > 20
+
+
+def test_copies_of_a_document_are_found_in_the_order_of_their_ids(small, tmp_path):
+    """Whatever their order in the corpus: of equal scores trec_eval has the larger id first."""
+    documents = [{"_id": id_, "text": "the state of the union is strong" if len(id_) == 1 else f"report {id_}"}
+                 for id_ in ("a", "d10", "c", "b", "d9", "e", "d")]
+    folder = collection(tmp_path / "copies", "one", documents, [{"_id": f"q{i}", "text": "the union"} for i in range(3)],
+                        train=[("q0", "a", 1)], validation=[("q1", "a", 1)], test=[("q2", "a", 1)])
+    mine = worker(small(data_dir=folder))
+    target = mine.targets["one"]
+    scores, ids = mine.search(target.queries, target.documents, target.rank, 7, "")
+    names = [target.ids[i] for i in ids[0].tolist()]
+    assert [name for name in names if len(name) == 1] == ["e", "d", "c", "b", "a"]
+    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+
+
 # ---- trials
 
 def test_the_demo_from_a_checkpoint_to_a_table(small, tmp_path):

@@ -49,7 +49,7 @@ def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
 def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_path):
     documents = [*DOCUMENTS, {"_id": "copy", "text": "document number 0 tells of river 0"}]
     folder = collection(tmp_path, documents=documents, test=[("q9", "d9", 1)], validation=[("q8", "d8", 1)],
-                        train=[("q0", "d0", 1), ("q0", "copy", 2), ("q0", "d5", 1), ("q1", "d5", 1), ("q1", "d6", 0)])
+                        train=[("q0", "d0", 1), ("q0", "copy", 2), ("q0", "d5", 1), ("q1", "d5", 1), ("q1", "d0", 0)])
     queries, texts, pairs, known = ir_data.training_pairs(ir_data.load("rivers", folder))
     assert len(queries) == 2 and len(texts) == 2 and pairs.tolist() == [[0, 0], [0, 1], [1, 1]]      # grade 0 is no positive
     assert known == [{0, 1}, {1}]
