@@ -49,7 +49,7 @@ class Config:
     seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
     random_weights: bool = False    # the same model from random weights: what pretraining is worth
     train_on: str = ""              # whose training pairs; empty: MS MARCO's for the paper's three, else each collection its own
-    pool: str = ""                  # which documents are searched: judged, hard or full; empty: judged for the paper's, else full
+    pool: str = ""                  # what is searched: judged, hard or full; empty: judged (paper, demo), full (your own)
     hard_negatives: int = 100       # BM25's best documents for each query that are in the pool "hard"
     finals: bool = False            # then the best learning rate's seeds again on the full pool
     keep: bool = False              # keep each trial's encoder as a checkpoint beside its row
