@@ -21,7 +21,9 @@ if not GPU:                             # before anything imports triton: its in
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
+from retrieval import speeches  # noqa: E402
 
+import eval_ir  # noqa: E402
 import prepare_fineweb  # noqa: E402
 import train  # noqa: E402
 
@@ -106,3 +108,22 @@ def encoder(corpus_dir, tmp_path_factory):
                             phases=(("clm", 20), ("mlm", 20)), warmup_steps=4, decay_steps=4, learning_rate=3e-3, eval_interval=40,
                             eval_rows=16, save_interval=40, compile=False, device="cpu"))
     return out
+
+
+@pytest.fixture(scope="session")
+def collections(tmp_path_factory):
+    """A folder with two collections, "one" and "two", of 120 documents and 80 queries each."""
+    folder = tmp_path_factory.mktemp("collections")
+    speeches(folder, "one", start=2000)
+    speeches(folder, "two", start=2400)
+    return str(folder)
+
+
+@pytest.fixture
+def ir(encoder, collections, tmp_path):
+    """Settings of a grid that takes seconds: ir(out, **changes) -> eval_ir.Config"""
+    def config(out="out", **changes):
+        settings = dict(ckpt=encoder, tasks="one", data_dir=collections, out_dir=str(tmp_path / out), lrs=(1e-3,), seeds=(0,), steps=6, batch=8,
+                        dtype="float32", device="cpu", cache_dir=str(tmp_path / "cache"))
+        return eval_ir.Config(**(settings | changes))
+    return config

@@ -1,31 +1,16 @@
 """Collections are read as they are, and everything odd about them is counted and named, or refused in one line."""
 import gzip
-import json
 
 import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
+from retrieval import DOCUMENTS, QUERIES, collection
 
 import ir_data
 import metrics
 import tasks
 import tokenizer
 from configurator import UserError
-
-DOCUMENTS = [{"_id": f"d{i}", "title": f"On {i}" if i % 2 else "", "text": f"document number {i} tells of river {i}"} for i in range(30)]
-QUERIES = [{"_id": f"q{i}", "text": f"which river is number {i}?"} for i in range(24)]
-
-
-def collection(folder, name="rivers", documents=DOCUMENTS, queries=QUERIES, **qrels):
-    """A folder in BEIR's layout: folder/name. qrels: {split: [(query, document, grade)]}; 12 train, 4 validation, 8 test by default."""
-    path = folder / name
-    (path / "qrels").mkdir(parents=True, exist_ok=True)
-    for file, rows in (("corpus", documents), ("queries", queries)):
-        (path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one = [(f"q{i}", f"d{i}", 1) for i in range(24)]
-    for split, rows in (qrels or {"train": one[:12], "validation": one[12:16], "test": one[16:]}).items():
-        (path / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join("\t".join(map(str, r)) + "\n" for r in rows))
-    return str(folder)
 
 
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):

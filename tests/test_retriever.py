@@ -1,0 +1,175 @@
+"""The retriever: one loss however a batch is cut, embeddings that depend on their text alone, and mteb's scores are ours."""
+import glob
+import json
+import math
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from retrieval import collection
+from test_eval_ir import worker
+
+import demo_tasks
+import encode
+import eval_ir
+import ir_data
+import retriever
+from configurator import UserError
+
+
+def spread(mine):
+    """Large random embeddings of tokens: an encoder trained for a second has nearly one embedding for all texts, and no gradient."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mine.encoder.embedding.weight.normal_()
+    return mine
+
+
+# ---- the loss
+
+def test_info_nce_is_the_cross_entropy_of_the_own_document_among_those_that_are_no_answers():
+    torch.manual_seed(0)
+    q, d = (F.normalize(torch.randn(4, 5), dim=1) for _ in range(2))
+    known = torch.zeros(4, 4, dtype=torch.bool)
+    known[0, 2] = known[3, 1] = True                              # document 2 answers query 0, too
+    expected = 0.0
+    for i in range(4):
+        weights = {j: math.exp(float(q[i] @ d[j]) / 0.05) for j in range(4) if not known[i, j]}
+        expected -= math.log(weights[i] / sum(weights.values()))
+    assert retriever.info_nce(torch.cat([q, d]), known, 0.05).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_known_positives_are_all_answers_of_the_query_but_the_pairs_own():
+    known = [{7, 8}, {7}, {9}]
+    pairs = [(0, 7), (1, 7), (0, 8), (2, 9), (0, 7)]
+    assert retriever.known_positives(pairs, known).int().tolist() == [
+        [0, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
+
+
+def gradients(c):
+    """Gradients of the first step before they are clipped, and the loss curve of a short training."""
+    mine, found = spread(worker(c)), {}
+    hooks = [p.register_post_accumulate_grad_hook(lambda p, k=k: found.setdefault(k, []).append(p.grad.clone()))
+             for k, p in mine.encoder.named_parameters()]
+    curve = mine.train(mine.pairs, 1, {"lr": 1e-3, "seed": 0}, "")
+    for hook in hooks:
+        hook.remove()
+    return {k: steps[-1] for k, steps in found.items()}, len(found["norm.weight"]), curve
+
+
+def test_cached_gradients_are_those_of_one_big_batch(ir):
+    whole, passes, curve = gradients(ir(batch=24))
+    assert passes == 1 and len(whole) > 10
+    for budget in (1, 300, 1500):                 # each text alone; a few at a time; two or three parts
+        parts, passes, cut = gradients(ir(batch=24, micro_tokens=budget))
+        assert passes > 1 and cut[0][1] == pytest.approx(curve[0][1], abs=1e-6)
+        assert parts.keys() == whole.keys()
+        assert all((parts[k] - g).abs().max() < min(1e-6, 1e-4 * g.abs().max()) for k, g in whole.items())
+
+
+def test_without_the_cache_a_cut_batch_would_have_other_negatives(ir):
+    """The reason for it: the mean over small batches is another loss."""
+    one, two = (worker(ir(str(b), batch=b)) for b in (16, 4))
+    of_16, of_4 = (mine.train(mine.pairs, 1, {"lr": 1e-3, "seed": 0}, "")[0][1] for mine in (one, two))
+    assert of_16 > of_4 + 0.5
+
+
+# ---- embeddings
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_an_embedding_depends_on_its_text_alone(ir, encoder, corpus_dir, dtype, tolerance):
+    """Not on the batch, its order, the packing or the budget; a text of eos alone and one as long as the context are among them."""
+    mine = spread(worker(ir(dtype=dtype)))
+    short = sorted(demo_tasks.search()["queries"]["test"].values(), key=len)
+    texts = [f"Query: {text}" for text in short[:200:10]] + ["", "so on " * 400]
+    arrays, cut = ir_data.tokenized(texts, mine.tokenizer, mine.max_length)
+    assert cut == 1 and len(arrays[-2]) == 1 and len(arrays[-1]) == mine.max_length
+    data = {"tokens": np.concatenate(arrays), "bounds": np.cumsum([0, *map(len, arrays)])}
+    alone = torch.cat([mine.embed(data, [i]) for i in range(len(texts))])
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    with torch.inference_mode():
+        together = mine.embed(data, order)
+    assert (together - alone[order]).abs().max() < tolerance
+    for budget in (1, 50, 700, 10 ** 6):
+        mine.eval_tokens = budget
+        assert (mine.embeddings(data, "") - alone).abs().max() < tolerance
+    assert alone.dtype == torch.float32 and (alone.norm(dim=1) - 1).abs().max() < 1e-5
+    assert (alone @ alone.T).fill_diagonal_(0).max() < 0.999       # and they are different texts to it
+
+
+def test_an_embedding_is_the_mean_over_all_tokens(ir):
+    mine = worker(ir())
+    tokens, cu_seqlens = encode.pack(mine.pairs[0], [3, 50], "cpu")
+    with torch.no_grad():
+        hidden = mine.encoder(tokens, cu_seqlens, causal=False)
+        ours = mine.embed(mine.pairs[0], [3, 50])
+    for i, part in enumerate(hidden.split(cu_seqlens.diff().tolist())):
+        assert torch.allclose(ours[i], F.normalize(part.mean(0), dim=0), atol=1e-6)
+    assert tokens[cu_seqlens[1:] - 1].tolist() == [mine.tokenizer.eos_id] * 2
+    assert mine.tokenizer.decode(tokens[:4].tolist()).startswith("Query") or mine.tokenizer.decode(tokens[:9].tolist()).startswith("Query: ")
+
+
+def test_encoding_begins_with_the_longest_text_and_shares_are_all_of_it(ir):
+    mine = worker(ir(eval_tokens=500))
+    documents = mine.targets["one"].documents
+    first, _ = next(mine.encode(documents, ""))
+    lengths = encode.lengths(documents)
+    assert lengths[first[0]] == lengths.max() and lengths[first].sum() <= 500
+    shares = [torch.cat([indices for indices, _ in mine.encode(documents, "", rank, 3)]).tolist() for rank in range(3)]
+    assert sorted(sum(shares, [])) == list(range(120)) and min(map(len, shares)) > 20
+
+
+def test_copies_of_a_document_are_found_in_the_order_of_their_ids(ir, tmp_path):
+    """Whatever their order in the corpus: of equal scores trec_eval has the larger id first."""
+    documents = [{"_id": id_, "text": "the state of the union is strong" if len(id_) == 1 else f"report {id_}"}
+                 for id_ in ("a", "d10", "c", "b", "d9", "e", "d")]
+    folder = collection(tmp_path / "copies", "one", documents, [{"_id": f"q{i}", "text": "the union"} for i in range(3)],
+                        train=[("q0", "a", 1)], validation=[("q1", "a", 1)], test=[("q2", "a", 1)])
+    mine = worker(ir(data_dir=folder))
+    target = mine.targets["one"]
+    scores, ids = mine.search(target.queries, target.documents, target.rank, 7, "")
+    names = [target.ids[i] for i in ids[0].tolist()]
+    assert [name for name in names if len(name) == 1] == ["e", "d", "c", "b", "a"]
+    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+
+
+# ---- mteb
+
+def test_mteb_scores_the_checkpoint_as_our_own_search_does(ir, monkeypatch, capsys):
+    """A retrieval task of mteb's own kind over local data, as its tasks' own data is on the hub: its NDCG@10 is ours."""
+    mteb = pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import EncoderProtocol
+    c = ir()
+    mine = worker(c)
+    found = mine.targets["one"].collection
+
+    class Speeches(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Speeches", description="-", dataset={"path": "local/speeches", "revision": "1"}, type="Retrieval", category="t2t",
+            modalities=["text"], eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10", reference=None, date=None,
+            domains=None, task_subtypes=None, license=None, annotations_creators=None, dialect=None, sample_creation=None, bibtex_citation=None)
+
+        def load_data(self, num_proc=None, **kwargs):
+            qrels = found.qrels["test"]
+            self.dataset = {"default": {"test": {
+                "corpus": Dataset.from_list([{"id": d, "text": text} for d, text in found.documents()]), "relevant_docs": qrels,
+                "queries": Dataset.from_list([{"id": q, "text": found.queries[q]} for q in qrels]), "top_ranked": None}}}
+            self.data_loaded = True
+
+    assert isinstance(retriever.ForMteb(mine), EncoderProtocol)
+    with pytest.raises(UserError, match="mteb=NoSuchTask: .*NoSuchTask"):
+        eval_ir.main(ir(mteb="NoSuchTask"))
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [Speeches() for name in tasks])
+    eval_ir.main(ir(mteb="Speeches"))
+    ours = mine.evaluate("one", {"task": "one", "lr": 1.0, "seed": 0}, c.out_dir, {"train": 0})["test"]
+    path, = glob.glob(os.path.join(c.out_dir, "mteb", "**", "Speeches.json"), recursive=True)
+    scores, = json.load(open(path))["scores"]["test"]
+    assert scores["ndcg_at_10"] == pytest.approx(ours["ndcg_10"], abs=1e-4) and ours["ndcg_10"] > 0
+    assert scores["recall_at_100"] == pytest.approx(ours["recall_100"], abs=1e-4)
+    assert f"Speeches: ndcg_at_10 {100 * scores['ndcg_at_10']:.2f}" in capsys.readouterr().out
