@@ -167,9 +167,10 @@ class Worker(retriever.Retriever):
         return {"score": sum(items) / len(items)} | {k: sum(v.values()) / len(v) for k, v in of.items()} | {"n": len(items)}, items
 
     def run(self, trial, folder, where):
-        """Train once and score the trial's tasks. where: {folder name: (task, pool, train_on)}
+        """Train once and score those of the trial's tasks that have no row. where: {folder name: (task, pool, train_on)}
         -> the row of trial["task"]; those of trial["also"] are written here"""
         names = [trial["task"], *trial.get("also", ())]
+        todo = [name for name in names if not trials.is_done(folder, {**trial, "task": name, "also": ()})]
         self.take(where[names[0]][2], {name: where[name][:2] for name in names}, folder)
         began, what = time.time(), f"{self.source.name} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | {"lr": trial["lr"], "seed": trial["seed"], "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -182,12 +183,14 @@ class Worker(retriever.Retriever):
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
         if self.c.keep and not row["failed"] and self.processes.first:
             self.keep_encoder(trials.path_of(folder, trial, "encoder"))
-        for name in reversed(names):           # trial["task"] is last, its row is work()'s to write
+        for name in reversed(todo):            # trial["task"] is last, its row is work()'s to write
             own = trial | {"task": name}
             found = row | self.targets[name].facts | ({} if row["failed"] else self.evaluate(name, own, folder, row["secs"]))
-            if name != trial["task"] and self.processes.first:
+            if name == trial["task"]:
+                return found
+            if self.processes.first:
                 trials.finish(trials.path_of(folder, own), found)
-        return found
+        return row                             # trial["task"] has its row already, which stays
 
     def evaluate(self, name, trial, folder, secs):
         """Search a target with the encoder as it is. -> what the trial's row says of it"""

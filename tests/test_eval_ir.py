@@ -124,7 +124,10 @@ def test_tasks_that_share_their_pairs_share_a_training(ir):
     eval_ir.main(both)
     eval_ir.main(later)
     assert len(rows(later.out_dir)) == 1
+    scores = os.path.join(later.out_dir, "trials", "one", "lr1e-03_sd0.npz")
+    before = os.stat(scores).st_mtime_ns
     eval_ir.main(ir("later", tasks="one,two", train_on="one"))
+    assert os.stat(scores).st_mtime_ns == before                  # what has a row is not searched again
     assert rows(both.out_dir) == rows(later.out_dir) and len(rows(both.out_dir)) == 2
     row = rows(both.out_dir)["two/lr1e-03_sd0.json"]
     assert (row["task"], row["train_on"], row["test"]["n"]) == ("two", "one", 20)
