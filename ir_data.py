@@ -71,10 +71,10 @@ def load(name, data_dir=""):
         graded = qrels[split]
         unknown = [[q for q in graded if q not in queries], sorted({d for grades in graded.values() for d in grades} - ids)]
         for what, strange in zip(("queries", "documents"), unknown):
-            notes += counted(f"{what} of the {split} judgements are not in the collection, which count as not found"
-                             if split != "train" else f"{what} of the train judgements are not in the collection", strange)
+            fate = "are left out" if split == "train" else "count as not found"
+            notes += counted(f"{what} of the {split} judgements that are not in the collection {fate}", strange)
         if split != "train":
-            notes += counted(f"{split} queries have no relevant document, which score 0",
+            notes += counted(f"{split} queries without a relevant document score 0",
                              [q for q, grades in graded.items() if max(grades.values()) < 1])
     notes += counted("documents are empty", empty)
     if "validation" not in qrels:

@@ -67,10 +67,10 @@ def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
     test = [("q1", "d1", 1), ("q1", "gone", 1), ("nobody", "d2", 1), ("q2", "d3", 0), *((f"q{i}", f"lost{i}", 1) for i in range(4, 9))]
     found = ir_data.load("rivers", collection(tmp_path, documents=documents, test=test, validation=[("q9", "d9", 1)],
                                               train=[("q20", "d20", 1), ("q20", "away", 1)]))
-    assert found.notes == ["1 documents of the train judgements are not in the collection (away)",
-                           "1 queries of the test judgements are not in the collection, which count as not found (nobody)",
-                           "6 documents of the test judgements are not in the collection, which count as not found (gone, lost4, lost5, ...)",
-                           "1 test queries have no relevant document, which score 0 (q2)", "1 documents are empty (blank)"]
+    assert found.notes == ["1 documents of the train judgements that are not in the collection are left out (away)",
+                           "1 queries of the test judgements that are not in the collection count as not found (nobody)",
+                           "6 documents of the test judgements that are not in the collection count as not found (gone, lost4, lost5, ...)",
+                           "1 test queries without a relevant document score 0 (q2)", "1 documents are empty (blank)"]
     assert len(ir_data.training_pairs(found)[2]) == 1
     # ... and counts: the best that can be found of q1 is one of its two documents
     best = metrics.ndcg(found.qrels["test"], {"q1": {"d1": 1.0}})
