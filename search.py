@@ -6,7 +6,7 @@ encoded, and no embedding is kept. No approximate index: a reported number must 
 A document's score and id are packed into one integer, its key, whose order is trec_eval's: by score in single precision, equal
 scores by id, the larger first. So "the k best" is one topk of unique keys, and ties come out the same whatever the pieces,
 their order, or the process a document was scored by. Products have one fixed shape, TILE documents at a time, so that
-copies of a document have one score to the last bit wherever they lie.
+copies of a document have one score to the last bit wherever they lie (tests/test_search.py; seen on CPUs so far).
 """
 import torch
 
