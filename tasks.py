@@ -29,8 +29,7 @@ from configurator import UserError
 from system import hashed, lines_of
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
-KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering",
-         "retrieval": "retrieval"}
+KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering"}
 
 
 @dataclass(frozen=True)
