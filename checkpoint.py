@@ -2,8 +2,9 @@
 
     out_dir/step_0010000/model.safetensors       weights, fp32, plain parameter names
                          optimizer.safetensors   AdamW's moments: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+                         head.safetensors        a fine-tuned encoder's: its task's head
                          state.json              model dimensions, step, settings and counters of the run
-                         SHA256SUMS              of the three files, as `sha256sum -c` reads it
+                         SHA256SUMS              of these files, as `sha256sum -c` reads it
 
 A checkpoint is written to a hidden temporary folder, synced to disk and renamed, so a kill or a full disk at any moment
 leaves the ones before it as they were.
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import tokenizer
 from configurator import RunError, UserError
 from model import Encoder, ModelConfig
 
@@ -58,8 +60,8 @@ def sync(path):
         os.close(handle)
 
 
-def save(out_dir, step, model, state, optimizer=None):
-    """Write out_dir/step_NNNNNNN with the model, its optimizer and `state` (JSON values; gains model and step).
+def save(out_dir, step, model, state, optimizer=None, head=None):
+    """Write out_dir/step_NNNNNNN with the model, its optimizer or its task's head, and `state` (JSON values; gains model and step).
 
     Raises RunError if the disk does not take it; what was there before is untouched then. -> the checkpoint's path
     """
@@ -73,6 +75,8 @@ def save(out_dir, step, model, state, optimizer=None):
         save_file({k: v.contiguous().cpu() for k, v in weights.items()}, os.path.join(temporary, "model.safetensors"))
         if optimizer is not None:
             save_file(moments(model, optimizer), os.path.join(temporary, "optimizer.safetensors"))
+        if head is not None:
+            save_file({k: v.float().cpu() for k, v in head.state_dict().items()}, os.path.join(temporary, "head.safetensors"))
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(state | {"model": dataclasses.asdict(model.config), "step": step}, f, indent=1)
         names = sorted(os.listdir(temporary))
@@ -158,17 +162,35 @@ def read_state(path):
         return json.load(f)
 
 
+def config_of(path):
+    """The ModelConfig of a checkpoint."""
+    return ModelConfig(**read_state(path)["model"])
+
+
+def same_model(there, here, path):
+    """Raises UserError if two ModelConfigs differ in more than the length of their sequences."""
+    there, here = dataclasses.asdict(there), dataclasses.asdict(here)
+    different = [f"{k} is {there[k]} there and {v} here" for k, v in here.items() if k != "block_size" and there[k] != v]
+    if different:
+        raise UserError(f"{path} holds another model ({'; '.join(different)})")
+
+
+def tokenizer_of(path):
+    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises UserError."""
+    found = tokenizer.load(os.path.dirname(os.path.abspath(path)))
+    if found.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
+        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own tokenizer.tiktoken and "
+                        "tokenizer_info.json back")
+    return found
+
+
 def load(path, model, optimizer=None):
     """Copy weights, and moments if an optimizer is given, from a checked checkpoint. -> its state
 
     Raises UserError if it belongs to a model of other dimensions, or has no moments to give.
     """
     state = read_state(path)
-    ours = dataclasses.asdict(model.config)
-    different = [f"{k} is {state['model'][k]} there and {v} here" for k, v in ours.items()
-                 if k != "block_size" and state["model"][k] != v]
-    if different:
-        raise UserError(f"{path} holds another model ({'; '.join(different)})")
+    same_model(config_of(path), model.config, path)
     weights = load_file(os.path.join(path, "model.safetensors"))
     if model.config.tied:
         weights["lm_head.weight"] = weights["embedding.weight"]
@@ -191,7 +213,7 @@ def load_model(path, device="cpu", attention="auto"):
     """The Encoder of a checkpoint or of a run's newest one, in eval mode. Raises UserError."""
     path = find(path)
     with torch.device("meta"):       # no time spent on random weights
-        model = Encoder(ModelConfig(**read_state(path)["model"]), attention=attention)
+        model = Encoder(config_of(path), attention=attention)
     model.to_empty(device=device)
     if model.config.tied:
         model.lm_head.weight = model.embedding.weight

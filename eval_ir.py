@@ -28,7 +28,6 @@ import metrics
 import retriever
 import system
 import tasks
-import tokenizer
 import trials
 import worker
 from configurator import RunError, UserError, run
@@ -79,7 +78,7 @@ class Config:
 
 
 FACTS = "data", "steps", "train_on", "train_data", "pool", "hard_negatives"       # which rows of one folder share
-FREE = (*worker.FREE, "train_on", "pool", "hard_negatives", "finals", "keep", "mteb", "shard")
+FREE = (*worker.FREE, "train_on", "pool", "hard_negatives", "finals", "mteb", "shard")
 
 
 @dataclass
@@ -182,7 +181,7 @@ class Worker(retriever.Retriever):
             say(f"{what}: failed, {error}", [])
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
         if self.c.keep and not row["failed"] and self.processes.first:
-            self.keep_encoder(trials.path_of(folder, trial, "encoder"))
+            self.keep(folder, trial, row | {k: self.targets[names[0]].facts[k] for k in ("task", "kind", "steps")})
         for name in reversed(todo):            # trial["task"] is last, its row is work()'s to write
             own = trial | {"task": name}
             found = row | self.targets[name].facts | ({} if row["failed"] else self.evaluate(name, own, folder, row["secs"]))
@@ -208,13 +207,6 @@ class Worker(retriever.Retriever):
             f"{100 * row['test']['score']:.2f}" + (f" (BM25 {100 * baseline['score']:.2f})" if baseline else "")
             + f", {secs['train'] + row['secs']['eval']:.1f} s", [])
         return row
-
-    def keep_encoder(self, folder):
-        """A checkpoint in a folder with its tokenizer, which --ckpt takes."""
-        os.makedirs(folder, exist_ok=True)
-        tokenizer.save(self.tokenizer, folder)
-        checkpoint.save(folder, self.steps, self.encoder.float(), {"settings": {"tokenizer_hash": self.tokenizer.hash.hex()}})
-        self.encoder.to(getattr(torch, self.c.param_dtype))
 
 
 def say(text, notes):

@@ -39,6 +39,7 @@ class Config:
     lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
     seeds: tuple = (0, 1, 2, 3, 4)  # of the new head and of the order of the data, and of nothing else
     random_weights: bool = False    # the same model from random weights: what pretraining is worth
+    keep: bool = False              # keep each trial's encoder and head as a checkpoint beside its row
     # how
     mode: str = "standard"          # standard: entity F1, answers as spans; paper: the paper's labels, heads and scores
     split: str = "hash"             # how validation is cut from train: hash (of the text) or encodeval (the paper's, by row)
@@ -162,8 +163,11 @@ class Worker(worker.Worker):
         items = worker.keep_items(folder, trial, validation=of_validation, test=of_test)
         tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, test {100 * test['score']:.2f} "
                    f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), {time.time() - began:.1f} s")
-        return row | {"failed": False, "validation": validation, "test": test, "per_item": items,
-                      "secs": {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}}
+        row |= {"failed": False, "validation": validation, "test": test, "per_item": items,
+                "secs": {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}}
+        if self.c.keep:
+            self.keep(folder, trial, row | {"labels": self.data.task.labels}, head)
+        return row
 
 
 def check(c):

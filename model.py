@@ -7,6 +7,7 @@ argument of the call, so a model trained with causal language modelling goes on 
 Nothing is padded. A batch is tokens [T] and cu_seqlens [S+1]: S sequences laid end to end, and every function here
 works on [T, ...]. In comments T tokens, S sequences, C width, H query heads, Hkv KV heads, D head dim, F FFN width, V rows.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +29,21 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     tied: bool = False            # LM head shares the embedding's weight
+    # what the paper's models do not have and decoders to start from may (hf.py)
+    head_dim: int = 0             # 0: n_embd / n_head
+    rope_scaling: dict | None = None   # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    qkv_bias: bool = False        # Qwen2's
+    qk_norm: bool = False         # Qwen3's: RMSNorm of each head of q and k
 
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 
 SIZES = {   # n_layer, n_head, n_kv_head, n_embd, n_ffn
     "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),           # tests
     "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),          # minutes on two CPU cores
     "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),        # nanoGPT's baby size
+    "135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536, rope_theta=1e5),   # SmolLM2-135M's, which is tied
     "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),      # the paper's three
     "610m": dict(n_layer=26, n_head=18, n_kv_head=6, n_embd=1152, n_ffn=4096),
     "1b": dict(n_layer=28, n_head=18, n_kv_head=6, n_embd=1728, n_ffn=5120),
@@ -53,12 +59,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def rotary(cu_seqlens, T, head_dim, theta):
+def rotary(cu_seqlens, T, c):
     """cos and sin of every token's rotation, fp32 [T, 1, D/2]; positions count from 0 in each sequence."""
     token = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1                      # [T]
     position = (token - cu_seqlens[sequence]).float()                                           # [T]
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=token.device).float() / head_dim)   # [D/2]
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=token.device).float() / c.head_dim)   # [D/2]
+    if s := c.rope_scaling:       # Llama 3.1: turns slower than the old context are stretched, fast ones stay, between them a ramp
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        ramp = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        frequency = frequency * (ramp + (1 - ramp) / s["factor"])
     angle = (position[:, None] * frequency)[:, None, :]                                         # [T, 1, D/2]
     return angle.cos(), angle.sin()
 
@@ -79,13 +89,15 @@ class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
         self.heads, self.impl = (c.n_head, c.n_kv_head, c.n_kv_head), impl
-        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=False)                # q, k and v in one product
+        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)           # q, k and v in one product
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
         qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))                                  # [T, H + 2 Hkv, D]
         q, k, v = qkv.split(self.heads, dim=1)                                                  # [T, H, D], [T, Hkv, D] x 2
-        y = kernels.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, causal, self.impl)
+        q, k = (rotate(norm(x), cos, sin).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        y = kernels.attention(q, k, v, cu_seqlens, causal, self.impl)
         return self.out(at(y.flatten(1), positions))                                            # [T, H, D] -> [T, C]
 
 
@@ -143,7 +155,7 @@ class Encoder(nn.Module):
         There are no logits here: kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets) makes them a chunk
         at a time.
         """
-        cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config)
         x = self.embedding(tokens)                                                              # [T, C]
         for block in self.blocks[:-1]:
             x = block(x, cos, sin, cu_seqlens, causal)

@@ -21,7 +21,8 @@ from kernels import resolve
 from model import Encoder, ModelConfig
 
 # what may differ between processes that share a grid: where and how it runs, and how much of it
-FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens", "eval_tokens", "cache_dir")
+FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens", "eval_tokens", "cache_dir",
+        "keep")
 
 
 class Worker:
@@ -34,7 +35,7 @@ class Worker:
             self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"      # workers may share one
             torch.cuda.set_device(self.device)      # kernels start on the current one
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else system.pick_dtype(c.dtype, self.device)
-        state, self.tokenizer = checkpoint.read_state(path), tokenizer_of(path)
+        state, self.tokenizer = checkpoint.read_state(path), checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
         try:
             resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim)
@@ -51,6 +52,7 @@ class Worker:
             checkpoint.load_model(path, self.device, c.attention)
         self.encoder.to(getattr(torch, c.param_dtype))
         self.weights = {k: v.clone() for k, v in self.encoder.state_dict().items()}
+        self.parent = {} if c.random_weights else {k: v for k, v in state.items() if k != "model"}
         run_name = os.path.basename(os.path.dirname(os.path.abspath(path)))
         with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
             sums = {name: digest for digest, name in map(str.split, f)}
@@ -75,6 +77,17 @@ class Worker:
     def parameters(self):
         """What a trial trains of the encoder: all but the LM head."""
         return [p for k, p in self.encoder.named_parameters() if not k.startswith("lm_head")]
+
+    def keep(self, folder, trial, row, head=None):
+        """Keep a trial's encoder, and its head, beside its row: a run folder that --ckpt and `hf.py export` take.
+        row: what its state.json says of the fine-tuning"""
+        folder = trials.path_of(folder, trial, "encoder")
+        os.makedirs(folder, exist_ok=True)
+        tokenizer.save(self.tokenizer, folder)
+        row = {k: v for k, v in row.items() if k not in ("train_loss", "per_item", "secs")}
+        state = {"settings": {"tokenizer_hash": self.tokenizer.hash.hex()}, "parent": self.parent, "fine_tuned": row}
+        checkpoint.save(folder, row["steps"], self.encoder.float(), state, head=head)
+        self.encoder.to(getattr(torch, self.c.param_dtype))
 
     def settle(self, folder, name, facts, keys=("data", "steps")):
         """Write down, once, with which settings and facts a folder's trials of a task are run; refuse others."""
@@ -106,16 +119,6 @@ def code():
     done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
                           capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def tokenizer_of(path):
-    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings."""
-    found = tokenizer.load(os.path.dirname(os.path.abspath(path)))
-    wanted = checkpoint.read_state(path)["settings"]["tokenizer_hash"]
-    if found.hash.hex() != wanted:
-        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own tokenizer.tiktoken and "
-                        "tokenizer_info.json back")
-    return found
 
 
 def settings_path(folder, name):
