@@ -3,16 +3,19 @@
     resume        the same command again: the newest intact checkpoint in out_dir, every setting as it was
     branch_from   a trunk's checkpoint whose learning rate has not decayed: weights, moments, step and data go on, the phases
                   are new; the result equals the one long run bit for bit. So 17 of the paper's models cost 120k steps.
-    init_from     any checkpoint: a new schedule from its weights (the paper's continued pretraining), on rows not read yet
+    init_from     any checkpoint, or a decoder of Hugging Face's: a new schedule from its weights (the paper's continued
+                  pretraining), on rows not read yet
 """
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import checkpoint
+import hf_import
 import system
 from configurator import UserError, as_tuple
 from data import objective_at
+from model import SIZES, ModelConfig
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
@@ -24,7 +27,8 @@ BRANCH = FREE | {"branch_from", "init_from", "keep_moments", "phases", "decay_st
 @dataclass
 class Start:
     """The state before a run's next step."""
-    source: str = ""         # checkpoint to load; none from scratch
+    source: str = ""         # checkpoint to load, or where `foreign` came from; none from scratch
+    foreign: hf_import.Imported | None = None     # a Hugging Face model
     moments: bool = False    # AdamW's moments as well
     step: int = 0            # steps done
     first_row: int = 0       # place in the data order where step 0 began
@@ -42,7 +46,9 @@ def start(c, settings, processes, say):
         if not c.resume:
             raise UserError(f"{c.out_dir} holds a run already: choose another --out_dir, or resume it with --resume=true")
         with open(config_path, encoding="utf-8") as f:
-            changed = differences(json.load(f)["settings"], settings, FREE)
+            theirs = json.load(f)["settings"]
+        settings["size"] = settings["size"] or theirs["size"]
+        changed = differences(theirs, settings, FREE)
         if changed:
             raise UserError(f"{c.out_dir} was begun with other settings ({'; '.join(changed)}): choose another --out_dir, "
                             "or go on from one of its checkpoints with --branch_from")
@@ -55,17 +61,42 @@ def start(c, settings, processes, say):
         raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
     if c.branch_from:
         source = checkpoint.find(c.branch_from)
+        settings["size"] = settings["size"] or checkpoint.read_state(source)["settings"]["size"]
         check_trunk(checkpoint.read_state(source), c, settings, source)
         return same_schedule(source, "branching", say)
     if c.init_from:
+        if hf_import.is_foreign(c.init_from):
+            return from_foreign(c, settings, say)
         return new_schedule(checkpoint.find(c.init_from), c, settings, say)
     return Start()
+
+
+def model_config(c, start, vocab_size):
+    """What to build: a row of SIZES, or the model the run starts from if no size is given. Raises UserError if these differ."""
+    if c.size:
+        wanted = ModelConfig(**SIZES[c.size], vocab_size=vocab_size, block_size=c.block_size, tied=c.tied)
+    if not start.source:
+        return wanted
+    there = start.foreign.config if start.foreign else checkpoint.config_of(start.source)
+    here = wanted if c.size else replace(there, vocab_size=vocab_size, tied=c.tied or there.tied)
+    checkpoint.same_model(there, here, start.source)
+    return replace(there, block_size=c.block_size)
+
+
+def from_foreign(c, settings, say):
+    """A new schedule from a Hugging Face model, whose tokenizer the corpus must have been prepared with."""
+    found = hf_import.read(c.init_from)
+    if found.tokenizer.hash.hex() != settings["tokenizer_hash"]:
+        raise UserError(f"{c.data_dir} was prepared with another tokenizer than {c.init_from} has: prepare_fineweb.py "
+                        f"--tokenizer={c.init_from if c.init_from.startswith('hf:') else 'hf:' + c.init_from}")
+    say(hf_import.describe(found))
+    return Start(c.init_from + (f"@{found.facts['revision']}" if found.facts["revision"] and "@" not in c.init_from else ""), found)
 
 
 def same_schedule(source, word, say):
     state = checkpoint.read_state(source)
     say(f"{word} from {source}")
-    return Start(source, True, state["step"], state["first_row"], state["totals"])
+    return Start(source, None, True, state["step"], state["first_row"], state["totals"])
 
 
 def new_schedule(source, c, settings, say):
@@ -73,7 +104,7 @@ def new_schedule(source, c, settings, say):
     theirs = state.get("settings", {})      # weights from elsewhere have none
     if theirs.get("tokenizer_hash", settings["tokenizer_hash"]) != settings["tokenizer_hash"]:
         raise UserError(f"{source} was trained with another tokenizer than {c.data_dir} was prepared with")
-    begun = Start(source, c.keep_moments and os.path.isfile(os.path.join(source, "optimizer.safetensors")))
+    begun = Start(source, None, c.keep_moments and os.path.isfile(os.path.join(source, "optimizer.safetensors")))
     begun.totals = state.get("totals", begun.totals)
     if (theirs.get("train_tokens"), theirs.get("block_size")) == (settings["train_tokens"], c.block_size):
         begun.first_row = state["first_row"] + state["step"] * theirs["batch_rows"]   # the same corpus: no row is read twice

@@ -30,7 +30,7 @@ import system
 import tokenizer
 from configurator import RunError, UserError, run
 from kernels import linear_cross_entropy, resolve
-from model import SIZES, Encoder, ModelConfig
+from model import SIZES, Encoder
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Config:
     out_dir: str = "out"                     # the run: config.json, log.jsonl, step_NNNNNNN/
     resume: bool = True                      # go on from out_dir's newest checkpoint; false: refuse a run that is there
     branch_from: str = ""                    # RUN/step_NNNNNNN of a trunk: go on from there with other phases
-    init_from: str = ""                      # a checkpoint: a new schedule from its weights, on data it has not seen
+    init_from: str = ""                      # a checkpoint, hf:ORG/NAME or a Hugging Face folder: a new schedule from its weights
     keep_moments: bool = True                # with init_from: take AdamW's moments along if it has them
     save_interval: int = 1_000               # steps between checkpoints
     keep_last: int = 2                       # how many stay, besides each switch of objective and the start of the decay
@@ -52,7 +52,7 @@ class Config:
     wandb_log: bool = False                  # log to Weights & Biases as well
     wandb_project: str = "nanoencoder"       # its project there
     # model
-    size: str = "210m"                       # a row of model.SIZES
+    size: str = ""                           # a row of model.SIZES; empty: that of init_from or branch_from, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
     phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps), one after the other
@@ -90,7 +90,8 @@ def check(c, world_size):
     steps = sum(n for _, n in c.phases)
     if not c.phases or c.warmup_steps + c.decay_steps > steps:
         raise UserError(f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps of phases")
-    if c.size not in SIZES:
+    c.size = c.size or "210m" * (not c.init_from and not c.branch_from)
+    if c.size and c.size not in SIZES:
         raise UserError(f"size={c.size}: expected one of {', '.join(SIZES)} (model.SIZES; add a line for a new one)")
     if min(c.batch_rows, c.micro_rows) < 1 or c.batch_rows % (c.micro_rows * world_size):
         raise UserError(f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x {world_size} "
@@ -135,11 +136,6 @@ def train(c, device, processes):
         raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty folder")
     data.count_rows(corpus, c), data.count_rows(val_corpus, c)      # raises if there is less than one
     dtype = system.pick_dtype(c.dtype, device)
-    head_dim = SIZES[c.size]["n_embd"] // SIZES[c.size]["n_head"]
-    try:
-        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), head_dim)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
 
     # ---- where the run begins, its model and its optimizer
@@ -147,12 +143,19 @@ def train(c, device, processes):
     step, totals = start.step, start.totals
     if step >= max_steps:
         return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
+    config = lineage.model_config(c, start, corpus.vocab_size)
+    try:
+        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), config.head_dim)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     torch.manual_seed(c.seed)
-    model = Encoder(ModelConfig(**SIZES[c.size], vocab_size=corpus.vocab_size, block_size=c.block_size, tied=c.tied), c.attention)
-    model.to(device)
+    model = Encoder(config, c.attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
                                   weight_decay=c.weight_decay, fused=True)
-    if start.source:
+    if start.foreign:
+        model.load_state_dict(start.foreign.weights)
+        start.foreign = None      # a second copy of the weights that nobody reads again
+    elif start.source:
         checkpoint.load(start.source, model, optimizer if start.moments else None)
     config_path, log_path = os.path.join(c.out_dir, "config.json"), os.path.join(c.out_dir, "log.jsonl")
     if processes.first:
@@ -167,7 +170,8 @@ def train(c, device, processes):
     # ---- what it runs on
     parameters = model.num_parameters()
     no_compile = "compile=false" if not c.compile else system.why_not_compile(device)
-    say(f"{c.size}: {parameters['encoder'] / 1e6:.1f} M parameters, {parameters['total'] / 1e6:.1f} M with the LM head | "
+    name = settings["size"] or c.init_from
+    say(f"{name}: {parameters['encoder'] / 1e6:.1f} M parameters, {parameters['total'] / 1e6:.1f} M with the LM head | "
         f"{processes.world_size} x {device}, {dtype}, attention {attention}, "
         f"{'eager: ' + no_compile if no_compile else 'torch.compile'}")
     say(f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} steps of "
