@@ -8,6 +8,7 @@
 
     python train.py config/demo_mlm.py --mask_rate=0.3
 
+--key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`.
 A config file is Python that assigns plain values to these names, so it can do arithmetic in the open. Both layers are
 strict: an unknown key anywhere is an error that names the nearest one, and a value must have its field's type.
 `run(main, Config)` also turns expected trouble into one line and an exit code, without a traceback.
@@ -61,15 +62,20 @@ def configure(config_class, argv=None):
     for path in files:
         for key, value in read_file(path).items():
             values[key] = check(key, value, fields, where=path)
-    for word in argv:
-        if word in files:
-            continue
+    rest = [word for word in argv if word not in files]
+    while rest:
+        word = rest.pop(0)
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")   # the first = only, so --x=a=b is the string "a=b"
-            find(key, fields, where="the command line")
+            kind = find(key, fields, where="the command line").type
+            value, ahead = parse(text, kind), next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))
             if not equals:
-                raise UserError(f"--{key} needs a value: write --{key}=VALUE")
-            values[key] = check(key, parse(text, fields[key].type), fields, where="the command line")
+                if not ahead:
+                    raise UserError(f"--{key} needs a value: write --{key}=VALUE")
+                words = [parse(w, kind) for w in rest[:ahead if kind is tuple else 1]]
+                value = words[0] if len(words) == 1 and type(words[0]) is not str or kind is not tuple else tuple(words)
+                del rest[:len(words)]
+            values[key] = check(key, value, fields, where="the command line")
         elif takes_args and not word.startswith("-"):
             args.append(word)
         else:
@@ -92,6 +98,7 @@ def find(key, fields, where):
     if key not in fields:
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
         raise UserError(f"unknown key '{key}' in {where}; the nearest is '{near[0]}' (--help lists every key)")
+    return fields[key]
 
 
 def parse(text, kind):

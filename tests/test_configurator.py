@@ -39,6 +39,18 @@ def test_values_keep_their_meaning():
     assert type(c.rate) is float
 
 
+def test_a_space_is_as_good_as_an_equals_sign(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("steps = 5\n")
+    assert configure("--size", "big one", "--rate", "-1", "--fast", "true", str(file)) == Config("big one", 5, -1.0, True)
+    assert configure("--phases", "1", "2e-4", "--size", "x").phases == (1, 2e-4)
+    assert configure("--phases", "runs/a", "runs/b").phases == ("runs/a", "runs/b") and configure("--phases", "a").phases == ("a",)
+    assert configure("--phases", "(('mlm', 3),)").phases == (("mlm", 3),)
+    for argv in (["--fast", str(file)], ["--size", "--steps=3"], ["--steps"]):
+        with pytest.raises(UserError, match="needs a value"):
+            configure(*argv)
+
+
 @pytest.mark.parametrize("word, says", [
     ("--stpes=3", "unknown key 'stpes' in the command line; the nearest is 'steps'"),
     ("--steps=abc", "steps='abc' in the command line: expected int"),
@@ -69,7 +81,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
     assert says in str(error.value) and str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "bench.py", "hf.py", "sample.py"])
 def test_help_lists_every_key_with_default_and_comment(script):
     help_text = run_python([script, "--help"]).stdout
     module = __import__(script[:-3])
