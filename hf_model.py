@@ -24,12 +24,12 @@ READ = {*NEEDED.values(), "model_type", "num_key_value_heads", "head_dim", "tie_
         "layer_types", "quantization_config"}
 # keys that say nothing about what the forward pass computes, or concern dropout, heads, generation and files
 HARMLESS = {"architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "mask_token_id",
-            "sep_token_id", "cls_token_id", "torch_dtype", "dtype", "transformers_version", "transformers.js_config",
-            "_name_or_path", "name_or_path", "_model_name_or_path", "use_cache", "initializer_range", "attention_dropout",
-            "hidden_dropout", "pretraining_tp", "is_llama_config", "id2label", "label2id", "num_labels", "problem_type",
-            "classifier_pooling", "clf_pooling", "return_dict", "output_attentions", "chunk_size_feed_forward",
-            "task_specific_params", "is_decoder", "keys_to_ignore_at_inference", "_attn_implementation",
-            "_attn_implementation_autoset"}
+            "sep_token_id", "cls_token_id", "bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token",
+            "cls_token", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "_name_or_path",
+            "name_or_path", "_model_name_or_path", "use_cache", "initializer_range", "attention_dropout", "hidden_dropout",
+            "pretraining_tp", "is_llama_config", "id2label", "label2id", "num_labels", "problem_type", "classifier_pooling",
+            "clf_pooling", "return_dict", "output_attentions", "chunk_size_feed_forward", "task_specific_params", "is_decoder",
+            "keys_to_ignore_at_inference", "_attn_implementation", "_attn_implementation_autoset"}
 
 
 def read_config(folder, ignore=()):

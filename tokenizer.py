@@ -70,7 +70,7 @@ class Tokenizer:
         without."""
         if self.encoding.max_token_value < self.vocab_size or max(ids, default=0) < self.vocab_size:
             return ids
-        dropped = bytes(token[0] for token, i in self.encoding._mergeable_ranks.items() if i >= self.vocab_size)
+        dropped = bytes(np.flatnonzero(~self.has_token).tolist())
         pieces = (p.encode().translate(None, dropped) for p in regex.findall(self.encoding._pat_str, as_tiktoken_reads(text)))
         return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
 
