@@ -32,6 +32,7 @@ import bench_finetune
 import bench_kernels
 import bench_search
 import data
+import hf_model
 import system
 import tasks
 from configurator import RunError, UserError, run
@@ -117,13 +118,10 @@ def ours(c, objective, device, autocast, compiled):
 def eurobert(c, device, autocast):
     """Hugging Face's EuroBertForMaskedLM with our dimensions, compiled, SDPA; logits at every position, as it computes them."""
     from transformers import EuroBertConfig, EuroBertForMaskedLM
-    s = SIZES[c.size]
     torch.manual_seed(0)
-    model = EuroBertForMaskedLM(EuroBertConfig(
-        vocab_size=c.vocab_size, hidden_size=s["n_embd"], intermediate_size=s["n_ffn"], num_hidden_layers=s["n_layer"],
-        num_attention_heads=s["n_head"], num_key_value_heads=s["n_kv_head"], max_position_embeddings=c.block_size,
-        attn_implementation="sdpa", bos_token_id=0, eos_token_id=1, mask_token_id=2, pad_token_id=None, rope_theta=10_000.0,
-        tie_word_embeddings=False)).to(device).train()
+    same = hf_model.write_config(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=c.block_size), causal=False)
+    ids = dict(bos_token_id=0, eos_token_id=1, mask_token_id=2, pad_token_id=None)
+    model = EuroBertForMaskedLM(EuroBertConfig.from_dict(same | ids, attn_implementation="sdpa")).to(device).train()
     tokens, _, positions, targets, _ = batch(c, "mlm", device)
     labels = torch.full_like(tokens, -100).index_copy(0, positions, targets).view(c.rows, c.block_size)
     compiled = torch.compile(model)

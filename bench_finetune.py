@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import demo_tasks
 import encode
+import hf_model
 import system
 import tasks
 import tokenizer
@@ -70,17 +71,16 @@ def measure(c, device, dtype, folder):
 def trainer(c, path, device, dtype):
     """The loop: every trial loads the model anew and pads."""
     from transformers import EuroBertConfig, EuroBertForSequenceClassification, Trainer, TrainingArguments
-    s, tok = SIZES[c.size], tokenizer.load(os.path.dirname(path))
+    tok = tokenizer.load(os.path.dirname(path))
     task, examples, _ = tasks.load(c.task, c.task_dir)
     data = {split: encode.encode(task, part, tok, MAX_LENGTH) for split, part in examples.items()}
     data = {split: [{"ids": encode.rows(d, "tokens", [i]).tolist(), "label": int(d["target"][i])} for i in range(len(d["target"]))]
             for split, d in data.items()}
     folder = os.path.join(os.path.dirname(path), "hugging_face")
-    EuroBertForSequenceClassification(EuroBertConfig(
-        vocab_size=c.vocab_size, hidden_size=s["n_embd"], intermediate_size=s["n_ffn"], num_hidden_layers=s["n_layer"],
-        num_attention_heads=s["n_head"], num_key_value_heads=s["n_kv_head"], max_position_embeddings=512, bos_token_id=0,
-        eos_token_id=tok.eos_id, pad_token_id=tok.eos_id, mask_token_id=tok.mask_id, classifier_pooling="mean",
-        num_labels=len(task.labels))).save_pretrained(folder)
+    same = hf_model.write_config(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=512), causal=False)
+    ids = dict(bos_token_id=0, eos_token_id=tok.eos_id, pad_token_id=tok.eos_id, mask_token_id=tok.mask_id)
+    config = EuroBertConfig.from_dict(same | ids | {"classifier_pooling": "mean"}, num_labels=len(task.labels))
+    EuroBertForSequenceClassification(config).save_pretrained(folder)
 
     def pad(items):
         longest = max(len(x["ids"]) for x in items)

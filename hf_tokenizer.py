@@ -17,7 +17,7 @@ from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_SPECIALS
 # GPT-2's pattern behind a step that makes each digit, or each run of digits, a piece of its own: white space before one ends there
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
 LLAMA3_RANKS = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"     # sha256 of Meta's tokenizer.model
-PROSE = 2_000_000      # characters of it that two tokenizers are compared on; a second or two
+PROSE = 1_000_000      # characters of it that two tokenizers are compared on; a second
 MASKS = ("<|mask|>", "<mask>", "[MASK]")
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json")
 ODD = ["", " ", "\n", "\t\t \n\n \r\n x", "it's I'LL they'Ve 'tis '1 1's", "12345 678 9 1234567890123 x1y22z333",

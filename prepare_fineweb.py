@@ -27,6 +27,7 @@ from data import ShardWriter, read_header
 from system import decode, hashed, lines_of, write_whole
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+LLAMA3 = "hf:EuroBERT/EuroBERT-210m"   # not gated; the paper's vocabulary, the same merges and ids as Llama 3
 BATCH_CHARACTERS = 4_000_000    # text in memory at once
 
 
@@ -137,6 +138,18 @@ def whole_shards(out):
     return shard, documents
 
 
+def tokenizer_of(name, files):
+    """The tokenizer called `name`, learned from the files if it is train:ROWS. Raises UserError."""
+    if name.startswith("hf:"):
+        return hf_tokenizer.load(name)[0]
+    if name != "llama3":
+        return tokenizers.get(name, texts=documents(files))
+    try:
+        return hf_tokenizer.load(LLAMA3)[0]
+    except UserError as error:
+        raise UserError(f"{error} Or give Meta's rank file: --tokenizer=llama3:/path/to/tokenizer.model") from None
+
+
 def tokenize(c, files, tok):
     """Write the shards that are not there yet. They are cut at documents and hold their number, so the whole ones say
     by themselves where to go on; the validation shard is small and written anew."""
@@ -193,8 +206,7 @@ def prepare(c):
         tok = tokenizers.load(c.out)
     else:
         started = time.time()
-        foreign = c.tokenizer.startswith("hf:")
-        tok = hf_tokenizer.load(c.tokenizer)[0] if foreign else tokenizers.get(c.tokenizer, texts=documents(files))
+        tok = tokenizer_of(c.tokenizer, files)
         tokenizers.save(tok, c.out)
         print(f"tokenizer {tok.name}: {tok.vocab_size:,} rows, eos {tok.eos_id}, mask {tok.mask_id} "
               f"({time.time() - started:.1f} s)")

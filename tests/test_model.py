@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import hf_model
 import kernels
 from kernels.reference import attention as reference
 from kernels.sdpa import sdpa, sdpa_backward
@@ -26,19 +27,7 @@ def encoder(attention="sdpa", tied=False, **size):
 
 
 def named_as_hugging_face(ours):
-    """Our fused weights, split and named as Hugging Face's."""
-    c, state = ours.config, {}
-    state["model.embed_tokens.weight"] = ours.embedding.weight
-    state["model.norm.weight"] = ours.norm.weight
-    state["lm_head.weight"] = ours.lm_head.weight
-    for i, b in enumerate(ours.blocks):
-        q, k, v = b.attention.qkv.weight.split([c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim])
-        gate, up = b.mlp.gate_up.weight.chunk(2)
-        names = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": b.attention.out.weight,
-                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.mlp.down.weight,
-                 "input_layernorm": b.norm_1.weight, "post_attention_layernorm": b.norm_2.weight}
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in names.items()}
-    return state
+    return hf_model.write_weights(ours.state_dict(), ours.config) | {"lm_head.weight": ours.lm_head.weight}
 
 
 def copy_into(hf, ours):
@@ -47,11 +36,8 @@ def copy_into(hf, ours):
     return hf.eval()
 
 
-def hf_config(kind, c):
-    return kind(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn, num_hidden_layers=c.n_layer,
-                num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=2048, rope_theta=c.rope_theta,
-                rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-                attn_implementation="sdpa")
+def hf_config(kind, c, causal=False):
+    return kind.from_dict(hf_model.write_config(c, causal) | dict(bos_token_id=1, eos_token_id=2, pad_token_id=None), attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -64,7 +50,7 @@ def test_fp32_logits_equal_hugging_face(tied, heads, causal):
     config, kind = (transformers.LlamaConfig, transformers.LlamaForCausalLM) if causal else \
         (transformers.EuroBertConfig, transformers.EuroBertForMaskedLM)
     with torch.no_grad():
-        hf = copy_into(kind(hf_config(config, ours.config)), ours)
+        hf = copy_into(kind(hf_config(config, ours.config, causal)), ours)
         tokens, cu = torch.randint(0, 320, (sum(LENGTHS) + 300,)), pack([*LENGTHS, 300])
         packed = ours.logits(ours(tokens, cu, causal))
         for s, e in zip(cu, cu[1:]):                    # Hugging Face sees each sequence alone, ours all of them at once
