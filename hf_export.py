@@ -55,7 +55,7 @@ def export(ckpt, out, average=1, causal="auto"):
     save_file(weights, stored, metadata={"format": "pt"})
     shutil.copymode(os.path.join(temporary, "config.json"), stored)         # safetensors writes for the owner alone
     with open(os.path.join(temporary, "README.md"), "w", encoding="utf-8") as f:
-        f.write(model_card(path, paths, state, about, config))
+        f.write(model_card(path, paths, state, about, config, sum(v.numel() for v in weights.values())))
     os.replace(temporary, out)
     return about, [checkpoint.step_of(p) for p in paths]
 
@@ -131,9 +131,11 @@ def sentence_transformer(c):
 
 # ---- the model card: facts of the checkpoint and of those it comes from, none made up
 
-def model_card(path, paths, state, about, config):
+def model_card(path, paths, state, about, config, parameters):
     """README.md: what it is, where it comes from, how to load it."""
-    kind, run, chain = about["architectures"][0], os.path.basename(os.path.dirname(os.path.abspath(path))), [state]
+    kind, chain, place = about["architectures"][0], [state], os.path.abspath(path).split(os.sep)
+    tuned = state.get("fine_tuned")
+    title = f"{tuned['model']} on {tuned['task']}" if tuned else place[-2]
     while chain[-1].get("parent"):
         chain.append(chain[-1]["parent"])
     family = {"": "sentence-similarity", "CausalLM": "text-generation", "MaskedLM": "fill-mask",
@@ -144,9 +146,9 @@ def model_card(path, paths, state, about, config):
     for source in sources:
         if source.startswith("hf:") and not os.path.isdir(source[3:]):
             front["base_model"] = source[3:].partition("@")[0]
-    total = sum(v.numel() for v in load_file(os.path.join(path, "model.safetensors")).values())
+    head = (", the LM head is the embedding" if config.tied else " with the LM head") * kind.endswith("LM")
     facts = [("class", f"`{kind}`, loads without remote code"),
-             ("parameters", f"{total:,}" + (", the LM head is the embedding" if config.tied else " with the LM head")),
+             ("parameters", f"{parameters:,}{head}"),
              ("layers, width, FFN", f"{config.n_layer}, {config.n_embd}, {config.n_ffn}"),
              ("heads, KV heads, head dim", f"{config.n_head}, {config.n_kv_head}, {config.head_dim}"),
              ("context", f"{config.block_size:,} tokens")]
@@ -155,8 +157,8 @@ def model_card(path, paths, state, about, config):
     for s in chain:
         facts += [*fine_tuning(s), *pretraining(s, path if s is state else ""), *beginning(s)]
     lines = ["---", *(f"{key}: {json.dumps(value) if isinstance(value, list) else value}" for key, value in front.items()), "---",
-             "", f"# {run}", "", f"Exported by nanoEncoder from `{run}/{os.path.basename(path)}`; after arXiv 2507.00994. It has "
-             "no licence until its owner names one.", "", "| | |", "|---|---|",
+             "", f"# {title}", "", f"Exported by nanoEncoder from `{place[-2]}/{place[-1]}`; after arXiv 2507.00994. It has no "
+             "licence until its owner names one.", "", "| | |", "|---|---|",
              *(f"| {name} | {value} |" for name, value in facts), "", *how_to_load(auto_class(kind))]
     return "\n".join(lines) + "\n"
 
