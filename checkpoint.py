@@ -172,7 +172,7 @@ def same_model(there, here, path):
     there, here = dataclasses.asdict(there), dataclasses.asdict(here)
     different = [f"{k} is {there[k]} there and {v} here" for k, v in here.items() if k != "block_size" and there[k] != v]
     if different:
-        raise UserError(f"{path} holds another model ({'; '.join(different)})")
+        raise UserError(f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a checkpoint")
 
 
 def tokenizer_of(path):

@@ -47,7 +47,7 @@ def read_config(folder, ignore=()):
     unknown = [key for key, value in d.items() if key not in READ | HARMLESS | {*ignore} and value not in (None, False)]
     if unknown:
         raise UserError(f"{name}: " + ", ".join(f"{key}={d[key]}" for key in unknown) + ": not known here, and may change what the "
-                        f"model computes; if it does not: --ignore={','.join(unknown)}")
+                        f"model computes; if it does not: hf.py import --ignore={','.join(unknown)}")
     for key, ours in (("hidden_act", "silu"), ("mlp_bias", False)):
         if d.get(key, ours) != ours:
             raise UserError(f"{name}: {key}={d[key]}: this model has {ours}")

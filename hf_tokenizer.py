@@ -4,7 +4,6 @@ tiktoken splits text by one pattern and merges by rank, so a tokenizer.json is t
 (GPT-2's, Llama 3's, Qwen's, or digits one by one as in SmolLM2) and its ids are in the order of its merges. Both are then
 compared on real text, every token of the vocabulary and a page of odd strings: what differs anywhere is refused.
 """
-import hashlib
 import importlib.resources
 import json
 import os
@@ -12,11 +11,10 @@ import re
 
 import tokenizer as tokenizers
 from configurator import UserError
-from tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_SPECIALS
+from tokenizer import GPT2_PATTERN
 
 # GPT-2's pattern behind a step that makes each digit, or each run of digits, a piece of its own: white space before one ends there
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
-LLAMA3_RANKS = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"     # sha256 of Meta's tokenizer.model
 PROSE = 1_000_000      # characters of it that two tokenizers are compared on; a second
 MASKS = ("<|mask|>", "<mask>", "[MASK]")
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -85,10 +83,6 @@ def load(source):
     mask, how, rows = mask_token(config, more, specials, {*ranks.values(), *specials.values()})
     specials = {text: i for text, i in specials.items() if i != mask[1]} | {mask[0]: mask[1]}
     found = tokenizers.build("hf", ranks, pattern, specials, eos, mask[0], rows, normalization)
-    if (pattern, found.eos_id, found.mask_id, rows) == (LLAMA3_PATTERN, 128_001, 128_002, 128_256) and \
-            hashlib.sha256(tokenizers.rank_file(found.encoding)).hexdigest() == LLAMA3_RANKS:
-        # under its own name, so that it fits a corpus prepared with --tokenizer=llama3
-        found = tokenizers.build("llama3", ranks, LLAMA3_PATTERN, LLAMA3_SPECIALS, "<|end_of_text|>", "<|mask|>", rows)
     compare(file, found, source)
     return found, how
 

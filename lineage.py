@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import checkpoint
 import hf_import
 import system
+import tokenizer
 from configurator import UserError, as_tuple
 from data import objective_at
 from model import SIZES, ModelConfig
@@ -86,7 +87,7 @@ def model_config(c, start, vocab_size):
 def from_foreign(c, settings, say):
     """A new schedule from a Hugging Face model, whose tokenizer the corpus must have been prepared with."""
     found = hf_import.read(c.init_from)
-    if found.tokenizer.hash.hex() != settings["tokenizer_hash"]:
+    if not found.tokenizer.same_ids(tokenizer.load(c.data_dir)):
         raise UserError(f"{c.data_dir} was prepared with another tokenizer than {c.init_from} has: prepare_fineweb.py "
                         f"--tokenizer={c.init_from if c.init_from.startswith('hf:') else 'hf:' + c.init_from}")
     say(hf_import.describe(found))
@@ -102,7 +103,8 @@ def same_schedule(source, word, say):
 def new_schedule(source, c, settings, say):
     state = checkpoint.read_state(source)
     theirs = state.get("settings", {})      # weights from elsewhere have none
-    if theirs.get("tokenizer_hash", settings["tokenizer_hash"]) != settings["tokenizer_hash"]:
+    if theirs.get("tokenizer_hash", settings["tokenizer_hash"]) != settings["tokenizer_hash"] and \
+            not checkpoint.tokenizer_of(source).same_ids(tokenizer.load(c.data_dir)):
         raise UserError(f"{source} was trained with another tokenizer than {c.data_dir} was prepared with")
     begun = Start(source, None, c.keep_moments and os.path.isfile(os.path.join(source, "optimizer.safetensors")))
     begun.totals = state.get("totals", begun.totals)

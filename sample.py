@@ -81,8 +81,8 @@ def fill(model, tok, text, show, device):
     tokens = torch.tensor([*ids, tok.eos_id], device=device)                                    # closed by eos, as in pretraining
     positions = (tokens == tok.mask_id).nonzero()[:, 0]                                         # [N]
     hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32, device=device), False, positions)
-    best, ids = model.logits(hidden).float().softmax(-1).topk(show)                             # [N, show]
-    return [[(tok.decode([i]) or f"(row {i})", p) for i, p in zip(*row)] for row in zip(ids.tolist(), best.tolist())]
+    p, candidates = (x.tolist() for x in model.logits(hidden).float().softmax(-1).topk(show))    # [N, show] each
+    return [[(tok.decode([i]) or f"(row {i})", share) for i, share in zip(*gap)] for gap in zip(candidates, p)]
 
 
 def side_by_side(names, cells):

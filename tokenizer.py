@@ -55,6 +55,12 @@ class Tokenizer:
         digest.update(json.dumps(self.description(), sort_keys=True).encode())
         return digest.digest()
 
+    def same_ids(self, other):
+        """Do both give the same ids to every text, and the same to eos and mask, whatever they are called?"""
+        ours, theirs = ((t.encoding._mergeable_ranks, t.encoding._pat_str, t.normalization, t.eos_id, t.mask_id, t.vocab_size)
+                        for t in (self, other))
+        return ours == theirs
+
     def description(self):
         return {"name": self.name.partition(":")[0], "pattern": self.encoding._pat_str,
                 "special_tokens": self.encoding._special_tokens, "eos_id": self.eos_id, "mask_id": self.mask_id,

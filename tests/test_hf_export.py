@@ -8,13 +8,16 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 from safetensors.torch import load_file
+from test_eval_ir import worker
 
 import checkpoint
 import finetune
 import hf_export
 import hf_import
+import ir_data
 import sample
 import tokenizer
+import train
 from configurator import UserError
 from model import SIZES, Encoder, ModelConfig, SequenceHead, TokenHead
 
@@ -109,9 +112,7 @@ def test_exported_models_have_our_logits_ids_answers_and_embeddings_in_a_fresh_p
         assert [tok.decode([i]) for i, _, _ in gap] == [text for text, _ in ours]
         assert [p for _, _, p in gap] == pytest.approx([p for _, p in ours], abs=1e-5)
 
-    from test_eval_ir import worker
     mine = worker(ir())
-    import ir_data
     assert heads["max_seq_length"] == mine.max_length
     for kind, prefix in (("query", "Query: "), ("document", "Document: "), ("plain", "")):
         texts = [(i, prefix + text) for i, text in enumerate(whole["sentences"])]
@@ -161,7 +162,6 @@ def test_what_leaves_comes_back_as_it_was(encoder, tmp_path):
 
 
 def test_the_mean_of_checkpoints_is_their_mean(encoder, tiny, tmp_path):
-    import train
     train.main(tiny("run", save_interval=5))
     run = str(tmp_path / "run")
     steps = [checkpoint.step_of(path) for path in checkpoint.all_of(run)]
@@ -177,7 +177,6 @@ def test_the_mean_of_checkpoints_is_their_mean(encoder, tiny, tmp_path):
 
 
 def test_a_checkpoint_leaves_under_the_mask_it_was_trained_under_last(tiny, tmp_path):
-    import train
     train.main(tiny("run"))
     assert hf_export.export(str(tmp_path / "run"), str(tmp_path / "newest"))[0]["model_type"] == "eurobert"
     assert hf_export.export(str(tmp_path / "run" / "step_0000012"), str(tmp_path / "trunk"))[0]["model_type"] == "llama"     # CLM until then

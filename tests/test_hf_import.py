@@ -212,7 +212,7 @@ def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
     folder, _ = foreign()
     edit(folder, embedding_color="green")
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "embedding_color=green" in done.stderr and "--ignore=embedding_color" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "embedding_color=green" in done.stderr and "hf.py import --ignore=embedding_color" in done.stderr
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run"), "--ignore=embedding_color"])
     assert done.returncode == 0 and "--init_from=" in done.stdout, done.stderr
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
@@ -258,6 +258,7 @@ def test_pretraining_goes_on_from_a_foreign_model_and_resumes_bit_for_bit(their_
     assert all(torch.equal(a, b) for a, b in zip(checkpoint.load_model(str(tmp_path / "again")).parameters(), model.parameters()))
     # the same as by way of hf.py import, whose checkpoint has its own tokenizer beside it
     hf_import.write(folder, str(tmp_path / "imported"))
+    assert checkpoint.tokenizer_of(str(tmp_path / "imported" / "step_0000000")).hash.hex() == data.Corpus(corpus).tokenizer_hash
     train.main(tiny("third", **c | {"init_from": str(tmp_path / "imported")}))
     assert losses(str(tmp_path / "third")) == losses(str(tmp_path / "whole"))
     assert "val_mlm_loss" in first and data.Corpus(corpus).mask_id == 601
@@ -269,6 +270,22 @@ def test_another_tokenizer_or_size_than_the_models_is_refused(their_corpus, tiny
         train.main(tiny("a", init_from=folder, size="", data_dir=corpus_dir))
     with pytest.raises(UserError, match="holds another model .*n_layer is 3 there and 2 here"):
         train.main(tiny("b", init_from=folder, size="tiny", data_dir=corpus))
+
+
+def test_an_own_model_that_went_out_goes_on_with_the_corpus_it_was_trained_on(encoder, tiny, tmp_path):
+    """Its tokenizer comes back under another name, with the same ids."""
+    hf_export.export(encoder, str(tmp_path / "out"))
+    hf_import.write(str(tmp_path / "out"), str(tmp_path / "back"))
+    phases, losses_of = (("mlm", 3),), {}
+    for start in (encoder, str(tmp_path / "out"), str(tmp_path / "back")):
+        run = os.path.basename(start) + "_run"
+        train.main(tiny(run, size="", init_from=start, keep_moments=False, block_size=64, phases=phases, warmup_steps=1, decay_steps=1))
+        losses_of[run] = losses(str(tmp_path / run))
+    first, *others = losses_of.values()
+    assert all(other == first for other in others) and len(first) == 3
+    edit(str(tmp_path / "back"), "tokenizer_info.json", eos_id=5)
+    with pytest.raises(UserError, match="is not the one it was trained with"):
+        train.main(tiny("no", size="", init_from=str(tmp_path / "back"), phases=phases, warmup_steps=1, decay_steps=1))
 
 
 def test_no_size_means_that_of_the_run_one_starts_from(tiny, tmp_path):

@@ -1,4 +1,5 @@
 """Tokenizers of Hugging Face's kind: the same ids in both directions on everything, or refused."""
+import dataclasses
 import json
 import os
 
@@ -120,7 +121,10 @@ def test_llama3_from_hugging_face_is_the_llama3_of_a_prepared_corpus(tmp_path):
     for added in (file["added_tokens"], old):
         json.dump(file | {"added_tokens": added}, open(tmp_path / "tokenizer.json", "w"))
         json.dump({"vocab_size": 128_256, "eos_token_id": [128_001, 128_009]}, open(tmp_path / "config.json", "w"))
-        assert hf_tokenizer.load(str(tmp_path))[0].hash == llama3.hash
+        found = hf_tokenizer.load(str(tmp_path))[0]
+        assert found.same_ids(llama3) and llama3.same_ids(found)
+    for changes in ({"eos_id": 128_009}, {"mask_id": 128_003}, {"vocab_size": 128_257}, {"normalization": "NFC"}):
+        assert not found.same_ids(dataclasses.replace(llama3, **changes))
 
 
 def test_our_tokenizers_leave_with_the_same_ids_and_eos_and_spaces_go_to_the_mask(corpus_dir):
