@@ -131,7 +131,7 @@ def find_tensors(folder):
     """{tensor's name, with "model." before it: (file, name there)} of a folder. Raises UserError if it is not whole."""
     index, files = "model.safetensors.index.json", ["model.safetensors"]
     if os.path.isfile(os.path.join(folder, index)):
-        files = sorted(set(read_json(folder, index)["weight_map"].values()))
+        files = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
     pickled = [os.path.basename(path) for kind in ("bin", "pth", "pt") for path in glob.glob(os.path.join(folder, f"*.{kind}"))]
     if absent == ["model.safetensors"] and pickled:

@@ -89,7 +89,7 @@ def load(source):
 
 def parts(file, rows):
     """tokenizer.json -> ranks {bytes: id}, pattern, normalization. Raises UserError, naming what tiktoken cannot do."""
-    model = file["model"]
+    model = file.get("model") or {}
     byte_level = "ByteLevel" in json.dumps([file.get("pre_tokenizer"), file.get("decoder")])
     if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
         raise UserError("not a byte-level BPE (SentencePiece's, as in Llama 2 and Mistral 7B, is none); hf.py import "

