@@ -1,6 +1,7 @@
 """A model leaves as one that everybody can load: a fresh process without this repository computes the same."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from test_eval_ir import worker
 
 import checkpoint
 import finetune
+import hf
 import hf_export
 import hf_import
 import ir_data
@@ -128,8 +130,8 @@ def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_pa
     jobs, kinds = {}, {"sotu_era": "Sequence", "sotu_case": "Token", "sotu_cloze": "Token"}
     for task, kind in kinds.items():
         folder = str(tmp_path / f"{task}_exported")
-        done = run_python(["hf.py", "export", f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", folder])
-        assert done.returncode == 0 and f"AutoModelFor{kind}Classification" in done.stdout, done.stderr
+        about, _ = hf_export.export(f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", folder)
+        assert hf_export.auto_class(about["architectures"][0]) == f"AutoModelFor{kind}Classification"
         jobs[task] = {"folder": folder, "texts": TEXTS, "classes": [f"AutoModelFor{kind}Classification"]}
         card = open(os.path.join(folder, "README.md")).read()
         assert f"{task}: 3 steps, learning rate 0.003, seed 0" in card and "20 steps CLM, then 20 steps MLM at 40% masking" in card
@@ -185,11 +187,13 @@ def test_a_checkpoint_leaves_under_the_mask_it_was_trained_under_last(tiny, tmp_
 def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all my work")
-    for words, says in ((["export", encoder, str(tmp_path / "mine")], "is there already: choose another folder"),
-                        (["export", str(tmp_path / "nowhere"), "x"], "no checkpoint at"), (["export", encoder, str(tmp_path / "y"), "--average=0"], "average=0"),
-                        (["export", encoder, str(tmp_path / "y"), "--causal=maybe"], "causal=maybe"), (["publish", encoder, "x"], "what to do?")):
-        done = run_python(["hf.py", *words])
-        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    done = run_python(["hf.py", "export", encoder, str(tmp_path / "mine")])
+    assert done.returncode == 2 and "is there already: choose another folder" in done.stderr and done.stderr.count("\n") == 1
+    for c, says in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"), (hf.Config(args=("publish", encoder, "x")), "what to do?"),
+                    (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
+                    (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):
+        with pytest.raises(UserError, match=re.escape(says)):
+            hf.main(c)
     assert sorted(os.listdir(tmp_path / "mine")) == ["thesis.txt"] and not os.path.exists(tmp_path / "y")
     done = run_python(["hf.py", "export", encoder, str(tmp_path / "out")])
     card = open(tmp_path / "out" / "README.md").read()

@@ -222,7 +222,7 @@ def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["hf.py", "import", "HuggingFaceTB/SmolLM2-135M", "OUT"], "the hub did not give a model of that name"),
     (["hf.py", "import", "no such folder", "OUT"], "no id of the Hugging Face hub"),
-    (["hf.py", "import"], "what to do?"), (["hf.py", "import", "README.md", "OUT"], "README.md is a file"),
+    (["hf.py", "import", "README.md", "OUT"], "README.md is a file"),
     (["prepare_fineweb.py", "--tokenizer=hf:a/b", "--out=OUT"], "the hub did not give a model of that name"),
     (["prepare_fineweb.py", "--tokenizer=llama3", "--out=OUT"], "Or give Meta's rank file: --tokenizer=llama3:")])
 def test_what_cannot_be_reached_is_one_line(words, says, tmp_path):

@@ -1,4 +1,6 @@
 """One checkpoint writes and fills; the same seed says the same."""
+import re
+
 import pytest
 import torch
 from conftest import run_python
@@ -72,13 +74,14 @@ def test_comparing_shows_each_checkpoint_in_its_column(encoder):
     assert done.returncode == 0 and done.stdout.count("Peace") == 2 and "sample 2" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words, says", [([], "which checkpoint?"), (["--ckpt=a", "--compare", "b"], "which checkpoint?"), (["--ckpt=nowhere"], "no checkpoint at nowhere"),
-                                         (["--ckpt=x", "--prompt=a", "--fill=b"], "give one of them"), (["--ckpt=x", "--show=0"], "at least 1")])
-def test_a_wrong_call_is_one_line(words, says):
-    done = run_python(["sample.py", *words])
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("settings, says", [({}, "which checkpoint?"), ({"ckpt": "a", "compare": ("b",)}, "which checkpoint?"),
+                                            ({"ckpt": "x", "prompt": "a", "fill": "b"}, "give one of them"), ({"ckpt": "x", "show": 0}, "at least 1")])
+def test_wrong_settings_are_named(settings, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        sample.main(sample.Config(**settings))
 
 
-def test_a_text_without_a_gap_is_refused(encoder):
-    with pytest.raises(UserError, match="there is no \\[MASK\\] in it"):
-        sample.main(sample.Config(ckpt=encoder, fill="nothing is missing"))
+def test_a_wrong_call_is_one_line(encoder):
+    for words, says in ((["--ckpt=nowhere"], "no checkpoint at nowhere"), ([f"--ckpt={encoder}", "--fill=nothing is missing"], "there is no [MASK] in it")):
+        done = run_python(["sample.py", *words])
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
