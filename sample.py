@@ -4,8 +4,8 @@
     python sample.py --ckpt=runs/demo/mlm --fill="We will [MASK] the war and keep the [MASK]."
     python sample.py --compare runs/demo/clm/step_0000200 runs/demo/clm_then_mlm --fill="the Congress of the [MASK] States"
 
-The same weights do both, so --compare shows what the swap of objectives did: before it a model writes and cannot fill, after it the
-other way round. Without --prompt and --fill it writes from the beginning of a document.
+The same weights do both, so --compare shows what the swap of objectives did: before it a model writes but cannot fill, after it, it
+can. Without --prompt and --fill it writes from the beginning of a document.
 """
 import re
 import shutil

@@ -230,6 +230,21 @@ def test_what_cannot_be_reached_is_one_line(words, says, tmp_path):
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+def test_a_model_in_the_hubs_cache_needs_no_network_and_its_commit_is_written_down(foreign, tmp_path):
+    folder, commit = foreign()[0], "0123456789abcdef" * 2 + "01234567"
+    cache = tmp_path / "hf" / "hub" / "models--some--llama"      # as huggingface_hub lays it out
+    os.makedirs(cache / "refs")
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, cache / "snapshots" / commit)
+    done = run_python(["hf.py", "import", "some/llama", str(tmp_path / "run")], env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf" / "hub")})
+    assert done.returncode == 0 and "--tokenizer=hf:some/llama" in done.stdout, done.stderr
+    facts = checkpoint.read_state(checkpoint.find(str(tmp_path / "run")))["imported"]
+    assert (facts["source"], facts["revision"]) == ("hf:some/llama", commit)
+    hf_export.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    card = open(tmp_path / "out" / "README.md").read()
+    assert "base_model: some/llama" in card and f"begun from | hf:some/llama at {commit}" in card and str(tmp_path) not in card
+
+
 # ---- going on from one
 
 @pytest.fixture
@@ -325,7 +340,8 @@ def test_smollm2_comes_in_with_its_logits_its_ids_and_its_loss_on_text(smol, tmp
     with torch.no_grad():
         ours = model.logits(model(tokens, torch.tensor([0, len(ids)], dtype=torch.int32), True))
         wanted = theirs(input_ids=tokens[None]).logits[0]
-    assert wanted.abs().max() > 20 and (ours[:, :49152] - wanted).abs().max() <= 1e-3      # of logits up to 30; 1e-4 is fp32's grain there
+    # of logits up to 40; measured 9e-5, and either side is as far from fp64
+    assert wanted.abs().max() > 20 and (ours[:, :49152] - wanted).abs().max() <= 2e-4
     loss = [torch.nn.functional.cross_entropy(logits[:-1, :49152], tokens[1:]).item() for logits in (ours, wanted)]
     assert abs(loss[0] - loss[1]) < 1e-5 and loss[0] < 3.5
     assert hf_model.read_config(smol)[1] == "llama"
