@@ -35,13 +35,14 @@ def export(ckpt, out, average=1, causal="auto"):
         "classifier_pooling": "mean"}
     weights = hf_model.write_weights(mean_of(paths), config)
     if "fine_tuned" in state:
+        if causal or was_causal(state):
+            raise UserError(f"{path} is fine-tuned: it leaves as an encoder, if it was one; transformers has no decoder with "
+                            "such a head")
         stored = os.path.join(path, "head.safetensors")
         head = load_file(stored) if os.path.isfile(stored) else {}
-        if head and causal:
-            raise UserError(f"{path} was fine-tuned under the causal mask, and transformers has no decoder with such a head")
-        if not causal:      # the LM head is left over from pretraining and fits no more
-            weights = {k: v for k, v in weights.items() if k != "lm_head.weight"} | head
-            about |= with_labels(state["fine_tuned"]) if head else {"architectures": ["EuroBertModel"]}
+        # the LM head is left over from pretraining and fits no more
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"} | head
+        about |= with_labels(state["fine_tuned"]) if head else {"architectures": ["EuroBertModel"]}
     files = {"config.json": about, "tokenizer.json": hf_tokenizer.to_json(tok, append_eos=not causal),
              "tokenizer_config.json": tokenizer_config(tok, config)} | ({} if causal else sentence_transformer(config))
     hf_tokenizer.compare(files["tokenizer.json"], tok, path)

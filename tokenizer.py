@@ -76,7 +76,8 @@ class Tokenizer:
         if self.encoding.max_token_value < self.vocab_size or max(ids, default=0) < self.vocab_size:
             return ids
         dropped = bytes(np.flatnonzero(~self.has_token).tolist())
-        pieces = (p.encode().translate(None, dropped) for p in regex.findall(self.encoding._pat_str, as_tiktoken_reads(text)))
+        found = regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text))
+        pieces = (match.group().encode().translate(None, dropped) for match in found)
         return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
 
     def encode(self, text):

@@ -135,6 +135,13 @@ def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_pa
         jobs[task] = {"folder": folder, "texts": TEXTS, "classes": [f"AutoModelFor{kind}Classification"]}
         card = open(os.path.join(folder, "README.md")).read()
         assert f"{task}: 3 steps, learning rate 0.003, seed 0" in card and "20 steps CLM, then 20 steps MLM at 40% masking" in card
+    with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder"):
+        hf_export.export(f"{c.out_dir}/trials/sotu_era/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal="true")
+    causal = finetune.Config(**{**vars(c), "tasks": "sotu_case", "causal": True, "out_dir": str(tmp_path / "causal")})
+    finetune.main(causal)
+    for wish in ("auto", "false"):         # an encoder's class would give its head another mask than it was trained under
+        with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder, if it was one"):
+            hf_export.export(f"{causal.out_dir}/trials/sotu_case/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal=wish)
     found, tensors = load_in_a_fresh_process(jobs, tmp_path)
     for task, kind in kinds.items():
         run, name = f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", f"AutoModelFor{kind}Classification"
