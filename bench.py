@@ -38,6 +38,7 @@ import tasks
 from configurator import RunError, UserError, run
 from kernels import linear_cross_entropy
 from model import SIZES, Encoder, ModelConfig
+from objectives import OBJECTIVES
 
 
 @dataclass
@@ -81,7 +82,7 @@ def batch(c, objective, device):
     cu_seqlens = np.arange(0, T + 1, c.block_size, dtype=np.int32)
     rows = data.Rows(tokens, cu_seqlens, np.arange(T), np.zeros(T, np.int64), np.zeros(c.rows, bool))
     ids = SimpleNamespace(special_start=c.vocab_size - 2, eos_id=c.vocab_size - 2, mask_id=c.vocab_size - 1)
-    inputs, wanted, target_ids, causal = data.OBJECTIVES[objective](rows, ids, settings)
+    inputs, wanted, target_ids, causal = OBJECTIVES[objective](rows, ids, settings)
     positions = np.flatnonzero(wanted)
     return [torch.from_numpy(x).to(device) for x in (inputs, cu_seqlens, positions, target_ids[positions])] + [causal]
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from configurator import RunError, UserError
+from draws import CUT, hashed, permute
+from objectives import OBJECTIVES, capacity, kind_and_rate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shards: 256 int32 of header, then the tokens as uint16 or uint32
@@ -144,51 +146,6 @@ class Corpus:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# randomness without state: splitmix64's finalizer over keys and indices
-GOLDEN = 0x9E3779B97F4A7C15
-SHUFFLE, CUT, MASK, REPLACE = 1, 2, 3, 4      # what a number is drawn for, so that no two uses share a stream
-
-
-def mix(x):
-    """uint64 array or numpy scalar -> its hash, every bit depending on every bit (Steele, Lea & Flood 2014)."""
-    with np.errstate(over="ignore"):          # multiplication modulo 2^64 is the point
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def hashed(index, *keys):
-    """A uint64 for every entry of the int array `index`; `keys` are ints or int arrays that broadcast against it."""
-    with np.errstate(over="ignore"):
-        key = np.uint64(0)
-        for k in keys:
-            key = mix(key + np.asarray(k).astype(np.uint64) + np.uint64(GOLDEN))
-        return mix(np.asarray(index).astype(np.uint64) * np.uint64(GOLDEN) + key)
-
-
-def threshold(probability):
-    """hash < threshold(p) with probability p; p = 1 is always, which needs the type's last value as well."""
-    return np.uint64(min(int(probability * 2.0 ** 64), 2 ** 64 - 1))
-
-
-def permute(index, n, seed, epoch):
-    """Where a shuffle of range(n) puts each of `index`: a Feistel network on the next even power of two, walked until
-    the result is below n. No memory, no state, a bijection for every (seed, epoch). int64 [R] -> int64 [R]"""
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    x = np.asarray(index).astype(np.uint64)
-    epoch = np.broadcast_to(np.asarray(epoch), x.shape)
-    todo = np.ones(x.shape, bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & low
-        for r in range(6):
-            left, right = right, left ^ (hashed(right, seed, epoch[todo], SHUFFLE, r) & low)
-        x[todo] = (left << half) | right
-        todo = x >= n
-    return x.astype(np.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # rows and batches
 MIN_LENGTH = 12     # tokens; the shortest sequence of the paper
 
@@ -268,59 +225,11 @@ def read_rows(corpus, row, epoch, c, filler=None):
     return Rows(tokens, cu_seqlens, position, np.repeat(epoch, L), filler)
 
 
-def clm(rows, corpus, c):
-    """Causal language modelling: every token but a sequence's last predicts the next one."""
-    last = np.zeros(len(rows.tokens), bool)
-    last[rows.cu_seqlens[1:] - 1] = True
-    ids = np.roll(rows.tokens, -1)
-    return rows.tokens, ~last, ids, True
-
-
-def mlm(rows, corpus, c):
-    """Masked language modelling: each ordinary token is hidden with probability mask_rate and predicted in place.
-
-    mask_replace = (mask, random, keep): shares of the hidden tokens that become the mask id, a random id, or stay; the
-    paper uses (1, 0, 0), BERT (0.8, 0.1, 0.1).
-    """
-    ids = rows.tokens
-    special = (ids >= corpus.special_start) | (ids == corpus.eos_id) | (ids == corpus.mask_id)
-    hidden = (hashed(rows.position, c.seed, rows.epoch, MASK) < threshold(c.mask_rate)) & ~special
-    inputs = np.where(hidden, corpus.mask_id, ids)
-    if c.mask_replace[0] < 1.0:
-        draw = hashed(rows.position, c.seed, rows.epoch, REPLACE)
-        kind = (draw >> np.uint64(11)).astype(np.float64) / 2.0 ** 53
-        random_id = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
-        keep = kind >= c.mask_replace[0] + c.mask_replace[1]
-        inputs = np.where(hidden & (kind >= c.mask_replace[0]), np.where(keep, ids, random_id), inputs)
-    return inputs, hidden, ids, False
-
-
-# An objective: (rows, corpus, settings) -> inputs [T], is a target asked for here [T] bool, its id [T], causal mask?
-OBJECTIVES = {"clm": clm, "mlm": mlm}
-
-
-def objective_at(step, phases):
-    """The objective of step `step`, counted from 0, in ((objective, steps), ...); past the end, the last one."""
-    for objective, steps in phases:
-        if step < steps:
-            return objective
-        step -= steps
-    return phases[-1][0]
-
-
-def capacity(objective, rows, c):
-    """Static number of head positions: all but the certain gaps for CLM, the rate plus six sigmas for MLM."""
-    T, R = len(rows.tokens), len(rows.filler)
-    if objective == "clm":
-        return T - R * (2 if c.random_length else 1)
-    spread = 6 * (T * c.mask_rate * (1 - c.mask_rate)) ** 0.5
-    return min(T, -(-int(T * c.mask_rate + spread) // 64) * 64)
-
-
 def make_batch(corpus, row, epoch, objective, c, filler=None):
     """Rows -> Batch for one objective. A pure function: same arguments, same batch, on every machine."""
     rows = read_rows(corpus, row, epoch, c, filler)
-    inputs, wanted, ids, causal = OBJECTIVES[objective](rows, corpus, c)
+    kind, rate = kind_and_rate(objective)
+    inputs, wanted, ids, causal = OBJECTIVES[kind](rows, corpus, c, rate)
     wanted = wanted & ~np.repeat(rows.filler, c.block_size)
     positions = np.flatnonzero(wanted)                                                     # [num_targets]
     size = max(capacity(objective, rows, c), len(positions))      # beyond six sigmas: one new shape rather than a wrong loss

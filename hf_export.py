@@ -14,7 +14,7 @@ import checkpoint
 import hf_model
 import hf_tokenizer
 from configurator import UserError
-from data import objective_at
+from objectives import hides, is_causal, kind_and_rate, objective_at
 from retriever import DOCUMENT, QUERY
 
 
@@ -66,7 +66,7 @@ def was_causal(state):
     if "fine_tuned" in state:
         return bool(state["fine_tuned"].get("causal"))
     if "phases" in state["settings"]:
-        return objective_at(max(0, state["step"] - 1), state["settings"]["phases"]) == "clm"
+        return is_causal(objective_at(max(0, state["step"] - 1), state["settings"]["phases"]))
     known = state.get("imported", {}).get("causal")
     if known is None:
         raise UserError("this checkpoint does not say whether it is a decoder or an encoder: --causal=true or --causal=false")
@@ -179,8 +179,9 @@ def pretraining(state, path):
     s = state["settings"]
     if "phases" not in s:
         return []
-    phases = ", then ".join(f"{n:,} steps {objective.upper()}" + f" at {s['mask_rate']:.0%} masking" * (objective == "mlm")
-                            for objective, n in s["phases"])
+    rates = [kind_and_rate(objective)[1] or s["mask_rate"] for objective, _ in s["phases"]]
+    phases = ", then ".join(f"{n:,} steps {kind_and_rate(objective)[0].upper()}" + f" at {rate:.0%} masking" * hides(objective)
+                            for (objective, n), rate in zip(s["phases"], rates))
     found = [("pretraining", f"{phases}; this is step {state['step']:,}"), ("tokens seen", f"{state['totals']['tokens']:,}"),
              ("a step", f"{s['batch_rows']:,} rows x {s['block_size']:,} tokens"),
              ("training FLOPs", f"{state['totals']['flops']:.3g}"),

@@ -15,8 +15,8 @@ import hf_import
 import system
 import tokenizer
 from configurator import UserError, as_tuple
-from data import objective_at
 from model import SIZES, ModelConfig
+from objectives import hides, kind_and_rate, objective_at
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
@@ -117,8 +117,9 @@ def new_schedule(source, c, settings, say):
 def check_trunk(state, c, settings, path):
     """A branch equals one long run only if the trunk did what this run would have done so far. Raises UserError."""
     theirs, step = state["settings"], state["step"]
-    had_mlm = "mlm" in {objective_at(s, theirs["phases"]) for s in range(step)}
-    changed = differences(theirs, settings, BRANCH if had_mlm else BRANCH | {"mask_rate", "mask_replace"})
+    had = {objective_at(s, theirs["phases"]) for s in range(step)}       # what it was, decides which masking mattered
+    free = {"mask_replace": not any(map(hides, had)), "mask_rate": not any(hides(o) and kind_and_rate(o)[1] is None for o in had)}
+    changed = differences(theirs, settings, BRANCH | {key for key, is_free in free.items() if is_free})
     if changed:
         raise UserError(f"{path} was trained otherwise ({'; '.join(changed)}); --init_from starts anew from its weights")
     decay = sum(n for _, n in theirs["phases"]) - theirs["decay_steps"]

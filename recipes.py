@@ -6,18 +6,18 @@
     610m-clm-42k-1000                  the checkpoint at step 1,000 of 610m-clm-42k
 
 That is the paper's grammar (arXiv 2507.00994; the names of hf.co/MLMvsCLM), whose steps count from the very beginning. Ours on top:
-any number of stages (610m-mlm40-10k-clm-20k-mlm40-42k; 610m-mlm50-21k-mlm20-42k is a schedule of the masking rate), stages that take
-turns (610m-alt1k-clm-mlm40-42k), any objective of data.py (610m-mntp40-42k), and a pretraining seed (610m-clm-42k-seed43).
+any number of stages (610m-mlm40-10k-clm-20k-mlm40-42k; 610m-mlm50-21k-mlm20-42k is a schedule of the masking rate), stages that
+take turns (610m-alt1k-clm-mlm40-42k), any of objectives.py (610m-mntp40-42k), and a pretraining seed (610m-clm-42k-seed43).
 """
 import re
 from dataclasses import dataclass, replace
 
 from configurator import UserError
 
-SEED = 42                       # of a name without -seed: the paper's, and train.py's default
-WARMUP = DECAY = 2_000          # steps, of every budget (Table 1; section 2: a 12k run is 10k steps of a longer one and its own decay)
-GRAMMAR = ("expected SIZE-OBJECTIVE-STEPS, then more -OBJECTIVE-TOTAL stages, as in 610m-clm-10k-mlm40-42k; decNk ends a stage that decays "
-           "(610m-clm-dec42k-mlm40-64k), altNk takes turns (610m-alt1k-clm-mlm40-42k), -seedN and then -STEP may end a name")
+SEED = 42                   # of a name without -seed: the paper's, and train.py's default
+WARMUP = DECAY = 2_000      # steps, of every budget (Table 1): a 12k run is 10k steps of a longer one and its own decay
+GRAMMAR = ("expected SIZE-OBJECTIVE-STEPS and more -OBJECTIVE-TOTAL stages, as in 610m-clm-10k-mlm40-42k; decN ends a decayed start "
+           "(610m-clm-dec42k-mlm40-64k), altN takes turns (610m-alt1k-clm-mlm40-42k), -seedN and then -STEP may end a name")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def parse(name):
         turns, total = number(words.pop(0)[3:]), words.pop()
         if len(words) < 2 or len(set(words)) < len(words) or not ends(total):
             raise wrong("altNk wants two or more different objectives and a total")
-        words = [w for i in range(-(-number(total) // turns)) for w in (words[i % len(words)], str(min((i + 1) * turns, number(total))))]
+        ends_at = [min((i + 1) * turns, number(total)) for i in range(-(-number(total) // turns))]
+        words = [w for i, end in enumerate(ends_at) for w in (words[i % len(words)], str(end))]
     if not words or len(words) % 2:
         raise wrong(f"objectives and steps come in pairs, and '{'-'.join(words)}' is none")
     for objective, end in zip(words[::2], words[1::2]):
@@ -155,3 +156,66 @@ BEYOND = ["1b-clm-10k-mlm40-42k",
           "610m-mntp40-42k",                        # masked next-token prediction, LLM2Vec's (arXiv 2404.05961)
           "610m-clm40-42k",                         # CLM with as many targets as MLM40 has ...
           "610m-cmlm40-42k"]                        # ... and MLM under the causal mask: is it the objective or the mask?
+
+
+# ---- the plan: what shares what
+
+@dataclass(frozen=True)
+class Run:
+    """One call of train.py. Steps are the paper's, counted from the run's own step 0 (a CPT's from its start)."""
+    recipe: Recipe
+    trunk: str = ""           # branches from this run ...
+    branch: int = 0           # ... at this step
+    keep: tuple = ()          # steps whose checkpoints stay
+
+    @property
+    def steps(self):
+        return self.recipe.steps - self.recipe.start
+
+    @property
+    def own(self):
+        return self.steps - self.branch
+
+
+def shared(a, b):
+    """How many first steps two recipes have in common, up to where either decays: what a trunk can do for a branch."""
+    if (a.size, a.seed, a.parent()) != (b.size, b.seed, b.parent()):
+        return 0
+    first, ends = a.start, [end for _, end in (*a.stages, *b.stages)]
+    for end in sorted(e for e in ends if e > a.start):
+        if first >= min(a.steps, b.steps) or a.objective_at(first) != b.objective_at(first):
+            break
+        first = end
+    return max(0, min(first, a.steps - DECAY, b.steps - DECAY) - a.start)
+
+
+def plan(names):
+    """Names -> {name: Run} in an order in which each comes after what it begins from; decayed starts are added.
+
+    Raises UserError for a name outside the grammar, or a schedule too short for its warmup and decay.
+    """
+    wanted = {parse(name).finished() for name in names}
+    wanted |= {r.parent() for r in wanted} - {None}
+    for r in wanted:
+        if r.steps - r.start < (DECAY if r.start else WARMUP + DECAY):
+            raise UserError(f"{r.name} is too short: warmup and decay are {WARMUP:,} and {DECAY:,} steps, and of continued pretraining "
+                            "the decay alone")
+    sizes, runs = list(dict.fromkeys(parse(name).size for name in names)), {}
+    # single long runs first: they are the trunks; whatever the order, the steps in common are the same
+    for r in sorted(wanted, key=lambda r: (r.start > 0, r.seed, sizes.index(r.size), len(r.stages), -r.steps, r.name)):
+        trunk, branch = max(((run.recipe.name, shared(r, run.recipe)) for run in runs.values()), key=lambda x: x[1], default=("", 0))
+        runs[r.name] = Run(r, trunk if branch else "", branch)
+    keep = {name: {run.branch for run in runs.values() if run.trunk == name} for name in runs}
+    for name in names:
+        r = parse(name)
+        if r.step:
+            keep[holder(runs, r)].add(r.step - r.start)
+    return {name: replace(run, keep=tuple(sorted(keep[name]))) for name, run in runs.items()}
+
+
+def holder(runs, r):
+    """The name of the run whose folder has the checkpoint of an intermediate recipe: its own, or a trunk's it branched from."""
+    name = r.finished().name
+    while r.step - r.start <= runs[name].branch:
+        name = runs[name].trunk
+    return name

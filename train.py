@@ -31,6 +31,7 @@ import tokenizer
 from configurator import RunError, UserError, run
 from kernels import linear_cross_entropy, resolve
 from model import SIZES, Encoder
+from objectives import kind_and_rate, objective_at
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Config:
     size: str = ""                           # a row of model.SIZES; empty: that of init_from or branch_from, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
-    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps), one after the other
-    mask_rate: float = 0.4                   # share of ordinary tokens an MLM step hides
+    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps), one after the other; objectives.py has them all
+    mask_rate: float = 0.4                   # share of ordinary tokens an MLM step hides; a phase "mlm20" has its own
     mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become (mask, random, themselves); BERT's is (0.8, 0.1, 0.1)
     # data
     block_size: int = 2048                   # tokens in a row
@@ -84,9 +85,12 @@ class Config:
 def check(c, world_size):
     """Everything that can be wrong with the settings alone. Raises UserError. -> total steps"""
     for phase in c.phases:
-        ok = type(phase) is tuple and len(phase) == 2 and phase[0] in data.OBJECTIVES and type(phase[1]) is int and phase[1] > 0
-        if not ok:
-            raise UserError(f"phases={c.phases}: expected (objective, steps) pairs, objectives are {', '.join(data.OBJECTIVES)}")
+        if type(phase) is not tuple or len(phase) != 2 or type(phase[1]) is not int or phase[1] < 1:
+            raise UserError(f"phases={c.phases}: expected (objective, steps) pairs")
+        try:
+            kind_and_rate(phase[0])
+        except ValueError as error:
+            raise UserError(f"phases={c.phases}: {error}") from None
     steps = sum(n for _, n in c.phases)
     if not c.phases or c.warmup_steps + c.decay_steps > steps:
         raise UserError(f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps of phases")
@@ -195,7 +199,7 @@ def train(c, device, processes):
     of_data = SimpleNamespace(**asdict(c), first_row=start.first_row)
 
     def make(step):
-        batches = data.micro_batches(corpus, step, data.objective_at(step, c.phases), of_data, processes.rank,
+        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), of_data, processes.rank,
                                      processes.world_size, c.micro_rows)
         return [b.pin() for b in batches] if device.startswith("cuda") else batches
 
@@ -210,7 +214,7 @@ def train(c, device, processes):
 
     def validate():
         """Mean losses of both objectives: sums over sums, on all ranks, the same rows and masks every time."""
-        row = {"step": step, "phase": data.objective_at(step, c.phases)} | totals
+        row = {"step": step, "phase": objective_at(step, c.phases)} | totals
         for objective in ("clm", "mlm"):
             loss = targets = 0.0
             for b in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
@@ -304,7 +308,7 @@ def train(c, device, processes):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        pending.append({"step": step + 1, "phase": data.objective_at(step, c.phases), "loss": total, "lr": lr, "grad_norm": norm,
+        pending.append({"step": step + 1, "phase": objective_at(step, c.phases), "loss": total, "lr": lr, "grad_norm": norm,
                         "targets": int(targets), "flops": sum(model.flops(b.lengths, b.num_targets, b.causal) for b in batches)})
         step += 1
         if step == begin + 1:

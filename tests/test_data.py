@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import data
+import objectives
 from configurator import RunError, UserError
 
 
@@ -81,7 +82,7 @@ def test_measured_masking_rate_is_the_rate_and_specials_are_never_masked(corpus,
     ordinary = hidden = 0
     for first in range(0, 1024, 16):
         rows = data.read_rows(corpus, np.arange(first, first + 16), np.zeros(16, int), c)
-        inputs, wanted, ids, causal = data.mlm(rows, corpus, c)
+        inputs, wanted, ids, causal = objectives.mlm(rows, corpus, c)
         special = ids >= corpus.special_start
         assert not causal and not (wanted & special).any() and np.array_equal(inputs[special], ids[special])
         assert np.array_equal(wanted, inputs == corpus.mask_id) and np.array_equal(inputs[~wanted], ids[~wanted])
@@ -94,8 +95,8 @@ def test_measured_masking_rate_is_the_rate_and_specials_are_never_masked(corpus,
 def test_80_10_10_replacement(corpus):
     c = settings(block_size=512, mask_replace=(0.8, 0.1, 0.1))
     rows = data.read_rows(corpus, np.arange(512), np.zeros(512, int), c)
-    inputs, wanted, ids, _ = data.mlm(rows, corpus, c)
-    assert np.array_equal(wanted, data.mlm(rows, corpus, settings(block_size=512))[1])       # the same targets as pure masking
+    inputs, wanted, ids, _ = objectives.mlm(rows, corpus, c)
+    assert np.array_equal(wanted, objectives.mlm(rows, corpus, settings(block_size=512))[1])       # the same targets as pure masking
     n = wanted.sum()
     masked, kept = (inputs == corpus.mask_id)[wanted].mean(), (inputs == ids)[wanted].mean()
     assert abs(masked - 0.8) < 4 * (0.16 / n) ** 0.5

@@ -9,8 +9,8 @@ from conftest import ROOT, rows, run_python
 import report
 import train
 
-ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample"}
-LAYERS = ["configurator", "system", "tokenizer", "hf_tokenizer", "data", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
+ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample", "study"}
+LAYERS = ["configurator", "system", "recipes", "draws", "objectives", "tokenizer", "hf_tokenizer", "data", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
           "encode", "families", "ir_data", "worker", "retriever", "hf_export", "bench_kernels", "bench_finetune", "bench_search", "entry"]   # low to high
 
 
