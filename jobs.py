@@ -24,7 +24,8 @@ class Job:
     words: list               # of the command, behind the interpreter
     is_done: object           # () -> bool: is what it makes there?
     after: list = field(default_factory=list)     # names of jobs that must be done before
-    cost: float = 1.0         # in any unit that is the same for all, for the time that is left
+    cost: float = 1.0         # in any unit that is the same for jobs of a kind, for the time that is left
+    kind: str = ""
     check: object = None      # () that raises UserError if what it needs is not there
 
 
@@ -33,6 +34,7 @@ def hold(folder):
 
     Raises UserError if others hold it: the kernel lets go of the lock when they end, however they do.
     """
+    os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, "lock"), "w")      # open as long as the process lives
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +63,7 @@ def work(jobs, folder, lock, environments):
     """
     todo = [job for job in jobs if not job.is_done()]
     names, running, free, failed = {job.name for job in todo}, {}, list(range(len(environments))), None
-    total, began, spent = sum(job.cost for job in todo), time.time(), 0.0
+    spent = {}      # {kind: (cost, seconds)} of what has ended
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="job", smoothing=0,
               bar_format="{n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}") as bar:
@@ -83,11 +85,11 @@ def work(jobs, folder, lock, environments):
                     job, slot, path, since = running.pop(process)
                     free.append(slot)
                     names.discard(job.name)
-                    spent += job.cost
+                    seconds, before = time.time() - since, spent.get(job.kind, (0.0, 0.0))
+                    spent[job.kind] = before[0] + job.cost, before[1] + seconds
                     bar.update()
-                    left = (total - spent) * (time.time() - began) / spent if spent else 0
-                    bar.set_postfix_str(f"eta {timedelta(seconds=int(left))}")
-                    tqdm.write(f"{job.name}: {timedelta(seconds=int(time.time() - since))}, {tail(path)}")
+                    bar.set_postfix_str(f"eta {eta([*todo, *(j for j, *_ in running.values())], spent, len(environments))}")
+                    tqdm.write(f"{job.name}: {timedelta(seconds=int(seconds))}, {tail(path)}")
                     if process.returncode or not job.is_done():
                         failed = failed or (job.name, path)
                         stop(running)
@@ -100,6 +102,13 @@ def work(jobs, folder, lock, environments):
     if failed:
         raise RunError(f"{failed[0]} failed: {tail(failed[1])} (all it said: {failed[1]}); the rest is as it was, and the same "
                        "command goes on from here")
+
+
+def eta(jobs, spent, n):
+    """In words, from what jobs of the same kind took; n: processes at a time."""
+    if {job.kind for job in jobs} - spent.keys():
+        return "not known yet"
+    return timedelta(seconds=int(sum(job.cost * spent[job.kind][1] / spent[job.kind][0] for job in jobs) / n))
 
 
 def stop(running):

@@ -16,8 +16,8 @@ from configurator import UserError
 
 SEED = 42                   # of a name without -seed: the paper's, and train.py's default
 WARMUP = DECAY = 2_000      # steps, of every budget (Table 1): a 12k run is 10k steps of a longer one and its own decay
-GRAMMAR = ("expected SIZE-OBJECTIVE-STEPS and more -OBJECTIVE-TOTAL stages, as in 610m-clm-10k-mlm40-42k; decN ends a decayed start "
-           "(610m-clm-dec42k-mlm40-64k), altN takes turns (610m-alt1k-clm-mlm40-42k), -seedN and then -STEP may end a name")
+GRAMMAR = ("expected SIZE-OBJECTIVE-STEPS and more -OBJECTIVE-TOTAL stages, as in 610m-clm-10k-mlm40-42k; decN ends a decayed "
+           "start (610m-clm-dec42k-mlm40-64k), altN takes turns (610m-alt1k-clm-mlm40-42k), -seedN and then -STEP may end it")
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,13 @@ def plan(names):
     wanted |= {r.parent() for r in wanted} - {None}
     for r in wanted:
         if r.steps - r.start < (DECAY if r.start else WARMUP + DECAY):
-            raise UserError(f"{r.name} is too short: warmup and decay are {WARMUP:,} and {DECAY:,} steps, and of continued pretraining "
-                            "the decay alone")
+            raise UserError(f"{r.name} is too short: a schedule has {WARMUP:,} steps of warmup and {DECAY:,} of decay, continued "
+                            "pretraining the decay alone")
     sizes, runs = list(dict.fromkeys(parse(name).size for name in names)), {}
     # single long runs first: they are the trunks; whatever the order, the steps in common are the same
     for r in sorted(wanted, key=lambda r: (r.start > 0, r.seed, sizes.index(r.size), len(r.stages), -r.steps, r.name)):
-        trunk, branch = max(((run.recipe.name, shared(r, run.recipe)) for run in runs.values()), key=lambda x: x[1], default=("", 0))
+        common = [(name, shared(r, run.recipe)) for name, run in runs.items()]
+        trunk, branch = max(common, key=lambda found: found[1], default=("", 0))      # the first of equals
         runs[r.name] = Run(r, trunk if branch else "", branch)
     keep = {name: {run.branch for run in runs.values() if run.trunk == name} for name in runs}
     for name in names:

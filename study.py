@@ -1,16 +1,16 @@
 """The paper's whole experiment as one plan: print it, cost it, run it, stop it, go on.
 
-    python study.py plan                                            # the 38 models and 12 intermediate checkpoints: what shares what
-    python study.py plan --tok_per_s=25000                          # ... and GPU-hours at 25,000 tokens a second of one GPU (610m)
+    python study.py plan                                            # 38 models, 12 intermediate checkpoints: what shares what
+    python study.py plan --tok_per_s=25000                          # ... and GPU-hours, one GPU making 25,000 tokens/s with 610m
     python study.py run --scale=cpu --data_dir=data/demo --only=B   # train, fine-tune and evaluate on this machine
-    python study.py run --launch=slurm --nodes=24 > study.sh        # print the commands instead, with their order; torchrun likewise
-    python study.py run --only='610m-clm-*,610m-mntp40-42k'         # names, patterns, groups (A to F, I, X); recipes.py has the grammar
+    python study.py run --launch=slurm --nodes=24 > study.sh        # print the commands instead, in their order; or torchrun
+    python study.py run --only='610m-clm-*,610m-mntp40-42k'         # names, patterns, groups (A to F, I, X): see recipes.py
     python report.py out/study --to=out/study/report                # the paper's tables and figures from what there is
 
-Models whose first steps are equal take them once: a trunk keeps its checkpoints where others branch off, and a branch equals a run from
-the beginning bit for bit (train.py --branch_from). So stopping anywhere, or asking for more models later, costs nothing but time. A scale
-shrinks model, rows and steps; names stay the paper's. Everything goes to out_dir: a run a model, with its trials in its checkpoints, the
-logs of what was run, and study.json, from which report.py knows which checkpoint is which model.
+Models whose first steps are equal take them once: a trunk keeps its checkpoints where others branch off, and a branch equals a run
+from the beginning bit for bit (train.py --branch_from). So stopping anywhere, and asking for more models later, cost nothing but
+time. A scale shrinks model, rows and steps; names stay the paper's. out_dir holds a run a model, its trials in its checkpoints, the
+logs of all that was run, and study.json, from which report.py knows which checkpoint is which model.
 """
 import fnmatch
 import json
@@ -32,26 +32,31 @@ import system
 import tasks
 import trials
 import worker
-from configurator import UserError, as_tuple, run
+from configurator import UserError, run
 from model import SIZES, Encoder, ModelConfig
 from recipes import DECAY, WARMUP, holder, parse, plan
 
 PAPER_STEPS = 42_000                    # a scale's `steps` are what these become
-# what the paper counts as its cost (section 2); it does not itemise
+# what the paper counts as its cost (section 2), without saying of what it is made
 PAPER_SAYS = {"A": "630k", "B": "120k for B to E", "F": "26k a start"}
 
-# What a scale changes. sizes: the model that stands for each of the paper's; train, tune: settings of train.py, and of finetune.py and
-# eval_ir.py, on top of their config file; tasks: what every checkpoint is scored by, all or demo, and `local` where tasks_dir has it.
+# What a scale changes. sizes: the models that stand for the paper's; train, tune: settings of train.py, and of finetune.py and
+# eval_ir.py on top of their config; tasks: what each checkpoint is scored by, all or demo, and those in `local` that tasks_dir has.
 SCALES = {
     "paper": dict(steps=42_000, sizes={}, train={}, tune=dict(lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4), seeds=(0, 1, 2, 3, 4)),
-                  configs={"finetune.py": "config/finetune_paper.py", "eval_ir.py": "config/retrieval_paper.py"}, tasks="all", local=""),
-    # TODO numbers
+                  configs={"finetune.py": "config/finetune_paper.py", "eval_ir.py": "config/retrieval_paper.py"},
+                  tasks="all", local=""),
     "cpu": dict(steps=420, sizes={"210m": "demo-210m", "610m": "demo", "1b": "demo-1b"},
-                train=dict(block_size=256, batch_rows=8, micro_rows=8, learning_rate=1e-3, eval_rows=32),
+                train=dict(block_size=256, batch_rows=8, micro_rows=8, learning_rate=1e-3, eval_rows=32, eval_interval=40,
+                           save_interval=100, log_interval=20),
                 tune=dict(steps=40, batch=16, lrs=(3e-4, 1e-3, 3e-3), seeds=(0,)), configs={},
                 tasks="demo", local="sst2,uner_en_ewt,squad,squad_retrieval"),
 }
 SCALES["gpu"] = SCALES["cpu"]
+SCALES["smoke"] = dict(     # nothing to learn from it, but that everything runs
+    steps=42, sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"},
+    train=dict(block_size=64, batch_rows=8, micro_rows=8, learning_rate=3e-3, eval_rows=16, eval_interval=100, save_interval=2),
+    tune=dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,)), configs={}, tasks="demo", local="")
 
 
 @dataclass
@@ -59,11 +64,12 @@ class Config:
     args: tuple = ()
     # which models
     only: str = ""                     # names, patterns or groups with commas between; empty: the paper's 38 and 12
-    scale: str = "paper"               # paper, gpu or cpu: study.SCALES
+    scale: str = "paper"               # paper, gpu, cpu or smoke: study.SCALES
     seeds: tuple = (42,)               # of pretraining: each model once with each
     # what they read
     data_dir: str = "data/fineweb-edu"   # a corpus of prepare_fineweb.py
     tasks_dir: str = ""                # local data sets; finetune.py's and eval_ir.py's data_dir
+    tasks: str = ""                    # what each checkpoint is scored by, instead of the scale's
     evaluate: bool = True              # fine-tune and search with each checkpoint, too
     # where and how
     out_dir: str = "out/study"         # the study
@@ -99,9 +105,10 @@ def chosen(c):
         if not matches and set(word) & set("*?["):
             raise UserError(f"only={word} matches none of the {len(every)} names in recipes.py")
         found += matches or [parse(word).name]
-    names = [replace(parse(name), seed=seed).name if parse(name).seed == recipes.SEED else name for name in found for seed in c.seeds]
-    for name in names:
-        check(parse(name))
+    names = []
+    for r in map(parse, found):
+        check(r)
+        names += [replace(r, seed=seed).name for seed in c.seeds] if r.seed == recipes.SEED else [r.name]
     return list(dict.fromkeys(names))
 
 
@@ -119,17 +126,16 @@ def flops_of_a_row(size, objective, vocab_size, block_size):
     return sum(model.flops([cut, block_size - cut], targets, causal) for cut in cuts) / len(cuts)
 
 
-def cost(run, c):
-    """-> {"steps", "tokens", "flops"} of a run's own steps at the scale"""
-    s, steps, flops = settings(c), 0, 0.0
-    begin = run.recipe.start
-    for objective, n in run.recipe.own:
-        first = max(begin, run.recipe.start + run.branch)
-        n, begin = scaled(begin + n, c) - scaled(first, c), begin + n
-        if n > 0:
-            steps += n
-            flops += n * s["batch_rows"] * flops_of_a_row(s["sizes"].get(run.recipe.size, run.recipe.size), objective, s["vocab_size"],
-                                                          s["block_size"])
+def cost(r, c):
+    """-> {"steps", "tokens", "flops"} of a recipes.Run's own steps at the scale"""
+    s, steps, flops, end = settings(c), 0, 0.0, r.recipe.start
+    size = s["sizes"].get(r.recipe.size, r.recipe.size)
+    for objective, n in r.recipe.own:
+        begin, end = max(end, r.recipe.start + r.branch), end + n
+        if end > begin:      # else it was the trunk's
+            n = scaled(end, c) - scaled(begin, c)
+            a_row = flops_of_a_row(size, objective, s["vocab_size"], s["block_size"])
+            steps, flops = steps + n, flops + n * s["batch_rows"] * a_row
     return {"steps": steps, "tokens": steps * s["batch_rows"] * s["block_size"], "flops": flops}
 
 
@@ -157,43 +163,42 @@ def group_of(name):
 def show(c, names):
     """Print the graph of trunks and tails, and what it costs."""
     runs = plan(names)
-    costs = {name: cost(run, c) for name, run in runs.items()}
-    print(f"{len(names)} checkpoints of {len(runs)} runs, scale {c.scale}; steps from the beginning of a schedule\n")
+    costs = {name: cost(r, c) for name, r in runs.items()}
+    print(f"{len(names)} checkpoints of {len(runs)} runs, scale {c.scale}; steps count from the beginning of a schedule\n")
 
     def branch(name, depth):
-        run = runs[name]
-        start = f"@ {scaled(run.branch, c):>6,} " if run.trunk else ""
-        if run.recipe.start and not run.trunk:
-            start = f"{run.recipe.parent().name}, decayed > "
-        kept = [f"{scaled(k, c):,}" for k in run.keep]
-        print(f"{'    ' * depth}{start}{name}: {costs[name]['steps']:,} steps" + f" (keeps {', '.join(kept)})" * bool(kept))
+        r = runs[name]
+        start = f"@ {scaled(r.branch, c):>6,} " if r.trunk else f"{r.recipe.parent().name}, decayed > " if r.recipe.start else ""
+        kept = ", ".join(f"{scaled(k, c):,}" for k in r.keep)
+        print(f"{'    ' * depth}{start}{name}: {costs[name]['steps']:,} steps{f' (keeps {kept})' * bool(kept)}")
         for other in sorted((o for o in runs.values() if o.trunk == name), key=lambda o: (o.branch, o.recipe.name)):
             branch(other.recipe.name, depth + 1)
 
-    roots = [name for name, run in runs.items() if not run.trunk]
+    roots = [name for name, r in runs.items() if not r.trunk]
     for name in sorted(roots, key=lambda name: getattr(runs[name].recipe.parent(), "name", "")):
         branch(name, 0)
-    table = [["group", "models", "steps", "unshared", "saved", "tokens", "FLOPs", "GPU-hours", "the paper says"]]
+
+    table = ["group", "models", "steps", "one by one", "saved", "tokens", "FLOPs", "GPU-hours", "the paper says"], ["---"] * 9
     by_group = {g: [name for name in runs if group_of(name) == g] for g in recipes.GROUPS}
-    whole = {g: None for g, found in by_group.items() if set(found) == set(recipes.paper().get(g, ()))}
+    whole = {g for g, found in by_group.items() if c.scale == "paper" and set(found) == set(recipes.paper().get(g, ()))}
     for group, found in [*by_group.items(), ("all", list(runs))]:
         if found:
-            own, tokens, flops = (sum(costs[name][key] for name in found) for key in ("steps", "tokens", "flops"))
+            steps, tokens, flops = (sum(costs[name][key] for name in found) for key in ("steps", "tokens", "flops"))
             alone = sum(scaled(runs[name].recipe.steps, c) - scaled(runs[name].recipe.start, c) for name in found)
-            says = PAPER_SAYS.get(group, "") if c.scale == "paper" and group in whole else ""
+            says = PAPER_SAYS.get(group, "") if group in whole else ""
             title = f"{group}: {recipes.GROUPS[group]}" if group in recipes.GROUPS else group
-            table.append([title, str(len(found)), f"{own:,}", f"{alone:,}", f"{alone - own:,}", f"{tokens / 1e9:,.4g} B", f"{flops:.3g}",
-                          gpu_hours(flops, c), says])
-    print()
-    for row in table:
-        print("| " + " | ".join(row) + " |" + ("\n" + "|---" * len(row) + "|" if row is table[0] else ""))
+            in_words = f"{tokens / 1e9:,.4g} B" if tokens > 1e9 else f"{tokens / 1e6:,.4g} M"
+            table += [title, str(len(found)), f"{steps:,}", f"{alone:,}", f"{alone - steps:,}", in_words, f"{flops:.3g}",
+                      gpu_hours(flops, c), says],
+    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in table))
     s = settings(c)
-    print(f"\na step: {s['batch_rows']:,} rows x {s['block_size']:,} = {s['batch_rows'] * s['block_size']:,} tokens; vocabulary {s['vocab_size']:,}"
-          + (f"; GPU-hours at {c.tok_per_s:,.0f} tokens/s of one GPU with 610m under MLM40, other sizes by their FLOPs" if c.tok_per_s else ""))
-    if {"B", "C", "D", "E"} <= set(whole) and c.scale == "paper":
-        print("B to E: 17 models, 130,000 steps: 122,000 of the 13 in B, C and D, and 8,000 of the four decays in E. The paper's 120k is "
-              "not itemised; no two of the\ntwo-stage models switch at the same step, so nothing more can be shared. F: 26,000 a start, "
-              "two starts.")
+    print(f"\na step: {s['batch_rows']:,} rows x {s['block_size']:,} = {s['batch_rows'] * s['block_size']:,} tokens; vocabulary "
+          f"{s['vocab_size']:,}")
+    if c.tok_per_s:
+        print(f"GPU-hours: one GPU makes {c.tok_per_s:,.0f} tokens/s with 610m under MLM40, all else by its FLOPs")
+    if {"B", "C", "D", "E"} <= whole:
+        print("B to E: 17 models, 130,000 steps: 122,000 of the 13 in B, C and D, 8,000 of the four decays in E. The paper says\n"
+              "120k, without its parts; but for E no two of its two-stage models switch at the same step, so no more can be shared.")
 
 
 def gpu_hours(flops, c):
@@ -207,6 +212,9 @@ def gpu_hours(flops, c):
 # ---- the commands
 
 def flag(key, value):
+    """A setting as a word of the command line."""
+    if type(value) is tuple:       # phases as [["clm", 10000], ["mlm40", 32000]], numbers as 1,2
+        value = json.dumps(value) if any(type(v) is tuple for v in value) else ",".join(map(str, value)) or "()"
     return f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
@@ -221,25 +229,29 @@ def ckpt_of(c, runs, name):
     return folder_of(c, holder(runs, r), r.step - r.start) if r.step else folder_of(c, name, runs[name].steps)
 
 
-def train_words(c, run):
-    """train.py and its settings for a run."""
-    r, s, begin, phases = run.recipe, SCALES[c.scale], run.recipe.start, []
-    for objective, n in r.own:
-        phases.append((objective, scaled(begin + n, c) - scaled(begin, c)))
-        begin += n
-    decay = scaled(DECAY, c)
+def begins(c, r):
+    """The checkpoint a run begins from; "" for random weights."""
+    if r.trunk:
+        return folder_of(c, r.trunk, r.branch)
+    return folder_of(c, r.recipe.parent().name, r.recipe.start) if r.recipe.start else ""
+
+
+def train_words(c, r):
+    """train.py and its settings for a recipes.Run."""
+    s, end, phases = SCALES[c.scale], r.recipe.start, []
+    for objective, n in r.recipe.own:
+        phases.append((objective, scaled(end + n, c) - scaled(end, c)))
+        end += n
     values = s["train"] | {
-        "size": s["sizes"].get(r.size, r.size), "phases": tuple(phases), "seed": r.seed, "decay_steps": decay,
-        "warmup_steps": 0 if r.start else scaled(WARMUP, c), "milestones": tuple(scaled(k, c) for k in run.keep),
-        "data_dir": c.data_dir, "out_dir": os.path.join(c.out_dir, r.name), "device": c.device, "compile": c.compile,
-        "save_interval": max(1, scaled(1000, c)), "eval_interval": max(1, scaled(1000, c)), "keep_last": 1}
-    if c.launch != "local":        # rows that a GPU takes at once: at most a dozen, as many as divide its share
+        "size": s["sizes"].get(r.recipe.size, r.recipe.size), "phases": tuple(phases), "seed": r.recipe.seed,
+        "warmup_steps": 0 if r.recipe.start else scaled(WARMUP, c), "decay_steps": scaled(DECAY, c), "keep_last": 1,
+        "milestones": tuple(scaled(k, c) for k in r.keep), "data_dir": c.data_dir, "device": c.device, "compile": c.compile,
+        "out_dir": os.path.join(c.out_dir, r.recipe.name)}
+    if c.launch != "local":        # rows that a GPU takes at once: at most a dozen, a number that divides its share
         share = max(1, values.get("batch_rows", 1152) // (c.nodes * c.nproc_per_node))
         values["micro_rows"] = max(n for n in range(1, 13) if share % n == 0)
-    if run.trunk:
-        values["branch_from"] = folder_of(c, run.trunk, run.branch)
-    elif r.start:
-        values["init_from"] = folder_of(c, r.parent().name, r.start)
+    if begins(c, r):
+        values["branch_from" if r.trunk else "init_from"] = begins(c, r)
     begun = os.path.join(values["out_dir"], "config.json")
     if os.path.isfile(begun):      # with fewer models around it may have begun from another trunk, or none: the bits are the same
         with open(begun, encoding="utf-8") as f:
@@ -250,11 +262,13 @@ def train_words(c, run):
 def grids(c):
     """[(script, its tasks)] of what every checkpoint is scored by."""
     s, local = SCALES[c.scale], tasks.folders(c.tasks_dir) if c.tasks_dir else {}
-    known = {"all": (tasks.PAPER, tasks.PAPER_IR), "demo": (tasks.DEMO, tasks.DEMO_IR)}
-    found = [list(names) for names in known[s["tasks"]]]
-    for name in filter(None, s["local"].split(",")):
-        if name in local:
-            found[tasks.find(name, c.tasks_dir).kind == "retrieval"].append(name)
+    known = {"all": tasks.PAPER + tasks.PAPER_IR, "demo": tasks.DEMO + tasks.DEMO_IR}
+    names = known[s["tasks"]] + tuple(name for name in s["local"].split(",") if name in local)
+    if c.tasks:
+        names = known.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
+    found = [], []
+    for name in names:
+        found[tasks.find(name, c.tasks_dir).kind == "retrieval"].append(name)
     return [(script, names) for script, names in zip(("finetune.py", "eval_ir.py"), found) if names]
 
 
@@ -274,17 +288,16 @@ def has_rows(c, names, ckpt):
 def all_jobs(c, runs, names):
     """The study as jobs: a run each, then what fine-tunes and searches with each checkpoint that was asked for."""
     found = []
-    for name, run in runs.items():
-        begins = train_words(c, run)
-        source = folder_of(c, run.trunk, run.branch) if run.trunk else \
-            folder_of(c, run.recipe.parent().name, run.recipe.start) if run.recipe.start else ""
-        found.append(jobs.Job(name, begins, partial(os.path.isdir, folder_of(c, name, run.steps)),
-                              [run.trunk or run.recipe.parent().name] * bool(source), cost(run, c)["flops"], partial(there, name, source)))
+    for name, r in runs.items():
+        source = begins(c, r)
+        found.append(jobs.Job(name, train_words(c, r), partial(os.path.isdir, folder_of(c, name, r.steps)),
+                              [os.path.basename(os.path.dirname(source))] * bool(source), cost(r, c)["flops"], "train",
+                              partial(there, name, source)))
     for name in names if c.evaluate else ():
         ckpt = ckpt_of(c, runs, name)
         for script, its in grids(c):
             found.append(jobs.Job(f"{name}.{script[:-3]}", tune_words(c, script, its, ckpt), partial(has_rows, c, its, ckpt),
-                                  [os.path.basename(os.path.dirname(ckpt))], len(its), partial(there, name, ckpt)))
+                                  [os.path.basename(os.path.dirname(ckpt))], len(its), script[:-3], partial(there, name, ckpt)))
     return found
 
 
@@ -292,8 +305,8 @@ def there(name, path):
     """Raises UserError if a checkpoint that `name` begins from is not there."""
     if path and not os.path.isdir(path):
         begun = os.path.dirname(path)
-        raise UserError(f"{name} begins from {path}, which is not there"
-                        + (f" though {begun} is further: put it back, or delete {begun} to train it again" if checkpoint.all_of(begun) else ""))
+        raise UserError(f"{name} begins from {path}, which is not there: put it back"
+                        + f", or delete {begun} to train it again" * bool(checkpoint.all_of(begun)))
 
 
 def environments(c):
@@ -306,16 +319,17 @@ def environments(c):
 
 def settle(c, runs, names):
     """Write study.json: the scale, and which checkpoint is which model. Raises UserError for another study's folder."""
-    path = os.path.join(c.out_dir, "study.json")
-    mine = {"plan": c.scale, "scale": SCALES[c.scale], "tokenizer_hash": data.Corpus(c.data_dir, verify=False).tokenizer_hash}
-    models = {}
+    path, models, mine = os.path.join(c.out_dir, "study.json"), {}, {"plan": c.scale, "scale": SCALES[c.scale]}
+    if c.launch == "local" or os.path.isdir(c.data_dir):      # commands may be printed where the corpus is not
+        corpus = data.Corpus(c.data_dir, verify=False)
+        mine |= {"train_tokens": corpus.n_tokens, "tokenizer_hash": corpus.tokenizer_hash}
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as f:
             old = json.load(f)
-        changed = lineage.differences({k: old.get(k) for k in mine}, json.loads(json.dumps(mine)), free=())
+        changed = lineage.differences(mine | old, json.loads(json.dumps(mine)), free=())
         if changed:
             raise UserError(f"{c.out_dir} holds another study ({'; '.join(changed)}): choose another --out_dir")
-        mine, models = old, old["models"]
+        mine, models = mine | old, old["models"]
     elif [name for name in os.listdir(c.out_dir) if name != "lock"]:
         raise UserError(f"{c.out_dir} is not empty and holds no study: choose another --out_dir")
     models |= {name: {"folder": os.path.relpath(ckpt_of(c, runs, name), c.out_dir)} for name in names}
@@ -324,7 +338,6 @@ def settle(c, runs, names):
 
 def run_here(c, names):
     runs = plan(names)
-    os.makedirs(c.out_dir, exist_ok=True)
     lock = jobs.hold(c.out_dir)
     settle(c, runs, names)
     todo = all_jobs(c, runs, names)
@@ -338,23 +351,26 @@ def run_here(c, names):
 
 def print_commands(c, names):
     """The study as a shell script: torchrun one after the other, or Slurm jobs with their dependencies."""
-    runs, slurm = plan(names), c.launch == "slurm"
-    gang = f"torchrun --nproc_per_node={c.nproc_per_node}"
+    slurm, gang = c.launch == "slurm", f"torchrun --nproc_per_node={c.nproc_per_node}"
     host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)' if slurm else "$HOST"
-    wide = gang if c.nodes == 1 else f"torchrun --nnodes={c.nodes} --nproc_per_node={c.nproc_per_node} --rdzv_backend=c10d " \
-        f'--rdzv_endpoint="{host}:29500"'
-    print("#!/usr/bin/env bash\n# made by: python study.py " + " ".join(map(shlex.quote, sys.argv[1:])) + "\nset -euo pipefail")
+    meet = f' --nnodes={c.nodes} --rdzv_backend=c10d --rdzv_endpoint="{host}:29500"' if c.nodes > 1 else ""
+    print(f"#!/usr/bin/env bash\n# python study.py {' '.join(map(shlex.quote, sys.argv[1:]))}\nset -euo pipefail")
     if slurm:
-        print("submit() {   # NAME NODES AFTER COMMAND -> the job's number\n  sbatch --parsable --job-name=\"$1\" --nodes=\"$2\" --ntasks-per-node=1 "
-              f"--gpus-per-node={c.nproc_per_node} \\\n    ${{3:+--dependency=afterok:$3}} --wrap=\"srun $4\"\n}}\ndeclare -A job")
-    elif c.nodes > 1:
-        print("# on every machine alike, with HOST set to the first one's name")
-    for job in all_jobs(c, runs, names):
-        trains = job.words[0] == "train.py"
-        words = f"{wide if trains else gang} {' '.join(map(shlex.quote, job.words))}"
+        print("declare -A job\nsubmit() {   # NAME NODES AFTER, what to run on standard input: prints the job's number\n"
+              "  { echo '#!/usr/bin/env bash'; cat; } | sbatch --parsable --job-name=\"$1\" --nodes=\"$2\" --ntasks-per-node=1 \\\n"
+              f"    --gpus-per-node={c.nproc_per_node} ${{3:+--dependency=afterok:$3}}\n}}")
+    elif meet:
+        print("# on every machine alike, with HOST set to the name of the first")
+    runs = plan(names)
+    os.makedirs(c.out_dir, exist_ok=True)
+    settle(c, runs, names)
+    todo = [job for job in all_jobs(c, runs, names) if not job.is_done()]
+    for job in todo:
+        trains = job.kind == "train"
+        words = f"{gang}{meet * trains} {' '.join(map(shlex.quote, job.words))}"
         if slurm:
-            after = f"${{job[{job.after[0]}]}}" if job.after else ""
-            print(f'job[{job.name}]=$(submit {job.name} {c.nodes if trains else 1} "{after}" {shlex.quote(words)})')
+            after = "".join(f"${{job[{other.name}]}}" for other in todo if other.name in job.after)      # one at most
+            print(f"job[{job.name}]=$(submit {job.name} {c.nodes if trains else 1} \"{after}\" <<'END'\nsrun {words}\nEND\n)")
         else:
             print(words)
 

@@ -1,0 +1,158 @@
+"""The study runs in any order of accidents: branches equal whole runs, kills change nothing, what is missing is named."""
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, files, run_python
+
+import study
+from configurator import RunError, UserError
+
+ONLY = "610m-clm-3k-mlm40-12k,610m-clm-12k,610m-clm-12k-3000"
+
+
+def words(corpus_dir, out, **changes):
+    settings = dict(scale="smoke", only=ONLY, data_dir=corpus_dir, out_dir=str(out), tasks="sotu_era", device="cpu", compile=False, jobs=2)
+    return ["study.py", "run", *(study.flag(k, v) for k, v in (settings | changes).items())]
+
+
+def scores(out):
+    """{path: what a trial found} of a study."""
+    found = {}
+    for path in glob.glob(f"{out}/**/trials/*/lr*.json", recursive=True):
+        with open(path) as f:
+            row = json.load(f)
+        found[os.path.relpath(path, out)] = row["validation"], row["test"], row["train_loss"], row["ckpt_sha"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus_dir, tmp_path_factory):
+    """A study of three checkpoints, trained and fine-tuned: its folder."""
+    out = tmp_path_factory.mktemp("study") / "whole"
+    done = run_python(words(corpus_dir, out), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return str(out)
+
+
+def test_a_branched_model_equals_one_trained_straight_bit_for_bit(undisturbed, corpus_dir, tmp_path):
+    """610m-clm-3k-mlm40-12k: from the trunk's step 3, and alone, where no trunk is wanted."""
+    with open(f"{undisturbed}/610m-clm-3k-mlm40-12k/config.json") as f:
+        assert json.load(f)["start_step"] == 3
+    done = run_python(words(corpus_dir, tmp_path / "alone", only="610m-clm-3k-mlm40-12k", evaluate=False))
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "alone" / "610m-clm-3k-mlm40-12k" / "config.json") as f:
+        assert json.load(f)["start_step"] == 0
+    last = os.path.join("610m-clm-3k-mlm40-12k", "step_0000012")
+    assert files(str(tmp_path / "alone" / last)) == files(os.path.join(undisturbed, last))
+
+
+def test_kill_9_at_ten_random_moments_gives_the_rows_of_the_undisturbed_study(undisturbed, corpus_dir, tmp_path):
+    out, when, kills = tmp_path / "killed", random.Random(7), 0
+    while kills < 10:
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen([sys.executable, *words(corpus_dir, out)], cwd=ROOT, stdout=said, stderr=said)
+        try:
+            process.wait(when.uniform(0.5, 12.0))
+            assert process.returncode == 0, (tmp_path / "said").read_text()      # it may finish before its time: then it must do so well
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 4, "the study is too short to be killed in"
+    done = run_python(words(corpus_dir, out), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert scores(out) == scores(undisturbed) and len(scores(out)) == 3
+    assert not glob.glob(f"{out}/**/*.claim", recursive=True)
+
+
+def test_study_json_names_every_checkpoint_and_the_same_command_has_nothing_to_do(undisturbed, corpus_dir):
+    with open(f"{undisturbed}/study.json") as f:
+        found = json.load(f)
+    assert found["plan"] == "smoke" and {name: m["folder"] for name, m in found["models"].items()} == {
+        "610m-clm-3k-mlm40-12k": "610m-clm-3k-mlm40-12k/step_0000012", "610m-clm-12k": "610m-clm-12k/step_0000012",
+        "610m-clm-12k-3000": "610m-clm-12k/step_0000003"}
+    before = {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{undisturbed}/*/**", recursive=True)}
+    done = run_python(words(corpus_dir, undisturbed))
+    assert done.returncode == 0, done.stderr
+    assert {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{undisturbed}/*/**", recursive=True)} == before
+
+
+def test_other_scales_and_other_folders_are_refused(undisturbed, corpus_dir, tmp_path):
+    with pytest.raises(UserError, match="holds another study.*plan: smoke then, cpu now"):
+        study.main(study.Config(args=("run",), scale="cpu", only=ONLY, data_dir=corpus_dir, out_dir=undisturbed))
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no study"):
+        study.main(study.Config(args=("run",), scale="cpu", only=ONLY, data_dir=corpus_dir, out_dir=str(tmp_path)))
+
+
+def test_a_missing_parent_checkpoint_is_named_before_anything_runs(undisturbed, corpus_dir, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "610m-clm-3k-mlm40-12k")
+    shutil.rmtree(out / "610m-clm-12k" / "step_0000003")
+    done = run_python(words(corpus_dir, out))
+    assert done.returncode == 2 and "610m-clm-3k-mlm40-12k begins from" in done.stderr and "step_0000003, which is not there" in done.stderr
+    assert done.stderr.strip().count("\n") == 0 and not (out / "610m-clm-3k-mlm40-12k").exists()
+
+
+def test_a_job_that_fails_stops_the_study_with_its_own_words(corpus_dir, tmp_path):
+    done = run_python(words(corpus_dir, tmp_path / "bad", only="610m-clm-12k", tasks="nosuchtask"))
+    assert done.returncode == 2 and "unknown task 'nosuchtask'" in done.stderr
+    c = study.Config(args=("run",), scale="smoke", only="610m-clm-12k", data_dir=corpus_dir, out_dir=str(tmp_path / "x"), evaluate=False, device="cpu")
+    os.makedirs(tmp_path / "x" / "610m-clm-12k")
+    (tmp_path / "x" / "610m-clm-12k" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds no study"):
+        study.main(c)
+    study.settle.__globals__["os"].makedirs(tmp_path / "y" / "610m-clm-12k")
+    (tmp_path / "y" / "study.json").write_text(json.dumps({"plan": "smoke", "scale": json.loads(json.dumps(study.SCALES["smoke"])), "models": {}}))
+    (tmp_path / "y" / "610m-clm-12k" / "mine.txt").write_text("precious")
+    c.out_dir = str(tmp_path / "y")
+    with pytest.raises(RunError, match="610m-clm-12k failed: error: .* is not empty and holds no run"):
+        study.main(c)
+
+
+def test_two_at_a_time_on_one_folder_are_refused(undisturbed, corpus_dir):
+    import fcntl
+    with open(f"{undisturbed}/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run_python(words(corpus_dir, undisturbed))
+    assert done.returncode == 2 and "another study.py" in done.stderr
+
+
+def test_continued_pretraining_begins_from_decayed_weights_on_unread_rows(corpus_dir, tmp_path):
+    done = run_python(words(corpus_dir, tmp_path, only="610m-clm-dec12k-mlm40-20k,610m-clm-dec12k-mlm40-14k", evaluate=False), timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name, steps in (("610m-clm-dec12k-mlm40-20k", 8), ("610m-clm-dec12k-mlm40-14k", 2)):
+        with open(tmp_path / name / f"step_{steps:07d}" / "state.json") as f:
+            state = json.load(f)
+        assert state["settings"]["init_from"] == str(tmp_path / "610m-clm-12k" / "step_0000012") and state["settings"]["warmup_steps"] == 0
+        assert state["first_row"] == 12 * 8 and state["totals"]["tokens"] == (12 + steps) * 8 * 64
+
+
+def test_printed_commands_are_those_that_would_run_with_slurm_waiting_for_what_comes_before(tmp_path):
+    """The script runs, against an sbatch that writes down what it is given and answers a number, as the real one does."""
+    (tmp_path / "sbatch").write_text('#!/bin/bash\nn=$(($(cat "$HERE/n" 2>/dev/null || echo 100) + 1)); echo $n > "$HERE/n"\n'
+                                     'echo "$n $*" >> "$HERE/jobs"; grep srun >> "$HERE/jobs"; echo $n\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    made = run_python(["study.py", "run", "--launch=slurm", "--nodes=24", f"--only={ONLY},610m-clm-dec12k-mlm40-14k", f"--out_dir={tmp_path}/s", "--data_dir=nowhere"])
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run(["bash", "-c", made.stdout], env=os.environ | {"HERE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 0
+    lines = (tmp_path / "jobs").read_text().splitlines()
+    heads, commands = lines[::2], lines[1::2]
+    number = {head.split("--job-name=")[1].split()[0]: head.split()[0] for head in heads}
+    after = {head.split("--job-name=")[1].split()[0]: head.partition("afterok:")[2] for head in heads}
+    assert after["610m-clm-12k"] == "" and after["610m-clm-3k-mlm40-12k"] == after["610m-clm-dec12k-mlm40-14k"] == number["610m-clm-12k"]
+    assert after["610m-clm-12k-3000.finetune"] == number["610m-clm-12k"] and after["610m-clm-3k-mlm40-12k.eval_ir"] == number["610m-clm-3k-mlm40-12k"]
+    assert all("--nodes=24" in h and "--nnodes=24" in c and "--micro_rows=6" in c for h, c in zip(heads, commands) if "train.py" in c)
+    assert len(heads) == 3 + 2 * 4 and sum("finetune.py config/finetune_paper.py" in c for c in commands) == 4
+    one = run_python(["study.py", "run", "--launch=torchrun", "--only=610m-clm-12k", "--evaluate=false", f"--out_dir={tmp_path}/t", "--data_dir=nowhere"])
+    assert one.stdout.splitlines()[-1].startswith("torchrun --nproc_per_node=8 train.py --size=610m '--phases=[[\"clm\", 12000]]' --seed=42")
