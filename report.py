@@ -71,8 +71,8 @@ These are rows of the plan **{plan}** at its own scale, not the paper's models. 
 what was trained stands in the last table. Where a model has several pretraining seeds, each is one value, its selected test
 score, and the interval is over pretraining seeds: there, runs are independent. With one pretraining seed it is over fine-tuning
 seeds, as in the paper, and knows nothing of another pretraining run. An interval of 1.96 s/√n covers the true mean in
-{coverage}, so the pictures of ours have the t intervals of rule standard, and dots for single pretraining seeds. An interval
-may run out of its panel.
+{coverage}, so the pictures of ours have the t intervals of rule standard. Their dots are the values that an interval is over;
+of two values only the dots are drawn, and a wide interval may run out of its panel.
 """
 PAPERS = """\
 The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run (rule paper); under rule
@@ -80,13 +80,13 @@ standard the same are widened to Student's t (x 1.416). Its family scores are re
 than {deviation:.3f} from the printed average.
 """
 TESTS = """\
-**What was tested**: for each claim and task, the differences of the two models' scores on every test example, each the mean
-over the seeds of the learning rate that validation selected; a sign-flip permutation test of their mean, two-sided,
-{resamples:,} resamples; Holm's correction over all {tested} of them. Such a test does not see the randomness of pretraining, so
-the difference by pretraining seed stands beside it with a t interval of its own (seeds of the same number are paired; not
-corrected for the number of claims). *Confirmed*: both agree. *Confirmed for these checkpoints*: the examples separate the two;
-pretraining seeds do not, or there is only one. Token classification's examples are sentences with their macro F1, whose mean is
-not the entity F1 of the tables: see both differences.
+**What was tested**: for each claim and task, two models that share pretraining seeds. Over examples: the differences of their
+scores on every test example, each the mean over the seeds of the learning rate that validation selected; a sign-flip
+permutation test of their mean, two-sided, {resamples:,} resamples; Holm's correction over all {tested} of them. Such a test
+does not see the randomness of pretraining. So the difference of the tables' scores by pretraining seed stands before it, with a
+t interval of its own where there are several (not corrected for the number of claims). *Confirmed*: both agree. *Confirmed for
+these checkpoints*: the examples separate the two; pretraining seeds do not, or there is only one. Token classification's
+examples are sentences with their macro F1, whose mean is not the entity F1 of the tables: the two differences may disagree.
 """
 ABOUT = """\
 *Should We Still Pretrain Encoders with Masked Language Modeling?* (arXiv 2507.00994 v4), its Tables 2 to 17 and the figures
@@ -104,7 +104,7 @@ def how_to_read(ours, paper):
     return "\n".join(texts)
 
 
-def of_tests(tests):
+def of_tests(tests, paper):
     """Markdown: verdicts by ordering, and every test."""
     if not tests:
         return "No claim of the paper has rows of both models.\n"
@@ -112,20 +112,26 @@ def of_tests(tests):
     orderings = [[i, text, verdicts.get(i, "no rows")] for i, text in report_stats.ORDERINGS.items()]
     lines = []
     for t in tests:
-        by_seed = f"{np.mean(t['by_seed']):+.2f}" if t["by_seed"] else "–"
+        by_seed = f"{np.mean(t['by_seed']):+.2f}"
         if len(t["by_seed"]) > 1:
             by_seed += f" ± {interval(t['by_seed'], 'standard'):.2f} ({len(t['by_seed'])})"
         examples = t.get("why", "")
         if t["items"]:
             examples = f"{t['difference']:+.2f}" + (f" ± {t['half_width']:.2f}" if t["half_width"] is not None else "")
         ps = ("–", "–") if t["p"] is None else (f"{t['p']:.4f}", f"{t['holm']:.4f}")
-        lines.append([t["ordering"], t["better"], t["worse"], f"{t['family']}: {t['task']}", f"{t['score']:+.2f}",
-                      t["items"] or "–", examples, *ps, by_seed, t["verdict"]])
+        lines.append([t["ordering"], t["better"], t["worse"], f"{t['family']}: {t['task']}", by_seed, t["items"] or "–", examples,
+                      *ps, t["verdict"], published(paper, t)])
     return "\n".join((
         report_tables.markdown(["", "ordering of the paper", "here"], orderings),
         TESTS.format(resamples=report_stats.RESAMPLES, tested=sum(t["p"] is not None for t in tests)),
-        report_tables.markdown(["", "better", "worse", "task", "difference of scores", "examples", "of examples ± 1.96 s/√n", "p",
-                                "Holm's p", "by pretraining seed ± t (n)", "verdict"], lines)))
+        report_tables.markdown(["", "better", "worse", "task", "difference ± t over pretraining seeds (n)", "examples",
+                                "± 1.96 s/√n over examples", "p", "Holm's p", "verdict", "the paper's, whole family"], lines)))
+
+
+def published(paper, test):
+    """The paper's difference of the same two models in the family's score."""
+    pair = [paper and paper.score(test[side], list(paper.columns[test["family"]]), "paper") for side in ("better", "worse")]
+    return f"{pair[0].mean - pair[1].mean:+.2f}" if all(pair) else ""
 
 
 def page(ours, paper, tests, drawn):
@@ -140,7 +146,7 @@ def page(ours, paper, tests, drawn):
     beside = paper if not ours or paper and set(ours.names) & set(paper.names) else None
     parts += ["## How to read it\n", how_to_read(ours, beside)]
     if ours:
-        parts += ["## Does A beat B?\n", of_tests(tests)]
+        parts += ["## Does A beat B?\n", of_tests(tests, paper)]
     groups = sections(source.names)
     for section, (heading, number, figures) in report_tables.SECTIONS.items():
         tables = [(f"Table {number + i}: {words} ({family})" if number else f"{words[0].upper()}{words[1:]} ({family})",

@@ -1,7 +1,8 @@
 """The paper's Figures 2 to 10 and 12, ours and the paper's in rows of panels of their own; and the loss curves of runs.
 
 A figure is a function (sources) -> matplotlib figure, or None where no source has what it shows. MLM is blue, solid and round,
-CLM red, dashed and square. An axis is fitted to means and seeds; an interval wider than that runs out of its panel.
+CLM red, dashed and square. Bars are 95 % intervals and dots the values that ours are over; two values are only dots. An axis is
+fitted to means and dots; an interval much wider than that runs out of its panel.
 Only report.py imports this file.
 """
 import math
@@ -49,14 +50,15 @@ def frame(sources, names, ylabel=None):
     return figure, panels
 
 
-def finish(figure):
-    """One legend for all panels, above them."""
-    found = {}
+def finish(figure, order=(), ncols=5):
+    """One legend for all panels, above them. order: of its labels, where that of the panels will not do"""
+    found = dict.fromkeys(order)
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
-            found.setdefault(label, handle)
+            found[label] = found.get(label) or handle
+    found = {label: handle for label, handle in found.items() if handle}
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(5, len(found)), fontsize=10,
+        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(ncols, len(found)), fontsize=10,
                       frameon=False)
     return figure
 
@@ -65,20 +67,24 @@ def fit(axis, scores, below=0.12, above=0.15):
     """The y axis that holds all means and seeds, and their intervals as far as these are not much wider."""
     points = [p for s in scores for p in (s.mean, *s.values)]
     span = max(max(points) - min(points), 0.5)
-    ends = [s.mean + sign * (0 if math.isnan(s.half_width) else s.half_width) for s in scores for sign in (-1, 1)]
+    ends = [s.mean + sign * bar(s) for s in scores for sign in (-1, 1)]
     low, high = max(min(ends), min(points) - 0.5 * span), min(max(ends), max(points) + 0.5 * span)
     axis.set_ylim(min(low, min(points)) - below * span, max(high, max(points)) + above * span)
 
 
+def bar(score):
+    """Half the height of an error bar. A t interval of two values is nine times their spread: the two dots say as much."""
+    return 0 if math.isnan(score.half_width) or score.n < 3 else score.half_width
+
+
 def line(axis, points, label, **look):
-    """points: [(x, Score)]; the interval as a bar, several pretraining seeds as dots."""
+    """points: [(x, Score)]"""
     points = sorted(((x, s) for x, s in points if x is not None and s), key=lambda p: p[0])
     if points:
-        x, half = [x for x, _ in points], [0 if math.isnan(s.half_width) else s.half_width for _, s in points]
-        axis.errorbar(x, [s.mean for _, s in points], yerr=half, label=label, ms=5, lw=1.6, capsize=3, elinewidth=1, **look)
-        for value, s in points:
-            if s.over == "pretraining":
-                axis.scatter([value] * len(s.values), s.values, s=8, color=look["color"], alpha=0.45, zorder=3)
+        axis.errorbar([x for x, _ in points], [s.mean for _, s in points], yerr=[bar(s) for _, s in points], label=label, ms=5,
+                      lw=1.6, capsize=3, elinewidth=1, **look)
+        for x, s in points:
+            axis.scatter([x] * len(s.values), s.values, s=8, color=look["color"], alpha=0.45, zorder=3)
     return [s for _, s in points]
 
 
@@ -90,13 +96,12 @@ def bars(axis, groups):
         width = 0.8 / len(group)
         for k, (label, s, colour, hatch) in enumerate(group):
             if s:
-                x, half = i - 0.4 + (k + 0.5) * width, 0 if math.isnan(s.half_width) else s.half_width
+                x = i - 0.4 + (k + 0.5) * width
                 axis.bar(x, s.mean, 0.92 * width, color=colour, hatch=hatch, edgecolor="white", label=label)
-                axis.errorbar(x, s.mean, yerr=half, color="black", capsize=3, lw=1)
+                axis.errorbar(x, s.mean, yerr=bar(s), color="black", capsize=3 if bar(s) else 0, lw=1)
                 axis.annotate(f"{s.mean:.1f}", (x, axis.get_ylim()[0]), xytext=(0, 3), textcoords="offset points", ha="center",
                               fontsize=8, bbox=dict(fc="white", ec="none", pad=0.6))
-                if s.over == "pretraining":
-                    axis.scatter([x] * len(s.values), s.values, s=10, color="black", zorder=3)
+                axis.scatter([x] * len(s.values), s.values, s=9, color="black", zorder=3)
     axis.set_xticks(range(len(groups)), groups)
     axis.grid(False, axis="x")
 
@@ -148,14 +153,15 @@ def lines_figure(sources, wanted, key, x, xlabel, look, log=False, ticks=None):
     if not names:
         return None
     figure, panels = frame(list(names), names)
+    styles = look(list({k: None for found in names.values() for name in found for k in key(recipes.parse(name))}))
     for source, _, columns, axis in panels:
         lines = {}
         for name in names[source]:
             for k in key(recipes.parse(name)):
                 lines.setdefault(k, []).append((x(source, name), source.score(name, columns, paper_rule(source))))
         drawn = []
-        for k, (label, style) in look(list(lines)).items():
-            drawn += line(axis, lines[k], label, **style)
+        for k, (label, style) in styles.items():
+            drawn += line(axis, lines.get(k, ()), label, **style)
         if drawn:
             fit(axis, drawn)
         axis.set_xlabel(xlabel, fontsize=9)
@@ -164,10 +170,10 @@ def lines_figure(sources, wanted, key, x, xlabel, look, log=False, ticks=None):
             axis.xaxis.set_major_locator(LogLocator(10, (1, 3)))
             axis.xaxis.set_minor_formatter(NullFormatter())
         if xlabel != AXES["flops"] and not ticks:
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_major_formatter(lambda value, _: EngFormatter(sep="")(value).replace("G", "B"))
         if ticks:
             axis.set_xticks(ticks)
-    return finish(figure)
+    return finish(figure, [label for label, _ in styles.values()])
 
 
 def shades(keys, colours, words):
@@ -261,7 +267,7 @@ def spread_figure(series):
                     axis.errorbar(x, 0, yerr=np.std(values, ddof=1), color=look["color"], marker=look["marker"], ls="none",
                                   capsize=5, lw=2, label=label)
             axis.set_title(f"{family}, {UNITS[family]}" if columns else f"{family}: no rows", fontsize=10)
-            axis.set_xticks(range(len(columns)), [textwrap.fill(c, 12) for c in columns], fontsize=8,
+            axis.set_xticks(range(len(columns)), [textwrap.fill(c, 14, break_long_words=False) for c in columns], fontsize=8,
                             rotation=0 if len(columns) < 4 else 30)
             axis.set_xlim(-0.6, max(len(columns), 1) - 0.4)
             axis.axhline(0, color="grey", lw=0.6)
@@ -322,11 +328,11 @@ def figure_12(sources):
                 curves.setdefault(r.steps - r.start, {}).setdefault(objective(r)[:3], (facts["curve"], r))       # the lowest seed's
     if not curves:
         return None
-    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves) + 1, 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.8), layout="constrained", squeeze=False)
     for axis, (steps, found) in zip(axes[0], sorted(curves.items())):
         for start, (curve, _) in sorted(found.items(), reverse=True):
             look = LOOK[start]
-            axis.plot(*zip(*[r[:2] for r in curve["train"]]), color=look["color"], lw=0.8, alpha=0.5,
+            axis.plot(*zip(*[r[:2] for r in curve["train"]]), color=look["color"], ls=look["ls"], lw=0.8, alpha=0.5,
                       label=f"{start.upper()}, then MLM: training, own objective")
             if curve["validation"]:
                 axis.plot(*zip(*curve["validation"]), **look, ms=3.5, lw=1.5, label=f"{start.upper()}, then MLM: validation, MLM")
@@ -334,7 +340,7 @@ def figure_12(sources):
         axis.set_xlabel("training steps", fontsize=9)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("loss, nats a target", fontsize=10)
-    return finish(figure)
+    return finish(figure, ncols=2)
 
 
 FIGURES = {"fig02_objectives_by_size": figure_2, "fig03_masking_rate": figure_3,

@@ -32,7 +32,7 @@ def read_json(path, what):
     except OSError as error:
         raise UserError(f"{path}: expected {what}: {error.strerror.lower()}") from None
     except ValueError:
-        raise UserError(f"{path} is no {what}: it does not hold JSON") from None
+        raise UserError(f"{path}: expected {what}, and it does not hold JSON") from None
 
 
 def read_lines(path):

@@ -96,12 +96,12 @@ def holm(ps):
     return adjusted
 
 
-def items_of(ours, name, column):
-    """Each test example's score: the mean over the seeds of the selected learning rate (rule standard), then over pretraining
-    seeds. -> array [examples], what the examples are; or None, why not"""
+def items_of(ours, name, column, seeds):
+    """Each test example's score: the mean over the seeds of the selected learning rate (rule standard), then over these
+    pretraining seeds. -> array [examples], what the examples are; or None, why not"""
     means, data = [], set()
-    for rows in ours.rows[name, column].values():
-        found = select(rows, "standard")
+    for seed in seeds:
+        found = select(ours.rows[name, column].get(seed, ()), "standard")
         for row in found["rows"] if found else ():
             data.add(row.get("data"))
             path = os.path.join(os.path.dirname(row.get("path", "")), row.get("per_item") or "")
@@ -121,29 +121,30 @@ def items_of(ours, name, column):
 
 
 def by_seed(ours, claim, column):
-    """Differences of selected test scores, in points, of the pretraining seeds that both models have, in the seeds' order."""
+    """{pretraining seed that both models have: difference of their selected test scores, in points}"""
     scores = []
     for name in (claim.better, claim.worse):
         found = {seed: select(rows, "standard") for seed, rows in ours.rows[name, column].items()}
         scores.append({seed: 100 * f["mean"] for seed, f in found.items() if f})
-    return [scores[0][s] - scores[1][s] for s in sorted(scores[0].keys() & scores[1].keys())]
+    return {s: scores[0][s] - scores[1][s] for s in sorted(scores[0].keys() & scores[1].keys())}
 
 
 def paired_tests(ours, known=()):
-    """A test a claim and task, as dicts for JSON, differences in points: {"ordering", "better", "worse", "family", "task", "score"
-    (difference of selected scores), "items", "difference" (of the examples' means), "half_width" (1.96 standard errors over
-    examples), "p", "why" there is no p, "by_seed"}. known: tests of an earlier report, for rows whose examples are not here."""
+    """A test a claim and task that both models share a pretraining seed of, as dicts for JSON, differences in points.
+
+    {"ordering", "better", "worse", "family", "task", "by_seed" (of selected scores), "items" (their number), "difference" (of their
+    means), "half_width" (1.96 standard errors over examples), "p", "why" there is none, "holm" (corrected p), "verdict"}.
+    known: tests of an earlier report, for rows whose examples are not here."""
     earlier = {(t["better"], t["worse"], t["task"]): t for t in known if t["p"] is not None}
     found = []
     for claim in claims(ours.names):
         for family, column in ((f, c) for f in claim.families for c in ours.columns.get(f, ())):
-            pair = [ours.score(name, [column], "standard") for name in (claim.better, claim.worse)]
-            if not all(pair):
+            seeds = by_seed(ours, claim, column)
+            if not seeds:
                 continue
             test = {"ordering": claim.ordering, "better": claim.better, "worse": claim.worse, "family": family, "task": column,
-                    "score": pair[0].mean - pair[1].mean, "items": 0, "difference": None, "half_width": None, "p": None,
-                    "by_seed": by_seed(ours, claim, column)}
-            (a, of_a), (b, of_b) = (items_of(ours, name, column) for name in (claim.better, claim.worse))
+                    "by_seed": list(seeds.values()), "items": 0, "difference": None, "half_width": None, "p": None}
+            (a, of_a), (b, of_b) = (items_of(ours, name, column, seeds) for name in (claim.better, claim.worse))
             if a is None or b is None:
                 test["why"] = of_a if a is None else of_b
             elif len(a) != len(b) or of_a != of_b:
