@@ -46,7 +46,7 @@ CAPTIONS = {
     "fig04_targets": "Figure 4 against supervised tokens: all for CLM, the masked ones for MLM.",
     "fig05_learning_rates": "Figure 5: how far single trials (dots) lie from their mean over learning rates from 1e-5 to 1e-4 and "
                             "over seeds; bars are one standard deviation.",
-    "fig06_share_of_clm": "Figure 6: the share of CLM under a fixed budget.",
+    "fig06_share_of_clm": "Figure 6: the share of CLM under a fixed budget (the paper's Figure 11 is the same at 1B).",
     "fig07_masking_after_clm": "Figure 7: how far scores (dots) lie from their mean over masking rates and seeds; bars are one "
                                "standard deviation.",
     "fig08_continued_bars": "Figure 8: a finished model and its longest continuation with MLM. Bars do not begin at 0.",

@@ -150,7 +150,7 @@ def lines_figure(sources, wanted, key, x, xlabel, look, log=False, ticks=None):
     names = having(sources, wanted)
     names = {s: [n for n in found if x(s, n) is not None] for s, found in names.items()}
     names = {s: found for s, found in names.items() if found}
-    if not names:
+    if sources[0] not in names:
         return None
     figure, panels = frame(list(names), names)
     styles = look(list({k: None for found in names.values() for name in found for k in key(recipes.parse(name))}))
@@ -182,10 +182,11 @@ def shades(keys, colours, words):
 
 def figure_3(sources):
     """Score against the masking rate, a line a size."""
-    return lines_figure(
-        sources, lambda parts: [n for n, r in parts["base"].items() if objective(r) != CLM], lambda r: [r.size],
-        lambda source, name: int(objective(recipes.parse(name))[3:]), "masking rate, %",
-        lambda keys: shades(sorted(keys, key=size_of), BLUES, str.upper), ticks=(20, 30, 40, 50))
+    def wanted(parts):
+        rates = {n: objective(r) for n, r in parts["base"].items() if objective(r) != CLM}
+        return list(rates) if len(set(rates.values())) > 1 else []
+    return lines_figure(sources, wanted, lambda r: [r.size], lambda source, name: int(objective(recipes.parse(name))[3:]),
+                        "masking rate, %", lambda keys: shades(sorted(keys, key=size_of), BLUES, str.upper), ticks=(20, 30, 40, 50))
 
 
 def figure_4(axis):
@@ -206,8 +207,8 @@ def figure_6(sources):
         return [(size_of(r.size), r.size, r.steps)]
 
     def wanted(parts):
-        mixed = {ends(r)[0] for r in parts["shares"].values() if len(r.stages) > 1}
-        return [n for n, r in parts["shares"].items() if ends(r)[0] in mixed]
+        mixed = {(*ends(r), o) for r in parts["shares"].values() if len(r.stages) > 1 for o in (CLM, r.stages[1][0])}
+        return [n for n, r in parts["shares"].items() if (*ends(r), r.stages[-1][0]) in mixed]
     return lines_figure(
         sources, wanted, ends, lambda source, name: 100 * recipes.parse(name).clm_share(), "share of CLM, % of steps",
         lambda keys: shades(sorted(keys), PURPLES, lambda k: f"{k[1].upper()}, budget {recipes.steps_in_words(k[2])}"))

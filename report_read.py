@@ -208,32 +208,39 @@ def parsed(name, where):
 
 
 def read_rows(path):
-    """rows.jsonl, as write_rows has written it -> Study; trials that belong to no study have no name. Raises UserError."""
+    """rows.jsonl, as lines_of has it -> Study; trials that belong to no study have no name. Raises UserError naming a row."""
     rows, torn = read_lines(path)
     study = Study(notes=[f"{path}: its torn last line was dropped"] * torn)
     for i, row in enumerate(rows, start=1):
-        where = f"{path}, row {i}"
-        what = row.get("what", "trial")
-        if what == "study":
-            study.plan, study.scale, study.code = row["plan"], row["scale"], row["code"]
-        elif what == "model":
-            study.models[row["name"]] = {k: row[k] for k in ("totals", "per_step", "curve") if k in row}
-        elif what == "test":
-            study.tests.append({k: v for k, v in row.items() if k != "what"})
-        elif what == "note":
-            study.notes.append(row["text"])
-        elif what == "trial":
-            row = checked(row, where)
-            if row.get("name"):
-                parsed(row["name"], where)
-                study.models.setdefault(row["name"], {})
-            if row.get("plan") and study.plan and row["plan"] != study.plan:
-                raise UserError(f"{where} is of the plan '{row['plan']}', those before it of '{study.plan}': {ONE_PLAN}")
-            study.plan = study.plan or row.get("plan", "")
-            study.trials.append(row)
-        else:
-            raise UserError(f"{where} is no row of a report: what is '{what}'?")
+        where, what = f"{path}, row {i}", row.pop("what", "trial")
+        try:
+            if what == "study":
+                study.plan, study.scale, study.code = row["plan"], row["scale"], row["code"]
+            elif what == "model":
+                study.models[parsed(row.pop("name"), where).name] = row
+            elif what == "test":
+                if not {"better", "worse", "task", "p"} <= row.keys():
+                    raise KeyError(what)
+                study.tests.append(row)
+            elif what == "note":
+                study.notes.append(row["text"])
+            elif what == "trial":
+                take_trial(study, checked(row, where), where)
+            else:
+                raise KeyError(what)
+        except KeyError:
+            raise UserError(f"{where} is no row of a report: '{what}' without what such a row has") from None
     return study
+
+
+def take_trial(study, row, where):
+    """Add a trial of rows.jsonl. Raises UserError."""
+    if row.get("plan") and study.plan and row["plan"] != study.plan:
+        raise UserError(f"{where} is of the plan '{row['plan']}', those before it of '{study.plan}': {ONE_PLAN}")
+    if row.get("name"):
+        study.models.setdefault(parsed(row["name"], where).name, {})
+    study.plan = study.plan or row.get("plan", "")
+    study.trials.append(row)
 
 
 def lines_of(study):

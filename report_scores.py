@@ -98,7 +98,7 @@ def one_seed(name):
 
 
 class Ours:
-    """Scores of a study's rows."""
+    """Scores of a study's rows. Raises UserError for a row of no known kind."""
     what = "ours"
 
     def __init__(self, study):
@@ -106,9 +106,12 @@ class Ours:
         self.rows, self.columns, found = defaultdict(lambda: defaultdict(list)), defaultdict(dict), {}
         for row in study.trials:
             if row.get("name"):
+                if row.get("kind") not in FAMILIES:
+                    raise UserError(f"{row.get('path', row['name'])}: a trial of the kind '{row.get('kind')}', expected one of "
+                                    f"{', '.join(FAMILIES)}")
                 name, seed = found.setdefault(row["name"], one_seed(row["name"]))
                 self.rows[name, column_of(row)][seed].append(row)       # {(name, column): {pretraining seed: rows}}
-                self.columns[FAMILIES[row.get("kind", "sequence")]][column_of(row)] = row["task"]
+                self.columns[FAMILIES[row["kind"]]][column_of(row)] = row["task"]
         order = list(DATASETS)
         for family, columns in self.columns.items():
             self.columns[family] = dict(sorted(columns.items(), key=lambda c: (order.index(c[1]) if c[1] in order else 99, c[0])))

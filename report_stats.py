@@ -6,6 +6,7 @@ A test over examples asks whether these two checkpoints differ on examples like 
 run would have been another checkpoint; where both models have two pretraining seeds or more, the difference by seed does.
 """
 import os
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ def claims(names):
     for pair in base.values():
         if {CLM, MLM} <= pair.keys():
             found += [Claim(2, pair[MLM], pair[CLM], ("QA",)), Claim(3, pair[MLM], pair[CLM], ("SC",))]
-    for shares in pairs("shares", lambda r: (r.size, r.steps), lambda r: r.clm_share()).values():
+    for shares in pairs("shares", lambda r: (r.size, r.steps, r.stages[-1][0]), lambda r: r.clm_share()).values():
         mixed = sorted((abs(share - 0.25), share) for share in shares if 0.15 < share < 0.35)
         if mixed and 0 in shares:
             found.append(Claim(4, shares[mixed[0][1]], shares[0], every))
@@ -101,17 +102,18 @@ def items_of(ours, name, column, seeds):
     pretraining seeds. -> array [examples], what the examples are; or None, why not"""
     means, data = [], set()
     for seed in seeds:
-        found = select(ours.rows[name, column].get(seed, ()), "standard")
+        found, items = select(ours.rows[name, column].get(seed, ()), "standard"), []
         for row in found["rows"] if found else ():
             data.add(row.get("data"))
             path = os.path.join(os.path.dirname(row.get("path", "")), row.get("per_item") or "")
             if not row.get("per_item") or not row.get("path") or not os.path.isfile(path):
                 return None, "no .npz of its examples' scores"
-        if found:
-            items = []
-            for row in found["rows"]:
-                with np.load(os.path.join(os.path.dirname(row["path"]), row["per_item"])) as file:
+            try:
+                with np.load(path) as file:
                     items.append(file["test"].astype(np.float64))
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                return None, "an .npz that cannot be read"
+        if found:
             if len({len(i) for i in items}) > 1:
                 return None, "seeds of different test sets"
             means.append(np.mean(items, axis=0))

@@ -91,11 +91,14 @@ def retrieval_table(rows):
 
 # ---- a study, and the paper
 
-def cell(score):
-    """52.31 ± 0.42, without the interval where there is one value, an en dash where there is none."""
+def cell(score, line=None):
+    """52.31 ± 0.42, without the interval where there is one value, an en dash where there is none. line: a Score whose seeds the
+    table's line names; another number of them is said in the cell."""
     if score is None:
         return "–"
-    return f"{score.mean:.2f}" + ("" if math.isnan(score.half_width) else f" ± {score.half_width:.2f}")
+    other = line and (score.n, score.over) != (line.n, line.over)
+    return f"{score.mean:.2f}" + ("" if math.isnan(score.half_width) else f" ± {score.half_width:.2f}") + (
+        f" ({score.n} {score.over})" if other else "")
 
 
 def seeds_of(score):
@@ -133,7 +136,8 @@ def table_of(source, names, family, paper=None):
         for rule in RULES:
             whole = source.score(name, common, rule) if common else None
             first = whole or next(filter(None, (source.score(name, [c], rule) for c in columns)))
-            line = [name, rule, seeds_of(first), *(cell(source.score(name, [c], rule)) for c in columns), f"**{cell(whole)}**"]
+            line = [name, rule, seeds_of(first), *(cell(source.score(name, [c], rule), first) for c in columns)]
+            line.append(f"**{cell(whole)}**")
             if known:
                 theirs = name in known
                 line += [cell(paper.score(name, [d], rule)) if theirs else "" for d in beside]
@@ -184,6 +188,8 @@ def lr_table(ours):
                 table.append([name, *("–" if m is None else f"{m:.2f}" for m in means), f"{max(there) - min(there):.2f}",
                               f"{np.std(there, ddof=1):.2f}" if len(there) > 1 else "–",
                               sum(r["failed"] for part in found for r in part)])
+        if ours.columns.get(family) and not columns:
+            lines.append(f"**{family}**: no task is common to all models that have any.\n")
         if table:
             lines.append(f"**{family}** ({', '.join(columns)})\n\n" + markdown(
                 ["model", *(f"{lr:.0e}" for lr in lrs), "best - worst", "standard deviation", "failed"], table))

@@ -37,12 +37,18 @@ def page(folder, drawn=()):
     return report.page(ours, report_scores.Paper(PAPER), study.tests, drawn), study
 
 
+def draw(*args, to):
+    """report.py in this process, its pictures drawn but left empty: to rasterize them is what takes the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt.Figure, "savefig", lambda figure, path, **_: open(path, "wb").close())
+        report.main(report.Config(args, to))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study of every kind of model the page knows, 32 of them, and its report. -> study's folder, report's folder"""
     root = made.write(str(tmp_path_factory.mktemp("study")))
-    done = run_python(["report.py", root, f"--to={root}/report"])
-    assert done.returncode == 0, done.stderr
+    draw(root, to=f"{root}/report")
     return root, f"{root}/report"
 
 
@@ -97,9 +103,8 @@ def test_the_papers_axes_are_its_tokens_and_the_flops_of_its_sizes():
         assert [body, head, attention] == pytest.approx(want, abs=6e-3)
 
 
-def test_the_page_in_the_repository_is_what_its_own_command_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: open(path, "wb").close())      # that takes the time
-    report.main(report.Config((PAPER,), str(tmp_path)))
+def test_the_page_in_the_repository_is_what_its_own_command_writes(tmp_path):
+    draw(PAPER, to=str(tmp_path))
     text = (tmp_path / "report.md").read_text()
     assert text == open(os.path.join(ROOT, "results", "paper", "report.md")).read()
     assert "| 610m-clm-42k | 85.57 ± 0.34 | 89.88 ± 1.17 | 53.16 ± 0.42 | **76.20 ± 0.54** | 76.20 ± 0.76 |" in text
@@ -128,8 +133,11 @@ def test_a_study_has_all_tables_and_all_figures_and_ours_beside_the_papers(whole
     text = open(f"{out}/report.md").read()
     assert [f"Table {n}:" in text for n in range(1, 19)] == [False, *[True] * 16, False] and "## Beyond the paper's tables" in text
     assert set(re.findall(r"\((fig\w+)\.png\)", text)) == set(report_figures.FIGURES)
+    assert {int(name[3:5]) for name in report_figures.FIGURES} == {*range(2, 11), 12} and len(report_figures.FIGURES) == 12
+    others = text.split("## Beyond the paper's tables")[1].split("## Learning rates")[0]
+    assert set(re.findall(r"^\| (610m\S+)", others, re.M)) == {"610m-clm-40k-mlm20-42k", "610m-clm-40k-mlm40-42k", "610m-mntp40-42k"}
     for name in report_figures.FIGURES:
-        assert open(f"{out}/{name}.png", "rb").read(4) == b"\x89PNG"
+        assert os.path.isfile(f"{out}/{name}.png")
     assert "plan **toy** at its own scale, not the paper's models" in text
     rows = [json.load(open(row_of(root, "610m-mlm20-42k", task, lr, seed))) | {"failed": False}
             for task in ("sst2", "sotu_era") for lr in made.LRS for seed in made.SEEDS]
@@ -139,6 +147,16 @@ def test_a_study_has_all_tables_and_all_figures_and_ours_beside_the_papers(whole
         by_seed = [50 * (found[0]["rows"][s]["test"]["score"] + found[1]["rows"][s]["test"]["score"]) for s in (0, 1)]
         both = f"**{np.mean(by_seed):.2f} ± {factor * abs(by_seed[0] - by_seed[1]) / 2:.2f}**"
         assert f"| 610m-mlm20-42k | {rule} | 2 fine-tuning | {cells[0]} | {cells[1]} | {both} | 92.61 ± " in text
+
+
+def test_the_command_writes_a_page_with_pictures(small):
+    root = small()
+    done = run_python(["report.py", root, f"--to={root}/report"])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+    pictures = re.findall(r"\((fig\w+\.png)\)", open(f"{root}/report/report.md").read())
+    assert {p[:5] for p in pictures} == {"fig02", "fig05"}
+    for name in pictures:
+        assert open(f"{root}/report/{name}", "rb").read(4) == b"\x89PNG" and report.is_ours(f"{root}/report/{name}", name)
 
 
 def test_a_report_drawn_from_its_own_rows_is_the_same(whole, tmp_path):
@@ -175,6 +193,15 @@ def test_pretraining_seeds_are_the_values_that_an_interval_is_over(whole):
     assert report_tables.seeds_of(found) == "3 pretraining (2 fine-tuning each)"
     one = ours.score("610m-mlm20-42k", ["sst2"], "standard")
     assert (one.over, one.n) == ("fine-tuning", 2)
+
+
+def test_a_cell_of_other_seeds_than_its_line_says_so(small):
+    root = small(names=[*made.BOTH, "610m-clm-42k-seed43"], tasks=("sst2", "sotu_era"))
+    for lr in made.LRS:
+        for seed in made.SEEDS:
+            os.remove(row_of(root, "610m-clm-42k-seed43", "sotu_era", lr, seed))
+    line = next(line for line in page(root)[0].splitlines() if line.startswith("| 610m-clm-42k | standard"))
+    assert "| 2 fine-tuning |" in line and line.count("(2 pretraining)") == 1
 
 
 def test_a_task_that_some_models_lack_is_shown_but_not_averaged(small):
@@ -270,6 +297,9 @@ def test_every_irregularity_has_its_warning(small, words, says, provoke):
     provoke(row_of(root, "610m-clm-42k"))
     warnings = page(root)[0].split("## How to read it")[0]
     assert f"* **{words}" in warnings and says in warnings
+    study = read(root)[0]
+    report.write(f"{root}/again", {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study))}, {})
+    assert page(f"{root}/again")[0].split("## How to read it")[0] == warnings
 
 
 def test_models_without_trials_or_seeds_are_named(small):
@@ -294,11 +324,18 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small
         f.writelines([*lines[:4], lines[4][:40] + "\n", *lines[5:]])
     with pytest.raises(UserError, match=r"rows\.jsonl, line 5 is no row"):
         read(path)
-    for line in ('{"task": "sst2"}', '["a", "list"]', '{"what": "else"}'):
+    for line in ('{"task": "sst2"}', '["a", "list"]', '{"what": "else"}', '{"what": "model"}', '{"what": "test", "p": 0}'):
         with open(path, "w") as f:
             f.writelines([lines[0], line + "\n", lines[-1]])
         with pytest.raises(UserError, match=r"rows\.jsonl, (line|row) 2 is no row"):
             read(path)
+
+
+def test_a_trial_of_an_unknown_kind_is_refused(small):
+    root = small()
+    change(row_of(root, "610m-clm-42k"), kind="vision")
+    with pytest.raises(UserError, match=r"lr5e-05_sd0.json: a trial of the kind 'vision'"):
+        read(root)
 
 
 def test_two_plans_are_never_one_report(small):
