@@ -254,8 +254,8 @@ def mixed(rows, code):
              "causal": "masks", "max_length": "lengths of sequences"}
     for key, words in alike.items():
         values = Counter(str(r[key]) for r in rows if r.get(key) is not None)
-        if key == "code" and code:
-            values[code] += 0           # the study's own, if trials ran under another
+        if key == "code" and code and not any(v.startswith(code) or code.startswith(v) for v in values):
+            values[code] += 0           # the study's own, where all trials ran under another
         if len(values) > 1:
             found.append(f"**Mixed {words}** ({key}): {some(f'{v} in {n} rows' for v, n in values.most_common())}.")
     of_task = {"pool": "pools, which are tasks of their own here", "documents": "numbers of documents",

@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 
+import made_study as made
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import study as made
 from conftest import ROOT, run_python
 from scipy import stats
 from test_report import OFFICIAL
