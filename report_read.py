@@ -197,6 +197,7 @@ def read_study(folder):
         study.models[name] = facts
         study.trials += [row | {"name": name, "plan": study.plan, "totals": facts.get("totals")}
                          for row in read_trials(place, below="").values()]
+    study.notes = list(dict.fromkeys(study.notes))      # an ancestor's log is read for each of its continuations
     return study
 
 

@@ -331,6 +331,15 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small
             read(path)
 
 
+def test_a_torn_log_is_said_once(tmp_path):
+    root = made.write(str(tmp_path), names=["610m-clm-42k", *(f"610m-clm-dec42k-mlm40-{k}k" for k in (44, 64))], tasks=())
+    with open(f"{root}/610m-clm-42k/log.jsonl", "a") as f:
+        f.write('{"step": 84')
+    study, _ = read(root)
+    assert study.notes == [f"{root}/610m-clm-42k/log.jsonl: its torn last line was dropped"]
+    assert len(study.models["610m-clm-dec42k-mlm40-64k"]["curve"]["train"]) > 150
+
+
 def test_a_trial_of_an_unknown_kind_is_refused(small):
     root = small()
     change(row_of(root, "610m-clm-42k"), kind="vision")
