@@ -1,0 +1,386 @@
+"""A study's rows become the paper's tables, figures and tests; whatever is wrong with them stands on top of the page or is refused."""
+import json
+import os
+import re
+import shutil
+
+import made_study as made
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import ROOT, run_python
+from scipy import stats
+from test_report import OFFICIAL
+
+import model
+import report
+import report_figures
+import report_read
+import report_scores
+import report_stats
+import report_tables
+from configurator import UserError
+
+PAPER = os.path.join(ROOT, "results", "paper.csv")
+
+
+def read(folder):
+    """-> Study, Ours"""
+    study = report.read([str(folder)])[1]
+    return study, report_scores.Ours(study)
+
+
+def page(folder, drawn=()):
+    """The page of a study's folder or rows.jsonl, without drawing."""
+    study, ours = read(folder)
+    study.tests = report_stats.paired_tests(ours, study.tests)
+    return report.page(ours, report_scores.Paper(PAPER), study.tests, drawn), study
+
+
+def draw(*args, to):
+    """report.py in this process, its pictures drawn but left empty: to rasterize them is what takes the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt.Figure, "savefig", lambda figure, path, **_: open(path, "wb").close())
+        report.main(report.Config(args, to))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study of every kind of model the page knows, 32 of them, and its report. -> study's folder, report's folder"""
+    root = made.write(str(tmp_path_factory.mktemp("study")))
+    draw(root, to=f"{root}/report")
+    return root, f"{root}/report"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two models on two tasks: small(**changes) -> folder"""
+    def build(where="s", **changes):
+        return made.write(str(tmp_path / where), **({"names": made.BOTH, "tasks": ("sst2", "squad_retrieval")} | changes))
+    return build
+
+
+def row_of(root, name, task="sst2", lr=5e-5, seed=0):
+    return os.path.join(root, made.folder_of(name), "trials", task, f"lr{lr:.0e}_sd{seed}.json")
+
+
+def change(path, **changes):
+    with open(path) as f:
+        row = json.load(f)
+    made.dump(path, row | changes)
+
+
+# ---- the paper
+
+def test_every_family_average_of_the_paper_follows_from_its_data_sets():
+    paper = report_scores.Paper(PAPER)
+    assert len(paper.names) == 46 and sum(len(v) for v in paper.columns.values()) == 12       # four of the 50 stand in two groups of tables
+    for name in paper.names:
+        for family, columns in paper.columns.items():
+            found = paper.score(name, list(columns), "paper")
+            assert abs(found.mean - paper.published(name, family)) < 0.01
+            assert found.half_width == paper.cells[name, family, "average"][1]
+            assert paper.score(name, list(columns), "standard").half_width == pytest.approx(found.half_width * 2.776 / 1.96, rel=1e-3)
+
+
+def test_the_papers_models_fall_into_the_papers_groups_of_tables():
+    lines = [line.split(",") for line in open(PAPER).read().splitlines()[1:]]
+    groups = {e: {re.sub(r" @(\d+)k", r"-\g<1>000", name.removesuffix(" (base)")) for experiment, name, *_ in lines if experiment == e}
+              for e in ("BASE", "STEP", "PFS", "CPT")}
+    found = report_scores.sections(report_scores.Paper(PAPER).names)
+    assert [set(part) for part in found.values()] == [*groups.values(), set()]
+
+
+def test_the_papers_axes_are_its_tokens_and_the_flops_of_its_sizes():
+    paper = report_scores.Paper(PAPER)
+    assert paper.x("610m-mlm40-42k-1000", "tokens") == 2_359_296_000 and paper.x("610m-mlm40-42k-1000", "targets") == 943_718_400
+    assert paper.x("610m-clm-10k-mlm40-42k", "targets") == 2_359_296 * (10_000 + 0.4 * 32_000)
+    for size, (body, head, attention) in report_scores.PAPER_GFLOPS.items():
+        c = model.ModelConfig(**model.SIZES[size], vocab_size=128_256)
+        weights = c.n_layer * (c.n_embd * (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_head * c.head_dim * c.n_embd
+                               + 3 * c.n_embd * c.n_ffn + 2 * c.n_embd) + c.n_embd
+        want = np.array([6 * weights, 6 * c.vocab_size * c.n_embd, 12 * c.n_layer * c.n_head * c.head_dim * 1365]) / 1e9
+        assert [body, head, attention] == pytest.approx(want, abs=6e-3)
+
+
+def test_the_page_in_the_repository_is_what_its_own_command_writes(tmp_path):
+    draw(PAPER, to=str(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert text == open(os.path.join(ROOT, "results", "paper", "report.md")).read()
+    assert "| 610m-clm-42k | 85.57 ± 0.34 | 89.88 ± 1.17 | 53.16 ± 0.42 | **76.20 ± 0.54** | 76.20 ± 0.76 |" in text
+    assert [f"Table {n}:" in text for n in range(1, 19)] == [False, *[True] * 16, False]
+    assert {int(n) for n in re.findall(r"\(fig(\d+)_", text)} == {2, 3, 4, 6, 7, 8, 9, 10} and "Figures 5, 7, 11 and 12" in text
+    for name in re.findall(r"\((fig\w+\.png)\)", text):
+        assert (tmp_path / name).is_file() and report.is_ours(os.path.join(ROOT, "results", "paper", name), name)
+
+
+# ---- a study
+
+def test_the_official_rows_of_a_model_give_its_published_number_in_a_study(tmp_path):
+    root = made.write(str(tmp_path), names=["610m-clm-42k"], tasks=())
+    for lr, pairs in OFFICIAL.items():
+        for seed, (validation, test) in enumerate(pairs):
+            path = os.path.join(root, made.folder_of("610m-clm-42k"), "trials", "mldr_en", f"lr{lr:.0e}_sd{seed}.json")
+            made.dump(path, {"model": "m", "task": "mldr_en", "kind": "retrieval", "lr": lr, "seed": seed,
+                             "validation": {"score": validation}, "test": {"score": test}})
+    text, _ = page(root)
+    assert "| 610m-clm-42k | paper | 5 fine-tuning | 53.16 ± 0.42 | **53.16 ± 0.42** | 53.16 ± 0.42 | **76.20 ± 0.54** |" in text
+    assert "| 610m-clm-42k | standard | 5 fine-tuning | 53.14 ± 0.56 |" in text
+
+
+def test_a_study_has_all_tables_and_all_figures_and_ours_beside_the_papers(whole):
+    root, out = whole
+    text = open(f"{out}/report.md").read()
+    assert [f"Table {n}:" in text for n in range(1, 19)] == [False, *[True] * 16, False] and "## Beyond the paper's tables" in text
+    assert set(re.findall(r"\((fig\w+)\.png\)", text)) == set(report_figures.FIGURES)
+    assert {int(name[3:5]) for name in report_figures.FIGURES} == {*range(2, 11), 12} and len(report_figures.FIGURES) == 12
+    others = text.split("## Beyond the paper's tables")[1].split("## Learning rates")[0]
+    assert set(re.findall(r"^\| (610m\S+)", others, re.M)) == {"610m-clm-40k-mlm20-42k", "610m-clm-40k-mlm40-42k", "610m-mntp40-42k"}
+    for name in report_figures.FIGURES:
+        assert os.path.isfile(f"{out}/{name}.png")
+    assert "plan **toy** at its own scale, not the paper's models" in text
+    rows = [json.load(open(row_of(root, "610m-mlm20-42k", task, lr, seed))) | {"failed": False}
+            for task in ("sst2", "sotu_era") for lr in made.LRS for seed in made.SEEDS]
+    for rule, factor in (("paper", 1.96), ("standard", 12.706)):
+        found = [report_scores.select([r for r in rows if r["task"] == task], rule) for task in ("sst2", "sotu_era")]
+        cells = [f"{100 * f['mean']:.2f} ± {100 * f['half_width']:.2f}" for f in found]
+        by_seed = [50 * (found[0]["rows"][s]["test"]["score"] + found[1]["rows"][s]["test"]["score"]) for s in (0, 1)]
+        both = f"**{np.mean(by_seed):.2f} ± {factor * abs(by_seed[0] - by_seed[1]) / 2:.2f}**"
+        assert f"| 610m-mlm20-42k | {rule} | 2 fine-tuning | {cells[0]} | {cells[1]} | {both} | 92.61 ± " in text
+
+
+def test_the_command_writes_a_page_with_pictures(small):
+    root = small()
+    done = run_python(["report.py", root, f"--to={root}/report"])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+    pictures = re.findall(r"\((fig\w+\.png)\)", open(f"{root}/report/report.md").read())
+    assert {p[:5] for p in pictures} == {"fig02", "fig05"}
+    for name in pictures:
+        assert open(f"{root}/report/{name}", "rb").read(4) == b"\x89PNG" and report.is_ours(f"{root}/report/{name}", name)
+
+
+def test_a_report_drawn_from_its_own_rows_is_the_same(whole, tmp_path):
+    _, out = whole
+    text, study = page(out, set(report_figures.FIGURES))
+    assert text == open(f"{out}/report.md").read()
+    assert "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study)) == open(f"{out}/rows.jsonl").read()
+    ours = report_scores.Ours(study)
+    assert all(plt.close(draw([ours])) is None for name, draw in report_figures.FIGURES.items() if name[3:5] in ("05", "12"))
+    assert len(open(f"{out}/rows.jsonl").read().splitlines()) > 900 and "train_loss" not in open(f"{out}/rows.jsonl").read()
+
+
+def test_axes_count_from_the_first_ancestor(whole):
+    study, ours = read(whole[0])
+    assert ours.x("610m-mlm40-42k", "steps") == 840 and ours.x("610m-clm-dec42k-mlm40-64k", "steps") == 1280
+    assert ours.x("610m-clm-42k-1000", "targets") == 20 * made.PER_STEP == ours.x("610m-mlm40-42k-1000", "targets") / 0.4
+    assert report_figures.added(ours, "610m-clm-dec42k-mlm40-64k") == 440 and report_figures.added(ours, "610m-clm-42k") == 0
+    curve = study.models["610m-clm-dec42k-mlm40-64k"]["curve"]
+    steps, phases = [r[0] for r in curve["train"]], [r[2] for r in curve["train"]]
+    assert steps == sorted(steps) and steps[0] < 10 and steps[-1] > 1270 and len(steps) <= 200
+    assert phases.index("mlm") == sum(s <= 840 for s in steps) and set(phases) == {"clm", "mlm"}
+
+
+def test_pretraining_seeds_are_the_values_that_an_interval_is_over(whole):
+    _, ours = read(whole[0])
+    for rule, quantile in (("paper", 1.96), ("standard", stats.t.ppf(0.975, 2))):
+        found = ours.score("610m-clm-42k", ["sst2"], rule)
+        means = []
+        for name in ("610m-clm-42k", "610m-clm-42k-seed43", "610m-clm-42k-seed44"):
+            rows = [json.load(open(row_of(whole[0], name, lr=lr, seed=s))) for lr in made.LRS for s in made.SEEDS]
+            means.append(100 * report_scores.select(rows, rule)["mean"])
+        assert found.values == pytest.approx(means) and (found.over, found.n, found.fine) == ("pretraining", 3, (2, 2))
+        assert found.mean == pytest.approx(np.mean(means)) and found.half_width == pytest.approx(quantile * np.std(means, ddof=1) / 3 ** 0.5)
+    assert report_tables.seeds_of(found) == "3 pretraining (2 fine-tuning each)"
+    one = ours.score("610m-mlm20-42k", ["sst2"], "standard")
+    assert (one.over, one.n) == ("fine-tuning", 2)
+
+
+def test_a_cell_of_other_seeds_than_its_line_says_so(small):
+    root = small(names=[*made.BOTH, "610m-clm-42k-seed43"], tasks=("sst2", "sotu_era"))
+    for lr in made.LRS:
+        for seed in made.SEEDS:
+            os.remove(row_of(root, "610m-clm-42k-seed43", "sotu_era", lr, seed))
+    line = next(line for line in page(root)[0].splitlines() if line.startswith("| 610m-clm-42k | standard"))
+    assert "| 2 fine-tuning |" in line and line.count("(2 pretraining)") == 1
+
+
+def test_a_task_that_some_models_lack_is_shown_but_not_averaged(small):
+    root = small(tasks=("sst2", "sotu_era"))
+    for lr in made.LRS:
+        for seed in made.SEEDS:
+            os.remove(row_of(root, made.BOTH[0], "sotu_era", lr, seed))
+    text, _ = page(root)
+    assert "SC is the mean of sst2 (left out, because not every model here has it: sotu_era)." in text
+    cells = next(line for line in text.splitlines() if line.startswith("| 610m-mlm40-42k | standard")).split(" | ")
+    assert cells[5] == f"**{cells[3]}**" != f"**{cells[4]}**"
+
+
+# ---- statistics
+
+def test_holms_correction_by_hand():
+    assert report_stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])       # 0.005 x 4, 0.01 x 3, 0.03 x 2, max
+    assert report_stats.holm([0.5, 0.9]) == [1.0, 1.0] and report_stats.holm([]) == []
+
+
+def test_sign_flips_agree_with_scipy_and_with_each_other():
+    rng = np.random.default_rng(3)
+    for d in (rng.normal(0.5, 1, 11), np.array([1, 1, 0, -1, 1, 0, 1, 1, 0.0])):
+        want = stats.permutation_test((d, np.zeros(len(d))), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf)
+        assert report_stats.sign_flip(d) == pytest.approx(want.pvalue, abs=1e-12)
+        assert report_stats.sign_flip(d, resamples=400) == pytest.approx(want.pvalue, abs=0.06)          # random signs
+    many = rng.normal(0.04, 1, 3000)
+    assert report_stats.sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.01)
+    assert report_stats.sign_flip(many + 1) == 1 / 10_000 and report_stats.sign_flip([0.0, 0.0]) == 1.0
+
+
+def test_a_claim_is_confirmed_by_examples_and_pretraining_seeds_both(small):
+    def ability(recipe, kind, gap=0.2):
+        return 0.5 + gap * (recipe.stages[0][0] == "mlm40")
+    three = [*made.BOTH, *(f"{n}-seed{s}" for n in made.BOTH for s in (43, 44))]
+    for names, wanted, p in ((three, "confirmed", ability), (made.BOTH, "confirmed for these checkpoints", ability),
+                             (three, "the other way round", lambda r, k: ability(r, k, -0.2)), (three, "not separated", lambda r, k: 0.5)):
+        root = small(wanted.replace(" ", "") + str(len(names)), names=names, tasks=("sst2",), ability=p)
+        text, study = page(root)
+        test, = study.tests
+        assert (test["ordering"], test["better"], test["verdict"]) == (3, "610m-mlm40-42k", wanted)
+        assert f"| 3 | {report_stats.ORDERINGS[3]} | {wanted} (1 of 1) |" in text and "| no rows |" in text
+        assert test["items"] == made.ITEMS and test["difference"] == pytest.approx(np.mean(test["by_seed"]), abs=0.1)
+
+
+def test_where_examples_are_missing_or_others_it_says_so(small):
+    root = small(tasks=("sst2",), names=[*made.BOTH, *(f"{n}-seed43" for n in made.BOTH)])
+    for lr in made.LRS:
+        for seed in made.SEEDS:
+            change(row_of(root, made.BOTH[0], lr=lr, seed=seed), data="of another version")
+    _, study = page(root)
+    assert study.tests[0]["why"] == "pretraining seeds of different test sets" and study.tests[0]["p"] is None
+    root = small("t", tasks=("sst2",))
+    for file in os.listdir(os.path.dirname(row_of(root, made.BOTH[0]))):
+        if file.endswith(".npz"):
+            os.remove(os.path.join(os.path.dirname(row_of(root, made.BOTH[0])), file))
+    text, study = page(root)
+    assert study.tests[0]["verdict"] == "not tested" and "| no .npz of its examples' scores | – | – | not tested |" in text
+
+
+def test_the_claims_are_the_papers_and_hold_in_its_own_tables():
+    paper = report_scores.Paper(PAPER)
+    found = report_stats.claims(paper.names)
+    assert {c.ordering for c in found} == set(report_stats.ORDERINGS)
+    wrong = [(c.ordering, c.better, f) for c in found for f in c.families
+             if paper.score(c.better, list(paper.columns[f]), "paper").mean <= paper.score(c.worse, list(paper.columns[f]), "paper").mean]
+    assert wrong == [(4, "610m-clm-5k-mlm40-22k", "IR")]           # 77.29 to 77.54: the paper's own exception
+
+
+# ---- warnings and refusals
+
+@pytest.mark.parametrize("words, says, provoke", [
+    ("Missing trials", "610m-clm-42k on sst2, 1 of 6 (lr 5e-05 seed 0)", lambda row: os.remove(row)),
+    ("Failed trials", "610m-clm-42k on sst2, 1 (lr 5e-05)", lambda row: change(row, failed=True, validation=None, test=None)),
+    ("Failed trials", "610m-clm-42k on sst2, 1 (lr 5e-05)", lambda row: change(row, validation={"score": float("nan")})),
+    ("Best learning rate at an edge", "610m-clm-42k on sst2 (0.0001)",
+     lambda row: [change(row.replace("5e-05", "1e-04").replace("sd0", f"sd{s}"), validation={"score": 0.99}) for s in (0, 1)]),
+    ("Fewer fine-tuning seeds", "610m-clm-42k on sst2, 1 of 2", lambda row: [os.remove(row.replace("5e-05", lr)) for lr in ("2e-05", "5e-05", "1e-04")]),
+    ("Mixed precisions of weights", "float32 in 23 rows; bfloat16 in 1 rows", lambda row: change(row, param_dtype="bfloat16")),
+    ("Mixed precisions of arithmetic", "float32 in 1 rows", lambda row: change(row, dtype="float32")),
+    ("Mixed devices", "NVIDIA H100 in 1 rows", lambda row: change(row, device="NVIDIA H100")),
+    ("Mixed versions of torch", "2.12.0 in 1 rows", lambda row: change(row, torch="2.12.0")),
+    ("Mixed versions of this code", "def in 1 rows", lambda row: change(row, code="def")),
+    ("Mixed modes", "paper in 1 rows", lambda row: change(row, mode="paper")),
+    ("Mixed lengths of fine-tuning", "sst2: 40, 41", lambda row: change(row, steps=41)),
+    ("Mixed versions of the data", "sst2: of sst2, x", lambda row: change(row, data="x")),
+    ("Mixed pools", "squad_retrieval: full, judged", lambda row: change(row.replace("sst2", "squad_retrieval"), pool="judged")),
+    ("Not above an untrained baseline", "610m-clm-42k on sst2 (", lambda row: change(row, baseline={"name": "majority", "score": 0.9})),
+])
+def test_every_irregularity_has_its_warning(small, words, says, provoke):
+    root = small()
+    assert "## Warnings\n\nNone.\n" in page(root)[0]
+    provoke(row_of(root, "610m-clm-42k"))
+    warnings = page(root)[0].split("## How to read it")[0]
+    assert f"* **{words}" in warnings and says in warnings
+    study = read(root)[0]
+    report.write(f"{root}/again", {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study))}, {})
+    assert page(f"{root}/again")[0].split("## How to read it")[0] == warnings
+
+
+def test_models_without_trials_or_seeds_are_named(small):
+    root = small(names=[*made.BOTH, "610m-clm-42k-seed43", "610m-mlm20-42k"])
+    shutil.rmtree(os.path.join(root, "610m-mlm20-42k"))
+    shutil.rmtree(os.path.dirname(row_of(root, "610m-clm-42k-seed43")))
+    warnings = page(root)[0].split("## How to read it")[0]
+    assert "**No trial yet**: 610m-mlm20-42k." in warnings and "**No trial of a task that other models have**: 610m-clm-42k-seed43 on sst2." in warnings
+    assert "**Fewer pretraining seeds than others in the same tables**: 610m-mlm40-42k, 1 of 2." in warnings
+
+
+def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small):
+    root = small()
+    path = os.path.join(root, "rows.jsonl")
+    report.write(root, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(read(root)[0]))}, {})
+    lines = open(path).read().splitlines(keepends=True)
+    with open(path, "w") as f:
+        f.writelines([*lines[:-1], lines[-1][:40]])
+    text, study = page(path)
+    assert len(study.trials) == 23 and f"* {path}: its torn last line was dropped" in text and "**Missing trials" in text
+    with open(path, "w") as f:
+        f.writelines([*lines[:4], lines[4][:40] + "\n", *lines[5:]])
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 5 is no row"):
+        read(path)
+    for line in ('{"task": "sst2"}', '["a", "list"]', '{"what": "else"}', '{"what": "model"}', '{"what": "test", "p": 0}'):
+        with open(path, "w") as f:
+            f.writelines([lines[0], line + "\n", lines[-1]])
+        with pytest.raises(UserError, match=r"rows\.jsonl, (line|row) 2 is no row"):
+            read(path)
+
+
+def test_a_torn_log_is_said_once(tmp_path):
+    root = made.write(str(tmp_path), names=["610m-clm-42k", *(f"610m-clm-dec42k-mlm40-{k}k" for k in (44, 64))], tasks=())
+    with open(f"{root}/610m-clm-42k/log.jsonl", "a") as f:
+        f.write('{"step": 84')
+    study, _ = read(root)
+    assert study.notes == [f"{root}/610m-clm-42k/log.jsonl: its torn last line was dropped"]
+    assert len(study.models["610m-clm-dec42k-mlm40-64k"]["curve"]["train"]) > 150
+
+
+def test_a_trial_of_an_unknown_kind_is_refused(small):
+    root = small()
+    change(row_of(root, "610m-clm-42k"), kind="vision")
+    with pytest.raises(UserError, match=r"lr5e-05_sd0.json: a trial of the kind 'vision'"):
+        read(root)
+
+
+def test_two_plans_are_never_one_report(small):
+    one, two, other = small("one"), small("two", plan="gpu"), small("other")
+    done = run_python(["report.py", one, two, f"--to={one}/out"])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'gpu'" in done.stderr and "'toy'" in done.stderr
+    assert not os.path.exists(f"{one}/out")
+    change(os.path.join(other, "study.json"), scale={"steps": 7})
+    with pytest.raises(UserError, match="at another scale"):
+        report.read([one, other])
+    rows = [line for folder in (one, two) for line in report_read.lines_of(read(folder)[0]) if "task" in line]
+    report.write(one, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in rows)}, {})
+    with pytest.raises(UserError, match="'gpu', those before it of 'toy'"):
+        report.read([f"{one}/rows.jsonl"])
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is no study.json"),
+    ("study.json", '{"plan": "x", "models": {"bert": {"folder": "bert"}}}', "'bert' is no model of a study"),
+    ("t.csv", "a,b\n1,2\n", "line 2 is no published result"), ("t.csv", "", "holds no published result"),
+    ("t.csv", report_scores.COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is no published result")])
+def test_what_is_no_study_and_no_table_is_refused(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(says)):
+        report.read([str(tmp_path if name == "study.json" else tmp_path / name)])
+
+
+def test_a_users_own_files_are_never_written_over(small, tmp_path):
+    root, out = small(), tmp_path / "mine"
+    out.mkdir()
+    for name, content in (("report.md", b"# my thoughts\n"), ("fig02_objectives_by_size.png", b"\x89PNG mine")):
+        (out / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} was not written by report.py"):
+            report.write(str(out), {"report.md": report.MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+        assert os.listdir(out) == [name] and (out / name).read_bytes() == content
+        (out / name).unlink()
+    for _ in range(2):          # its own are
+        report.write(str(out), {"report.md": report.MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+    assert read(root)[0].plan == "toy"
