@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 
 import recipes
+from objectives import kind_and_rate
 from report_scores import AXES, CLM, IN_WORDS, MLM, Ours, sections, select, size_of
 
 matplotlib.use("Agg")
@@ -353,8 +354,8 @@ FIGURES = {"fig02_objectives_by_size": figure_2, "fig03_masking_rate": figure_3,
 # ---- runs without trials
 
 def colour(r):
-    objectives = {objective for objective, _ in r["settings"]["phases"]}
-    return {"mlm": MLM_BLUE, "clm": CLM_RED}[objectives.pop()] if len(objectives) == 1 else BOTH
+    kinds = {kind_and_rate(objective)[0] for objective, _ in r["settings"]["phases"]}
+    return {"mlm": MLM_BLUE, "clm": CLM_RED}.get(kinds.pop(), BOTH) if len(kinds) == 1 else BOTH
 
 
 def smooth(values, weight=0.9):
