@@ -198,7 +198,7 @@ def show(c, names):
         print(f"GPU-hours: one GPU makes {c.tok_per_s:,.0f} tokens/s with 610m under MLM40, all else by its FLOPs")
     if {"B", "C", "D", "E"} <= whole:
         print("B to E: 17 models, 130,000 steps: 122,000 of the 13 in B, C and D, 8,000 of the four decays in E. The paper says\n"
-              "120k, without its parts; but for E no two of its two-stage models switch at the same step: no more can be shared.")
+              "120k, without its parts; but for E no two of its two-stage models switch at the same step; no more can be shared.")
 
 
 def gpu_hours(flops, c):
