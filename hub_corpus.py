@@ -119,18 +119,19 @@ def tables(url, retries):
     opened anew and read up to the row that is wanted next. Raises UserError (no parquet, no such column) and RunError.
     """
     import datasets
-    import pyarrow
+    import pyarrow.dataset
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     config = datasets.config       # its own 20 tries would hide ours
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1
     config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    scan = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)     # its buffer keeps what was read until the file ends
     patience, done = Patience(url, retries), 0
     while True:
         try:
             stream = datasets.load_dataset("parquet", data_files={"train": [url]}, split="train", streaming=True, columns=COLUMNS,
-                                           batch_size=ROWS)
+                                           batch_size=ROWS, fragment_scan_options=scan)
             check_columns(stream.features, url)
             at = 0
             for table in stream.with_format("arrow").iter(ROWS):

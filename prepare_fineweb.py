@@ -206,7 +206,7 @@ def tokenize(c, files, tok):
 
 def machine_of(c):
     """--shard=i/n -> (i, n), (0, 0) without. Raises UserError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", c.shard or "0/0")
+    match = re.fullmatch(r"(\d+)/(\d+)", c.shard)
     i, n = map(int, match.groups()) if match else (0, 0)
     if c.shard and i >= n:
         raise UserError(f"shard={c.shard}: expected i/n with 0 <= i < n, as in --shard=0/4 on the first of four machines")
@@ -245,6 +245,9 @@ def prepare(c):
         raise UserError(f"val_fraction={c.val_fraction}: expected a share of the documents, 0 <= val_fraction < 1")
     if not 0.0 <= c.tokens < 1e18:
         raise UserError(f"tokens={c.tokens}: expected how many training tokens to stop at, or 0 for all")
+    for name in ("threads", "processes", "retries"):
+        if getattr(c, name) < 0:
+            raise UserError(f"{name}={getattr(c, name)}: expected 0 or more")
     (machine, machines), in_files = machine_of(c), c.source.startswith(("hf:", "parquet:"))
     settings = {"source": c.source, "tokenizer": c.tokenizer, "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens}
     if c.tokens:
