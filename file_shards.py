@@ -300,41 +300,26 @@ def finish(c, made, urls, sizes):
     total |= {"duplicates": 0, "blank_documents": 0, "files_read": len(indices)}
     shards = {}
     for index in tqdm(indices, desc="putting together", unit=" files", mininterval=1.0):
-        rows, cut = facts[index]["rows"], index == indices[-1] and last is not None
-        if index not in dropped and not cut:
-            total["blank_documents"] += rows - sum(facts[index][split]["documents"] for split in SPLITS)
-            for split in SPLITS:
-                for unit, n in facts[index][split].items():
-                    total[f"{split}_{unit}"] += n
-            keep = None
-        else:
-            records, keep = in_row_order(c.out, index, dropped)
-            if cut:
-                inside = records["row"] <= last
-                total["duplicates"] += int((inside & ~keep).sum())
-                keep &= inside
-                rows = last + 1
-            else:
-                inside = np.ones(len(records), bool)
-                total["duplicates"] += int((~keep).sum())
-            total["blank_documents"] += rows - int(inside.sum())
-            for split, val in zip(SPLITS, (False, True)):
-                side = records[keep & (records["val"] == val)]
-                for unit, n in (("documents", len(side)), *((u, int(side[u].sum())) for u in ("tokens", "characters"))):
-                    total[f"{split}_{unit}"] += n
-        begin = {split: 0 for split in SPLITS}
-        for name, documents in facts[index]["shards"].items():
-            split, number = name.removesuffix(".bin").split("_")
-            source, target = os.path.join(folder_of(c.out, index), name), os.path.join(c.out, f"{split}_{index:05d}_{number}.bin")
-            mine = slice(begin[split], begin[split] + documents)
-            begin[split] += documents
-            if keep is None:
-                place(source, target, None, None, tok)
-            else:
-                side = records["val"] == (split == "val")
-                place(source, target, records["tokens"][side][mine], keep[side][mine], tok)
-            if os.path.isfile(target):
-                shards[os.path.basename(target)] = shard_facts(target)
+        records, keep = in_row_order(c.out, index, dropped)
+        cut = index == indices[-1] and last is not None
+        inside = records["row"] <= (last if cut else math.inf)
+        total["duplicates"] += int((inside & ~keep).sum())
+        total["blank_documents"] += (last + 1 if cut else facts[index]["rows"]) - int(inside.sum())
+        keep &= inside
+        for split, val in zip(SPLITS, (False, True)):
+            side, begin = records["val"] == val, 0
+            lengths, kept = records["tokens"][side], keep[side]
+            total[f"{split}_documents"] += int(kept.sum())
+            total[f"{split}_tokens"] += int(lengths[kept].sum())
+            total[f"{split}_characters"] += int(records["characters"][side][kept].sum())
+            for name, documents in facts[index]["shards"].items():
+                if name.startswith(split):
+                    number, mine = name.removesuffix(".bin").split("_")[1], slice(begin, begin + documents)
+                    target = os.path.join(c.out, f"{split}_{index:05d}_{number}.bin")
+                    place(os.path.join(folder_of(c.out, index), name), target, lengths[mine], kept[mine], tok)
+                    if kept[mine].any():
+                        shards[os.path.basename(target)] = shard_facts(target)
+                    begin += documents
     for path in glob.glob(os.path.join(glob.escape(c.out), "files", "*")):
         name = os.path.basename(path)
         if not name.isdigit() or int(name) > indices[-1]:      # behind the stop, or left by a process that was killed
@@ -343,15 +328,13 @@ def finish(c, made, urls, sizes):
 
 
 def place(source, target, lengths, keep, tok):
-    """Move a shard to its place, or write there what is kept of it: nothing, if that is nothing."""
-    if os.path.isfile(target) and not os.path.isfile(source):
-        return
+    """Move a shard to its place, or write there the documents of it that are kept: nothing, if there is none."""
     if not os.path.isfile(source):
-        if keep is not None and not keep.any():
-            return
-        forget(os.path.dirname(target), int(os.path.basename(target).split("_")[1]))
-        raise RunError(f"{os.path.basename(target)} is missing: the same command prepares its file again")
-    if keep is None or keep.all():
+        if keep.any() and not os.path.isfile(target):
+            forget(os.path.dirname(target), int(os.path.basename(target).split("_")[1]))
+            raise RunError(f"{target} is missing: the same command prepares its file again")
+        return        # done before an interruption
+    if keep.all():
         os.replace(source, target)
         return
     if keep.any():

@@ -8,6 +8,7 @@ under a preparation that goes on. $HF_ENDPOINT names another server than hugging
 """
 import glob
 import os
+import sys
 import time
 
 from configurator import RunError, UserError
@@ -40,7 +41,10 @@ class Patience:
         if self.failures > self.retries:
             raise RunError(f"{self.what}: the network failed {self.failures} times in a row ({reason}); whole files stay, the same "
                            "command goes on from them") from None
-        time.sleep(min(LONGEST_WAIT, 2.0 ** (self.failures - 1)))
+        seconds = min(LONGEST_WAIT, 2.0 ** (self.failures - 1))
+        print(f"{self.what}: {reason}; trying again in {seconds:.0f} s ({self.failures} of {self.retries})", file=sys.stderr,
+              flush=True)
+        time.sleep(seconds)
 
 
 def network_errors():
@@ -116,7 +120,7 @@ def tables(url, retries):
     """Yield the rows of one parquet file as pyarrow Tables (text, id) of at most ROWS rows, streamed, in order.
 
     huggingface_hub asks again for a range that breaks off (5 times, 23 seconds in all). When that was not enough, the file is
-    opened anew and read up to the row that is wanted next. Raises UserError (no parquet, no such column) and RunError.
+    opened anew and read up to the table that is wanted next. Raises UserError (no parquet, no such column) and RunError.
     """
     import datasets
     import pyarrow.dataset
@@ -133,17 +137,17 @@ def tables(url, retries):
             stream = datasets.load_dataset("parquet", data_files={"train": [url]}, split="train", streaming=True, columns=COLUMNS,
                                            batch_size=ROWS, fragment_scan_options=scan)
             check_columns(stream.features, url)
-            at = 0
-            for table in stream.with_format("arrow").iter(ROWS):
-                skip, at = max(0, done - at), at + len(table)
-                if at > done:
-                    done = at
+            for number, table in enumerate(stream.with_format("arrow").iter(ROWS)):
+                if number == done:
+                    done += 1
                     patience.worked()
-                    yield table.slice(skip)
+                    yield table
             return
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{url} is no intact parquet file: {str(error).splitlines()[0]}") from None
         except network_errors() as error:
+            if not url.startswith("hf://"):      # a disk's errors do not pass
+                raise
             patience.failed(error)
 
 

@@ -11,7 +11,7 @@ import train
 
 ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample"}
 LAYERS = ["configurator", "system", "tokenizer", "hf_tokenizer", "data", "hub_corpus", "file_shards", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
-          "encode", "families", "ir_data", "worker", "retriever", "hf_export", "bench_kernels", "bench_finetune", "bench_search", "entry"]   # low to high
+          "encode", "families", "ir_data", "worker", "retriever", "hf_export", "bench_data", "bench_kernels", "bench_finetune", "bench_search", "entry"]   # low to high
 
 
 def sources():
