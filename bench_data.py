@@ -8,7 +8,6 @@
 """
 import glob
 import importlib.resources
-import multiprocessing
 import os
 import shutil
 import time
@@ -48,7 +47,7 @@ class Bare:
 
     def __init__(self, tok, texts, processes, threads):
         self.threads, self.processes = threads, processes
-        self.pool = multiprocessing.get_context("forkserver").Pool(processes, Bare.hold, (tok, texts)) if processes > 1 else None
+        self.pool = file_shards.processes_of_their_own().Pool(processes, Bare.hold, (tok, texts)) if processes > 1 else None
         Bare.hold(tok, texts)
 
     @staticmethod

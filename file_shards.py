@@ -144,6 +144,13 @@ def forget(out, index):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # many files
+def processes_of_their_own():
+    """Children of a server that has the imports done and no threads: they start in milliseconds, and no lock is forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "file_shards"])
+    return context
+
+
 def in_a_process(connection, arguments):
     """prepare_file in a process of its own; when the one that started it is gone, the next report ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -202,8 +209,7 @@ def prepare_files(c, made, urls, sizes, order, goal, enough):
                 prepare_file(*start(index), report)
                 finished(index)
             return {index: facts[index] for index in prefix()[0]}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["datasets", "file_shards"])
+        context = processes_of_their_own()
         try:
             while prefix()[1] < goal and (todo or running):
                 while todo and len(running) < processes:

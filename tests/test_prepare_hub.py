@@ -170,6 +170,7 @@ def test_the_manifest_says_what_is_in_the_shards_and_where_they_come_from(whole)
     assert m["tokenizer_hash"] == tokenizer.load(whole).hash.hex() and m["settings"]["source"] == SOURCE
     assert [path for path, _ in m["files"]] == [f"sample/10BT/{k:03d}_00000.parquet" for k in range(3)]
     assert set(m["shards"]) == set(found) and len(found) > 8
+    assert all(set(os.listdir(whole / "files" / f"{k:05d}")) == {"documents.bin", "facts.json"} for k in range(3))      # no token twice on disk
     for name, raw in found.items():
         body = np.frombuffer(raw[data.HEADER_BYTES:], np.uint16)
         assert m["shards"][name] == {"documents": int((body == tokenizer.load(whole).eos_id).sum()), "tokens": len(body), "crc32": f"{zlib.crc32(body):08x}"}
