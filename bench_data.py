@@ -10,6 +10,8 @@ import glob
 import importlib.resources
 import os
 import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 import file_shards
 import hub_corpus
 import tokenizer as tokenizers
+from configurator import RunError
 
 CHARACTERS = 4500      # of a document made from the speeches: about FineWeb-Edu's thousand tokens
 
@@ -67,13 +70,32 @@ class Bare:
             Bare.encode(0, 1, self.threads)
 
 
-def ours(tok, paths, folder):
-    out = os.path.join(folder, "ours")
-    shutil.rmtree(out, ignore_errors=True)
-    os.makedirs(out)
-    tokenizers.save(tok, out)
+class Ours:
+    """file_shards.finish in a process of its own, which has little to import: its workers import what their parent did."""
+
+    def __init__(self, tok, paths, folder):
+        self.out = os.path.join(folder, "ours")
+        tokenizers.save(tok, folder)
+        words = [sys.executable, "-c", "import sys, bench_data; bench_data.ours(*sys.argv[1:])", folder, self.out, *paths]
+        self.process = subprocess.Popen(words, cwd=os.path.dirname(os.path.abspath(__file__)), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def __call__(self):
+        print(file=self.process.stdin, flush=True)
+        if self.process.stdout.readline() != "done\n":
+            raise RunError(f"the preparation ended with exit code {self.process.wait()}")
+
+
+def ours(folder, out, *paths):
+    """Each line on stdin asks for one preparation from nothing and is answered when it is done."""
+    tok = tokenizers.load(folder)
     c = SimpleNamespace(out=out, val_fraction=0.0005, shard_tokens=100_000_000, tokens=0.0, processes=0, threads=0, retries=0)
-    return file_shards.finish(c, {}, paths, [os.path.getsize(path) for path in paths])
+    for _ in sys.stdin:
+        shutil.rmtree(out, ignore_errors=True)
+        os.makedirs(out)
+        tokenizers.save(tok, out)
+        file_shards.finish(c, {}, paths, [os.path.getsize(path) for path in paths])
+        print("done", flush=True)
 
 
 def nanogpt(tok, paths, folder):
@@ -106,18 +128,19 @@ def measure(c, folder):
         source = os.path.join(folder, "parquet")
         os.makedirs(source)
         make_parquet(source, c.copies)
-    _, listed = hub_corpus.listing(f"parquet:{source}", "", 0)
-    paths = [os.path.join(source, path) for path, _ in listed]
+    paths = [os.path.join(source, path) for path, _ in hub_corpus.listing(f"parquet:{source}", "", 0)["files"]]
     texts = list(hub_corpus.texts(paths, 0))
     tok = tokenizers.get(c.tokenizer, texts=texts)
     everybody = {"tiktoken": Bare(tok, texts, 1, cores()), "processes": Bare(tok, texts, cores(), 1) if cores() > 1 else None,
-                 "ours": lambda: ours(tok, paths, folder), "nanogpt": lambda: nanogpt(tok, paths, folder)}
+                 "ours": Ours(tok, paths, folder), "nanogpt": lambda: nanogpt(tok, paths, folder)}
     seconds = {name: [] for name, call in everybody.items() if call}
     for _ in tqdm(range(c.rounds + 1), desc="rounds"):
         for name in seconds:
             began = time.perf_counter()
             everybody[name]()
             seconds[name].append(time.perf_counter() - began)
+    everybody["ours"].process.stdin.close()
+    everybody["ours"].process.wait()
     tokens = sum(int(np.fromfile(path, file_shards.DOCUMENT)["tokens"].sum())
                  for path in glob.glob(os.path.join(folder, "ours", "files", "*", "documents.bin")))
     return tokens, {name: values[1:] for name, values in seconds.items()}

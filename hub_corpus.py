@@ -72,16 +72,16 @@ def split_source(source):
 
 
 def listing(source, revision, retries):
-    """The files of a source in a fixed order, and the commit they are pinned to ("" for a folder).
+    """The files of a source in a fixed order, and the commit they are pinned to ("" for a folder), as a manifest has them.
 
-    -> commit, [[path, bytes], ...]. Raises UserError: no such folder, data set, revision or configuration.
+    -> {"commit", "files": [[path, bytes], ...]}. Raises UserError: no such folder, data set, revision or configuration.
     """
     if source.startswith("parquet:"):
         folder = source.removeprefix("parquet:")
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
         if not paths:
             raise UserError(f"no .parquet file below '{folder}' (--source={source})")
-        return "", [[os.path.relpath(path, folder), os.path.getsize(path)] for path in paths]
+        return {"commit": "", "files": [[os.path.relpath(path, folder), os.path.getsize(path)] for path in paths]}
     repository, config = split_source(source)
     return retried(lambda: hub_listing(repository, config, revision), f"{repository} at {revision}", retries)
 
@@ -106,7 +106,7 @@ def hub_listing(repository, config, revision):
     for i in range(0, len(paths), 500):
         found = api.get_paths_info(repository, paths[i:i + 500], revision=commit, repo_type="dataset")
         size |= {file.path: file.size for file in found}
-    return commit, [[path, size[path]] for path in paths]
+    return {"commit": commit, "files": [[path, size[path]] for path in paths]}
 
 
 def address(source, commit, path):

@@ -239,8 +239,8 @@ def tokenizer_in(c, texts):
     return tok
 
 
-def prepare(c):
-    """Write c.out/{train,val}_*.bin, tokenizer.{tiktoken,json} and manifest.json. Raises UserError."""
+def settings_of(c):
+    """What must not change while a corpus is made, checked. Raises UserError."""
     if not 0.0 <= c.val_fraction < 1.0:
         raise UserError(f"val_fraction={c.val_fraction}: expected a share of the documents, 0 <= val_fraction < 1")
     if not 0.0 <= c.tokens < 1e18:
@@ -248,52 +248,58 @@ def prepare(c):
     for name in ("threads", "processes", "retries"):
         if getattr(c, name) < 0:
             raise UserError(f"{name}={getattr(c, name)}: expected 0 or more")
-    (machine, machines), in_files = machine_of(c), c.source.startswith(("hf:", "parquet:"))
     settings = {"source": c.source, "tokenizer": c.tokenizer, "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens}
-    if c.tokens:
-        settings["tokens"] = int(c.tokens)
-    if in_files:
-        settings |= {"revision": c.revision} if c.source.startswith("hf:") else {}
-    else:
-        if machines or c.processes:
-            raise UserError("--shard and --processes share out the files of a source that is hf:ORG/NAME:CONFIG or parquet:FOLDER")
-        files = files_of(c.source)
-        settings |= {"files": len(files), "bytes": sum(map(os.path.getsize, files))}
-    manifest = begun(c, settings)
-    missing = [name for name in (manifest or {}).get("shards", ()) if not os.path.isfile(os.path.join(c.out, name))]
-    if manifest and manifest["complete"] and not missing:
+    settings |= {"tokens": int(c.tokens)} if c.tokens else {}
+    if c.source.startswith("hf:"):
+        return settings | {"revision": c.revision}
+    if c.source.startswith("parquet:"):
+        return settings
+    if c.shard or c.processes:
+        raise UserError("--shard and --processes share out the files of a source that is hf:ORG/NAME:CONFIG or parquet:FOLDER")
+    files = files_of(c.source)
+    return settings | {"files": len(files), "bytes": sum(map(os.path.getsize, files))}
+
+
+def prepare(c):
+    """Write c.out/{train,val}_*.bin, tokenizer.{tiktoken,json} and manifest.json. Raises UserError and RunError."""
+    settings, (machine, machines) = settings_of(c), machine_of(c)
+    manifest = begun(c, settings) or {"shards": (), "complete": False}
+    missing = [name for name in manifest.get("shards", ()) if not os.path.isfile(os.path.join(c.out, name))]
+    if manifest["complete"] and not missing:
         print(f"{c.out} is complete: {manifest['train_tokens']:,} training and {manifest['val_tokens']:,} validation "
               "tokens; nothing to do")
         return
-    facts = {"settings": settings, "complete": False}
-    if in_files:
-        commit, listed = (manifest["commit"], manifest["files"]) if manifest and c.source.startswith("hf:") else \
-            hub_corpus.listing(c.source, c.revision, c.retries)
-        if manifest and manifest["files"] != listed:
-            raise UserError(f"the files of {c.source} are not those that {c.out} was begun with: choose another --out")
-        facts |= {"commit": commit, "files": listed}
-    os.makedirs(c.out, exist_ok=True)
-    write_json(os.path.join(c.out, "manifest.json"), facts)
-    if not in_files:
-        tok = tokenizer_in(c, documents(files))
-        done = tokenize(c, files, tok)
-    else:
+    facts, path = {"settings": settings, "complete": False}, os.path.join(c.out, "manifest.json")
+    if c.source.startswith(("hf:", "parquet:")):
+        listed = {k: manifest[k] for k in ("commit", "files") if k in manifest}
+        if not listed or c.source.startswith("parquet:"):
+            now = hub_corpus.listing(c.source, c.revision, c.retries)
+            if listed not in ({}, now):
+                raise UserError(f"the files of {c.source} are not those that {c.out} was begun with: choose another --out")
+            listed = now
+        os.makedirs(c.out, exist_ok=True)
+        write_json(path, facts := facts | listed)
         for name in missing:     # deleted because it was damaged: its file is prepared again
             file_shards.forget(c.out, int(name.split("_")[1]))
-        urls = [hub_corpus.address(c.source, commit, path) for path, _ in listed]
+        sizes = [size for _, size in listed["files"]]
+        urls = [hub_corpus.address(c.source, listed["commit"], name) for name, _ in listed["files"]]
         tok = tokenizer_in(c, hub_corpus.texts(urls, c.retries))
-        made = {"source": c.source, "commit": commit, "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens,
+        made = {"source": c.source, "commit": listed["commit"], "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens,
                 "tokenizer_hash": tok.hash.hex()}
-        sizes = [size for _, size in listed]
         if machines:
             goal, order = c.tokens / machines or math.inf, range(machine, len(urls), machines)
             found = file_shards.prepare_files(c, made, urls, sizes, order, goal, c.tokens or math.inf)
-            print(f"shard {c.shard}: {len(found)} of {len(urls)} files are whole. When all {machines} shards are, the same command "
-                  "without --shard puts the corpus together")
+            print(f"shard {c.shard}: {len(found)} of {len(urls)} files are whole. When all {machines} shards say so, the same "
+                  "command without --shard puts the corpus together")
             return
         done = file_shards.finish(c, made, urls, sizes)
-    facts |= {"complete": True, "tokenizer_hash": tok.hash.hex()} | done
-    write_json(os.path.join(c.out, "manifest.json"), facts)
+    else:
+        os.makedirs(c.out, exist_ok=True)
+        write_json(path, facts)
+        files = files_of(c.source)
+        tok = tokenizer_in(c, documents(files))
+        done = tokenize(c, files, tok)
+    write_json(path, facts | {"complete": True, "tokenizer_hash": tok.hash.hex()} | done)
     print(f"{c.out}: {done['train_tokens']:,} training tokens in {done['train_documents']:,} documents, "
           f"{done['val_tokens']:,} validation tokens in {done['val_documents']:,}; {len(done['shards'])} shards")
     if done["train_tokens"] < c.tokens:
