@@ -303,6 +303,12 @@ def test_a_shard_that_was_deleted_comes_back_and_a_whole_corpus_is_left_alone(on
     with pytest.raises(UserError):
         prepare(tmp_path / "x", tokens=7e3)
     assert prepare(tmp_path / "x") == before
+    m = manifest(tmp_path / "x")       # deleted, and then killed before it came back
+    (tmp_path / "x" / "manifest.json").write_text(json.dumps({k: m[k] for k in ("settings", "commit", "files")} | {"complete": False}))
+    os.remove(tmp_path / "x" / "val_00002_000.bin")
+    with pytest.raises(RunError, match="val_00002_000.bin is missing: the same command"):
+        prepare(tmp_path / "x")
+    assert prepare(tmp_path / "x") == before and manifest(tmp_path / "x") == m
 
 
 def test_a_vocabulary_beyond_65536_gets_uint32_and_loses_the_same_duplicates(online, whole, tmp_path, monkeypatch):
@@ -342,11 +348,11 @@ def test_an_outage_in_the_middle_of_a_file_loses_no_row_and_gives_none_twice(onl
     assert len(out) == 16 and seen == list(map(str, range(24 * 1024)))
 
 
-def test_a_row_group_that_was_read_is_let_go(tmp_path):
-    """64 MiB read as a stream: what is in memory must not grow with what was read."""
-    write_large(str(tmp_path / "a.parquet"), 64 * 1024)
+def test_a_row_group_that_was_read_is_let_go(online, hub):
+    """64 MiB from the hub: what is in memory must not grow with what was read."""
+    write_large(os.path.join(hub.folder, "org", "large", "b.parquet"), 64 * 1024)
     resident = []
-    for _ in hub_corpus.tables(str(tmp_path / "a.parquet"), 0):
+    for _ in hub_corpus.tables(hub_corpus.address("hf:org/large", COMMIT, "b.parquet"), 0):
         with open("/proc/self/statm") as f:
             resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20)
     assert len(resident) == 64 and resident[-1] - resident[15] < 20, resident     # MiB; 48 were read in between
