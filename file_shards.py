@@ -147,7 +147,7 @@ def forget(out, index):
 def processes_of_their_own():
     """Children of a server that has the imports done and no threads: they start in milliseconds, and no lock is forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datasets", "file_shards"])
+    context.set_forkserver_preload(["huggingface_hub", "pyarrow.parquet", "file_shards"])
     return context
 
 

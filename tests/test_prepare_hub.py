@@ -188,7 +188,7 @@ def test_dropped_connections_and_503s_are_survived_with_the_same_bytes(online, w
             return struck[-1]
     online.faults = every_second
     assert prepare(tmp_path / "x") == shards(whole)
-    assert {"drop", "503"} == set(struck) and len(struck) > 5
+    assert {"drop", "503"} == set(struck) and len(struck) >= 3
 
 
 def test_beyond_the_limit_it_stops_cleanly_and_the_same_command_goes_on_behind_the_whole_files(online, whole, tmp_path):
@@ -348,13 +348,15 @@ def test_an_outage_in_the_middle_of_a_file_loses_no_row_and_gives_none_twice(onl
     assert len(out) == 16 and seen == list(map(str, range(24 * 1024)))
 
 
-def test_a_row_group_that_was_read_is_let_go(online, hub):
-    """64 MiB from the hub: what is in memory must not grow with what was read."""
+def test_what_was_read_is_let_go_and_no_more_is_read_than_is_asked_for(online, hub):
+    """64 MiB from the hub, taken slowly: neither what is in memory nor what the server has sent runs ahead."""
     write_large(os.path.join(hub.folder, "org", "large", "b.parquet"), 64 * 1024)
-    resident = []
-    for _ in hub_corpus.tables(hub_corpus.address("hf:org/large", COMMIT, "b.parquet"), 0):
+    resident, before = [], hub.served
+    for k, _ in enumerate(hub_corpus.tables(hub_corpus.address("hf:org/large", COMMIT, "b.parquet"), 0)):
+        threading.Event().wait(0.02)
         with open("/proc/self/statm") as f:
             resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20)
+        assert (hub.served - before >> 20) - k < 24
     assert len(resident) == 64 and resident[-1] - resident[15] < 20, resident     # MiB; 48 were read in between
 
 
