@@ -122,7 +122,7 @@ def opened(url):
     if not url.startswith("hf://"):
         return open(url, "rb")
     from huggingface_hub import HfFileSystem
-    return HfFileSystem().open(url, "rb")
+    return HfFileSystem().open(url, "rb", cache_type="blockcache", cache_options={"maxblocks": 4})     # of 5 MiB
 
 
 def tables(url, retries):
