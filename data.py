@@ -9,7 +9,6 @@ of 12 to 2,048 tokens: each row is cut once into two sequences that do not see e
 import glob
 import json
 import os
-import queue
 import threading
 import zlib
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from configurator import RunError, UserError
 from draws import CUT, hashed, permute
 from objectives import OBJECTIVES, capacity, kind_and_rate
+from system import ahead
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shards: 256 int32 of header, then the tokens as uint16 or uint32
@@ -46,13 +46,13 @@ class ShardWriter:
         self.file = open(self.temporary, "wb")
         self.file.write(bytes(HEADER_BYTES))
 
-    def write(self, ids):
-        """Append one document's ids, eos included."""
+    def write(self, ids, documents=1):
+        """Append the ids of a document, or of several end to end, each closed by eos."""
         body = np.asarray(ids, self.dtype).tobytes()
         self.file.write(body)
         self.header["tokens_crc32"] = zlib.crc32(body, int(self.header["tokens_crc32"]))
         self.header["tokens"] += len(ids)
-        self.header["documents"] += 1
+        self.header["documents"] += documents
 
     def close(self):
         self.header["header_crc32"] = zlib.crc32(self.header.tobytes()[:-4])
@@ -272,32 +272,4 @@ class EvalSettings:
 
 def prefetch(make, first, last, depth=2):
     """Yield make(first), ..., make(last - 1), computed ahead in a background thread so that no step waits for data."""
-    ready, stop = queue.Queue(depth), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def work():
-        try:
-            for step in range(first, last):
-                put((make(step), None))
-                if stop.is_set():
-                    return
-        except BaseException as error:   # handed to the training thread, which raises it
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    yield from ahead((make(step) for step in range(first, last)), depth)

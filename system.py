@@ -4,11 +4,14 @@ import ctypes
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
+import queue
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 from dataclasses import dataclass
 
@@ -25,12 +28,21 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, 
 
 def write_whole(path, content):
     """Write bytes so that `path` holds the old or the new content whole, whatever happens meanwhile."""
-    temporary = path + ".tmp"
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"     # several machines may write the same
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=1).encode())
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
 def hashed(text):
@@ -65,6 +77,42 @@ def decode(raw, where):
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from None
+
+
+def ahead(items, depth):
+    """The same items, drawn in a background thread; at most `depth` wait, so memory stays flat whichever side is slower."""
+    ready, stop, end = queue.Queue(depth), threading.Event(), object()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((end, None))
+        except BaseException as error:   # handed to the consumer's thread, which raises it
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join(10.0)     # a thread that waits for a network may take its time: it dies with the process
 
 
 def pick_device(name):

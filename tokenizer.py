@@ -16,6 +16,7 @@ import json
 import os
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,23 @@ class Tokenizer:
         texts = [self.normalized(text) for text in texts] if self.normalization else texts
         return [self.without_dropped(text, ids)
                 for text, ids in zip(texts, self.encoding.encode_ordinary_batch(texts, num_threads=threads))]
+
+    def encode_to_arrays(self, texts, threads):
+        """The ids of encode_batch as uint32 arrays [n]: what a corpus is written from, without a Python int for each id."""
+        if threads == 1:
+            return [self.encode_to_array(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode_to_array, texts))
+
+    def encode_to_array(self, text):
+        text = self.normalized(text)
+        try:
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())    # nothing is allowed: ordinary ids only
+        except UnicodeEncodeError:                                               # a lone surrogate, as encode() takes it
+            ids = np.array(self.encoding.encode_ordinary(text), np.uint32)
+        if self.encoding.max_token_value < self.vocab_size or not len(ids) or ids.max() < self.vocab_size:
+            return ids
+        return np.array(self.without_dropped(text, ids.tolist()), np.uint32)
 
     @functools.cached_property
     def token_bytes(self):
