@@ -42,9 +42,10 @@ class ModelConfig:
 SIZES = {   # n_layer, n_head, n_kv_head, n_embd, n_ffn
     "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),           # tests
     "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),          # minutes on two CPU cores
-    "demo-210m": dict(n_layer=2, n_head=3, n_kv_head=3, n_embd=192, n_ffn=576),     # demo's neighbours in the paper's proportions
-    "demo-1b": dict(n_layer=6, n_head=5, n_kv_head=5, n_embd=320, n_ffn=960),
+    "micro": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384),         # a study on a CPU: study.py's scales
+    "mini": dict(n_layer=2, n_head=3, n_kv_head=3, n_embd=192, n_ffn=576),
     "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),        # nanoGPT's baby size
+    "mid": dict(n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_ffn=1408),
     "135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536, rope_theta=1e5),   # SmolLM2-135M's, which is tied
     "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),      # the paper's three
     "610m": dict(n_layer=26, n_head=18, n_kv_head=6, n_embd=1152, n_ffn=4096),

@@ -40,23 +40,30 @@ PAPER_STEPS = 42_000                    # a scale's `steps` are what these becom
 # what the paper counts as its cost (section 2), without saying of what it is made
 PAPER_SAYS = {"A": "630k", "B": "120k for B to E", "F": "26k a start"}
 
-# What a scale changes. sizes: the models that stand for the paper's; train, tune: settings of train.py, and of finetune.py and
-# eval_ir.py on top of their config; tasks: what each checkpoint is scored by, all or demo, and those in `local` that tasks_dir has.
+# What a scale changes. sizes: the models that stand for the paper's, a third and twice as large as each other; train: settings of
+# train.py; tune: those of each fine-tuning script, behind its config file; tasks: what every checkpoint is scored by, all or demo,
+# and those in `local` that tasks_dir has.
+LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
+SMALL = dict(block_size=256, dtype="float32", learning_rate=1e-3, eval_rows=32, log_interval=50)
+LOCAL = "sst2,uner_en_ewt,squad,squad_retrieval"
 SCALES = {
-    "paper": dict(steps=42_000, sizes={}, train={}, tune=dict(lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4), seeds=(0, 1, 2, 3, 4)),
-                  configs={"finetune.py": "config/finetune_paper.py", "eval_ir.py": "config/retrieval_paper.py"},
-                  tasks="all", local=""),
-    "cpu": dict(steps=420, sizes={"210m": "demo-210m", "610m": "demo", "1b": "demo-1b"},
-                train=dict(block_size=256, batch_rows=8, micro_rows=8, learning_rate=1e-3, eval_rows=32, eval_interval=40,
-                           save_interval=100, log_interval=20),
-                tune=dict(steps=40, batch=16, lrs=(3e-4, 1e-3, 3e-3), seeds=(0,)), configs={},
-                tasks="demo", local="sst2,uner_en_ewt,squad,squad_retrieval"),
+    "paper": dict(steps=42_000, sizes={}, train={}, tasks="all", local="", tune={
+        "finetune.py": ("config/finetune_paper.py", dict(lrs=LRS, seeds=(0, 1, 2, 3, 4))),
+        "eval_ir.py": ("config/retrieval_paper.py", dict(lrs=LRS, seeds=(0, 1, 2, 3, 4)))}),
+    "gpu": dict(steps=1050, sizes={"210m": "demo", "610m": "small", "1b": "mid"}, tasks="demo", local=LOCAL,
+                train=SMALL | dict(dtype="auto", batch_rows=32, micro_rows=32, eval_interval=105, save_interval=350), tune={
+        "finetune.py": ("", dict(steps=150, batch=16, lrs=(2e-4, 5e-4, 1e-3), seeds=(0,))),
+        "eval_ir.py": ("", dict(steps=80, batch=16, lrs=(2e-4, 5e-4, 1e-3), seeds=(0,)))}),
+    "cpu": dict(steps=1050, sizes={"210m": "micro", "610m": "mini", "1b": "demo"}, tasks="demo", local=LOCAL,
+                train=SMALL | dict(batch_rows=8, micro_rows=8, eval_interval=105, save_interval=350), tune={
+        "finetune.py": ("", dict(steps=100, batch=16, lrs=(5e-4, 1.5e-3, 5e-3), seeds=(0,), dtype="float32")),
+        "eval_ir.py": ("", dict(steps=60, batch=16, lrs=(5e-4, 1.5e-3, 5e-3), seeds=(0,), dtype="float32", max_length=128))}),
+    # nothing to learn from it, but that everything runs
+    "smoke": dict(steps=42, sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"}, tasks="demo", local="",
+                  train=SMALL | dict(block_size=64, batch_rows=8, micro_rows=8, eval_rows=16, eval_interval=100, save_interval=2), tune={
+        "finetune.py": ("", dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,))),
+        "eval_ir.py": ("", dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,)))}),
 }
-SCALES["gpu"] = SCALES["cpu"]
-SCALES["smoke"] = dict(     # nothing to learn from it, but that everything runs
-    steps=42, sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"},
-    train=dict(block_size=64, batch_rows=8, micro_rows=8, learning_rate=3e-3, eval_rows=16, eval_interval=100, save_interval=2),
-    tune=dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,)), configs={}, tasks="demo", local="")
 
 
 @dataclass
@@ -274,13 +281,14 @@ def grids(c):
 
 def tune_words(c, script, names, ckpt):
     """finetune.py or eval_ir.py and its settings for a checkpoint."""
-    values = SCALES[c.scale]["tune"] | {"ckpt": ckpt, "tasks": ",".join(names), "device": c.device, "data_dir": c.tasks_dir}
-    return [script, *filter(None, [SCALES[c.scale]["configs"].get(script)]), *(flag(k, v) for k, v in values.items() if v != "")]
+    config, values = SCALES[c.scale]["tune"][script]
+    values = values | {"ckpt": ckpt, "tasks": ",".join(names), "device": c.device, "data_dir": c.tasks_dir}
+    return [script, *filter(None, [config]), *(flag(k, v) for k, v in values.items() if v != "")]
 
 
-def has_rows(c, names, ckpt):
+def has_rows(c, script, names, ckpt):
     """Has every trial of these tasks its row?"""
-    tune = SCALES[c.scale]["tune"]
+    tune = SCALES[c.scale]["tune"][script][1]
     return all(os.path.isfile(trials.path_of(ckpt, {"task": task, "lr": lr, "seed": seed}))
                for task in names for lr in tune["lrs"] for seed in tune["seeds"])
 
@@ -296,7 +304,7 @@ def all_jobs(c, runs, names):
     for name in names if c.evaluate else ():
         ckpt = ckpt_of(c, runs, name)
         for script, its in grids(c):
-            found.append(jobs.Job(f"{name}.{script[:-3]}", tune_words(c, script, its, ckpt), partial(has_rows, c, its, ckpt),
+            found.append(jobs.Job(f"{name}.{script[:-3]}", tune_words(c, script, its, ckpt), partial(has_rows, c, script, its, ckpt),
                                   [os.path.basename(os.path.dirname(ckpt))], len(its), script[:-3], partial(there, name, ckpt)))
     return found
 
