@@ -13,8 +13,10 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 from tqdm import tqdm
 
+import system
 from configurator import RunError, UserError
 
 
@@ -43,6 +45,13 @@ def hold(folder):
     return file
 
 
+def environments(device, n):
+    """What each of n processes sees of this machine: a GPU, which they may share, or some of the cores. n = 0: one of each."""
+    gpus, cores = torch.cuda.device_count() if system.pick_device(device) == "cuda" else 0, os.cpu_count()
+    n = n or gpus or cores
+    return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // n))} for i in range(n)]
+
+
 def die_with_parent():
     """In a new process: be killed when the one that started it is (Linux; elsewhere the lock keeps others out until it ends)."""
     if sys.platform == "linux":
@@ -65,7 +74,8 @@ def work(jobs, folder, lock, environments):
     names, running, free, failed = {job.name for job in todo}, {}, list(range(len(environments))), None
     spent = {}      # {kind: (cost, seconds)} of what has ended
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="job", smoothing=0,
+    often = 1.0 if sys.stderr.isatty() else 60.0       # a log wants fewer lines than a terminal
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), mininterval=often, miniters=0,
               bar_format="{n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}") as bar:
         try:
             while running or (todo and failed is None):
@@ -95,7 +105,7 @@ def work(jobs, folder, lock, environments):
                         stop(running)
                 if not ended:
                     time.sleep(0.2)
-                    bar.refresh()
+                    bar.update(0)
         except BaseException:
             stop(running)
             raise

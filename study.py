@@ -58,9 +58,9 @@ SCALES = {
                 train=SMALL | dict(batch_rows=8, micro_rows=8, eval_interval=105, save_interval=350), tune={
         "finetune.py": ("", dict(steps=100, batch=16, lrs=(5e-4, 1.5e-3, 5e-3), seeds=(0,), dtype="float32")),
         "eval_ir.py": ("", dict(steps=60, batch=16, lrs=(5e-4, 1.5e-3, 5e-3), seeds=(0,), dtype="float32", max_length=128))}),
-    # nothing to learn from it, but that everything runs
+    # nothing to learn from this one, but that everything runs
     "smoke": dict(steps=42, sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"}, tasks="demo", local="",
-                  train=SMALL | dict(block_size=64, batch_rows=8, micro_rows=8, eval_rows=16, eval_interval=100, save_interval=2), tune={
+                  train=SMALL | dict(block_size=64, batch_rows=8, micro_rows=8, eval_interval=99, save_interval=2), tune={
         "finetune.py": ("", dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,))),
         "eval_ir.py": ("", dict(steps=6, batch=8, lrs=(1e-3,), seeds=(0,)))}),
 }
@@ -304,8 +304,9 @@ def all_jobs(c, runs, names):
     for name in names if c.evaluate else ():
         ckpt = ckpt_of(c, runs, name)
         for script, its in grids(c):
-            found.append(jobs.Job(f"{name}.{script[:-3]}", tune_words(c, script, its, ckpt), partial(has_rows, c, script, its, ckpt),
-                                  [os.path.basename(os.path.dirname(ckpt))], len(its), script[:-3], partial(there, name, ckpt)))
+            kind, is_done = script.removesuffix(".py"), partial(has_rows, c, script, its, ckpt)
+            found.append(jobs.Job(f"{name}.{kind}", tune_words(c, script, its, ckpt), is_done,
+                                  [os.path.basename(os.path.dirname(ckpt))], len(its), kind, partial(there, name, ckpt)))
     return found
 
 
@@ -315,14 +316,6 @@ def there(name, path):
         begun = os.path.dirname(path)
         raise UserError(f"{name} begins from {path}, which is not there: put it back"
                         + f", or delete {begun} to train it again" * bool(checkpoint.all_of(begun)))
-
-
-def environments(c):
-    """What each of the processes at a time sees of this machine: a GPU, or some of the cores."""
-    device, cores = system.pick_device(c.device), os.cpu_count()
-    gpus = torch.cuda.device_count() if device == "cuda" else 0
-    n = c.jobs or gpus or cores
-    return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // n))} for i in range(n)]
 
 
 def settle(c, runs, names):
@@ -353,7 +346,7 @@ def run_here(c, names):
     for job in todo:
         if job.name not in done and set(job.after) <= done:
             job.check()      # before an hour of other work, not after it
-    jobs.work(todo, c.out_dir, lock, environments(c))
+    jobs.work(todo, c.out_dir, lock, jobs.environments(c.device, c.jobs))
     print(f"{len(names)} checkpoints in {c.out_dir}; the tables and figures: python report.py {c.out_dir} --to={c.out_dir}/report")
 
 
