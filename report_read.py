@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +100,15 @@ def read_curve(folder, notes):
     return {"train": train, "validation": validation}
 
 
+def validation_at(run, checkpoint):
+    """The losses of the validation at a checkpoint step_NNNNNNN of a run: {"mlm", "clm"} in nats, {} if there was none."""
+    log, step = os.path.join(run, "log.jsonl"), re.fullmatch(r"step_(\d+)", checkpoint)
+    for row in read_lines(log)[0] if step and os.path.isfile(log) else ():
+        if row["step"] == int(step[1]) and "val_mlm_loss" in row:
+            return {"mlm": row["val_mlm_loss"], "clm": row["val_clm_loss"]}
+    return {}
+
+
 def thinned(curve, points=200):
     """A training curve of at most so many points, each the mean of those it stands for within its phase."""
     size, out = max(1, math.ceil(len(curve["train"]) / points)), []
@@ -145,7 +155,7 @@ def compact(row):
 
 @dataclass
 class Study:
-    """Rows of one plan at one scale. models: {name: {"step", "totals", "per_step": tokens of a step, "curve"}}"""
+    """Rows of one plan at one scale. models: {name: {"totals", "per_step": tokens of a step, "validation": losses, "curve"}}"""
     plan: str = ""
     scale: dict = field(default_factory=dict)
     code: str = ""
@@ -192,6 +202,7 @@ def read_study(folder):
             settings = said.get("settings", {})
             facts = {"totals": said.get("totals"), "per_step": settings.get("batch_rows", 0) * settings.get("block_size", 0)}
         run = os.path.dirname(os.path.normpath(place))
+        facts["validation"] = validation_at(run, os.path.basename(os.path.normpath(place)))
         if recipe.start and not recipe.step and os.path.isfile(os.path.join(run, "log.jsonl")):      # Figure 12 is of these
             facts["curve"] = thinned(read_curve(run, study.notes))
         study.models[name] = facts

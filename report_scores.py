@@ -121,6 +121,11 @@ class Ours:
             self.seeds[name].add(seed)
         self.names = sorted(self.seeds, key=order_of)
 
+    def losses(self, name, objective):
+        """A model's validation losses, one a pretraining seed that has one, in nats."""
+        facts = [facts.get("validation") or {} for full, facts in self.study.models.items() if one_seed(full)[0] == name]
+        return [f[objective] for f in facts if objective in f]
+
     def common(self, names, family):
         """The family's columns that every one of the models has that have any of them."""
         have = [{c for c in self.columns.get(family, ()) if self.score(name, [c], "paper")} for name in names]

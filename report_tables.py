@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from scipy import stats
 
-from report_scores import DATASETS, IN_WORDS, column_of, one_seed, sections, select, task_of
+from report_scores import DATASETS, IN_WORDS, column_of, interval, one_seed, sections, select, task_of
 
 RULES = ("paper", "standard")
 SECTIONS = {    # heading, number of the paper's first table, its figures
@@ -39,7 +39,7 @@ def in_words(found, lrs):
     if found is None:
         return "no trial succeeded"
     edge = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
-    chosen = ", ".join(f"{lr:.0e}{f' x {k}' if k > 1 else ''}{'†' if lr in edge else ''}"
+    chosen = ", ".join(f"{lr_in_words(lr)}{f' x {k}' if k > 1 else ''}{'†' if lr in edge else ''}"
                        for lr, k in sorted(Counter(found["lrs"]).items()))
     interval = "" if math.isnan(found["half_width"]) else f" ± {100 * found['half_width']:.2f}"
     return f"{100 * found['mean']:.2f}{interval} ({chosen})"
@@ -160,14 +160,27 @@ def deviation(paper):
                for n in paper.names for f in paper.columns if paper.published(n, f) is not None)
 
 
+def lr_in_words(lr):
+    """5e-04, or 1.5e-03 where one digit does not say it."""
+    return f"{lr:.0e}" if float(f"{lr:.0e}") == lr else f"{lr:.1e}" if float(f"{lr:.1e}") == lr else f"{lr:g}"
+
+
 def models_table(ours):
     """What each model was trained for, the mean of its pretraining seeds, counted from the first ancestor's first step."""
     lines = []
     for name in ours.names:
         x = {axis: ours.x(name, axis) for axis in ("steps", "tokens", "targets", "flops", "seconds")}
         lines.append([name, ", ".join(map(str, sorted(ours.seeds[name]))),
-                      *("–" if x[k] is None else f"{x[k]:.3g}" if k == "flops" else f"{x[k]:,.0f}" for k in x)])
-    return markdown(["model", "pretraining seeds", "steps", "tokens", "supervised tokens", "FLOPs", "seconds"], lines)
+                      *("–" if x[k] is None else f"{x[k]:.3g}" if k == "flops" else f"{x[k]:,.0f}" for k in x),
+                      *(loss_in_words(ours.losses(name, objective)) for objective in ("mlm", "clm"))])
+    return markdown(["model", "pretraining seeds", "steps", "tokens", "supervised tokens", "FLOPs", "seconds",
+                     "validation MLM loss", "validation CLM loss"], lines)
+
+
+def loss_in_words(values):
+    """Mean and t interval of validation losses by pretraining seed."""
+    half = interval(values, "standard") if len(values) > 1 else math.nan
+    return f"{sum(values) / len(values):.3f}" + f" ± {half:.3f}" * (half == half) if values else "–"
 
 
 def lr_table(ours):
@@ -192,7 +205,7 @@ def lr_table(ours):
             lines.append(f"**{family}**: no task is common to all models that have any.\n")
         if table:
             lines.append(f"**{family}** ({', '.join(columns)})\n\n" + markdown(
-                ["model", *(f"{lr:.0e}" for lr in lrs), "best - worst", "standard deviation", "failed"], table))
+                ["model", *map(lr_in_words, lrs), "best - worst", "standard deviation", "failed"], table))
     return "\n".join(lines)
 
 
@@ -243,23 +256,22 @@ def warnings(study, ours):
         ("Fewer fine-tuning seeds than others", fewer), ("Fewer pretraining seeds than others in the same tables", singles),
         ("Best learning rate at an edge of the grid, where a better one may lie outside", edges),
         ("Not above an untrained baseline, so a difference there says little", floor)) if items]
-    return found + mixed(rows, study.code)
+    return found + mixed(rows)
 
 
-def mixed(rows, code):
+def mixed(rows):
     """Sentences on whatever differs between rows that a table compares."""
     found = []
     alike = {"param_dtype": "precisions of weights", "dtype": "precisions of arithmetic", "device": "devices",
              "torch": "versions of torch", "code": "versions of this code", "mode": "modes", "split": "ways of cutting validation",
-             "causal": "masks", "max_length": "lengths of sequences"}
+             "causal": "masks"}
     for key, words in alike.items():
         values = Counter(str(r[key]) for r in rows if r.get(key) is not None)
-        if key == "code" and code and not any(v.startswith(code) or code.startswith(v) for v in values):
-            values[code] += 0           # the study's own, where all trials ran under another
         if len(values) > 1:
             found.append(f"**Mixed {words}** ({key}): {some(f'{v} in {n} rows' for v, n in values.most_common())}.")
     of_task = {"pool": "pools, which are tasks of their own here", "documents": "numbers of documents",
-               "data": "versions of the data", "train_on": "training sets", "steps": "lengths of fine-tuning"}
+               "data": "versions of the data", "train_on": "training sets", "steps": "lengths of fine-tuning",
+               "max_length": "lengths of sequences"}
     for key, words in of_task.items():
         values = defaultdict(set)
         for r in rows:
