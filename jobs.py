@@ -46,9 +46,10 @@ def hold(folder):
 
 
 def environments(device, n):
-    """What each of n processes sees of this machine: a GPU, which they may share, or some of the cores. n = 0: one of each."""
+    """What each of n processes sees of this machine: a GPU, which they may share, or some of the cores. n = 0: one a GPU, or
+    one a core, at most 8: each has a gigabyte or more."""
     gpus, cores = torch.cuda.device_count() if system.pick_device(device) == "cuda" else 0, os.cpu_count()
-    n = n or gpus or cores
+    n = n or gpus or min(cores, 8)
     return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // n))} for i in range(n)]
 
 

@@ -83,7 +83,7 @@ class Config:
     launch: str = "local"              # local: run it here; torchrun or slurm: print the commands
     nodes: int = 1                     # machines of a printed command
     nproc_per_node: int = 8            # GPUs of each
-    jobs: int = 0                      # processes at a time here; 0: one a GPU, or one a core
+    jobs: int = 0                      # processes at a time here; 0: one a GPU, or one a core, at most 8
     device: str = "auto"               # cuda where there is one, else cpu
     compile: bool = True               # train.py's
     tok_per_s: float = 0.0             # plan: tokens a second of one GPU with the 610m model

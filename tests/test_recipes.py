@@ -4,7 +4,7 @@ from conftest import run_python
 
 import recipes
 import study
-from configurator import UserError
+from configurator import UserError, configure
 from recipes import parse, plan
 
 PAPER = recipes.paper()
@@ -82,12 +82,14 @@ def test_trunks_come_first_and_keep_what_others_begin_from():
     assert alone["610m-clm-42k"].keep == (5_000, 10_000) and recipes.holder(alone, parse("610m-clm-10k-mlm40-42k-5000")) == "610m-clm-42k"
 
 
-def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up():
-    done = run_python(["study.py", "plan", "--scale=cpu", "--seeds=42,43"])
-    assert done.returncode == 0, done.stderr
-    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in done.stdout.splitlines() if line.startswith("| ")}
+def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
+    def printed(*words):
+        study.main(configure(study.Config, ["plan", *words]))
+        return capsys.readouterr().out
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in printed("--scale=cpu", "--seeds=42,43").splitlines() if line.startswith("| ")}
     assert lines["all"][0] == "76" and int(lines["all"][1].replace(",", "")) == 2 * steps_of(plan(EVERY)) * study.SCALES["cpu"]["steps"] // 42_000
-    paper = run_python(["study.py", "plan", "--tok_per_s=4900"]).stdout        # about the paper's own: 16k hours for 120k steps
+    paper = printed("--tok_per_s=4900")        # about the paper's own: 16k hours for 120k steps
     cells = next(line for line in paper.splitlines() if line.startswith("| all")).split("|")
     assert cells[2].strip() == "38" and cells[3].strip() == "812,000" and "2,359,296 tokens" in paper
     hours = float(next(line for line in paper.splitlines() if line.startswith("| F:")).split("|")[8].replace(",", ""))
@@ -100,5 +102,11 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up():
     (["plan", "--only=610m-clm-3k"], "too short"), (["run", "--launch=kubernetes"], "launch=kubernetes"), (["plan", "--seeds=()"], "seeds=()"),
     (["run", "--data_dir=nowhere", "--out_dir=build/nowhere"], "no corpus in 'nowhere'")])
 def test_a_wrong_call_is_explained_in_one_line(words, says, tmp_path):
-    done = run_python(["study.py", *[w.replace("build", str(tmp_path)) for w in words]])
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    with pytest.raises(UserError) as error:
+        study.main(configure(study.Config, [w.replace("build", str(tmp_path)) for w in words]))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_outside_the_grammar_is_a_mistake_of_the_users():
+    done = run_python(["study.py", "plan", "--only=610m-clm"])
+    assert done.returncode == 2 and "expected SIZE-OBJECTIVE-STEPS" in done.stderr and done.stderr.count("\n") == 1
