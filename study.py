@@ -56,7 +56,7 @@ SCALES = {
         "eval_ir.py": ("", dict(steps=80, batch=16, lrs=(2e-4, 5e-4, 1e-3), seeds=(0,)))}),
     "cpu": dict(steps=1050, sizes={"210m": "micro", "610m": "mini", "1b": "demo"}, tasks="demo", local=LOCAL,
                 train=SMALL | dict(batch_rows=8, micro_rows=8, eval_interval=125, save_interval=350), tune={
-        "finetune.py": ("", dict(steps=100, batch=16, lrs=(5e-4, 2e-3), seeds=(0,), dtype="float32")),
+        "finetune.py": ("", dict(steps=100, batch=16, lrs=(5e-4, 1.5e-3), seeds=(0,), dtype="float32")),
         "eval_ir.py": ("", dict(steps=60, batch=16, lrs=(3e-4, 1e-3), seeds=(0,), dtype="float32", max_length=128))}),
     # nothing to learn from this one, but that everything runs
     "smoke": dict(steps=42, sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"}, tasks="demo", local="",
