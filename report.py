@@ -86,7 +86,8 @@ permutation test of their mean, two-sided, {resamples:,} resamples; Holm's corre
 does not see the randomness of pretraining. So the difference of the tables' scores by pretraining seed stands before it, with a
 t interval of its own where there are several (not corrected for the number of claims). *Confirmed*: both agree. *Confirmed for
 these checkpoints*: the examples separate the two; pretraining seeds do not, or there is only one. Token classification's
-examples are sentences with their macro F1, whose mean is not the entity F1 of the tables: the two differences may disagree.
+examples are sentences with their macro F1, whose mean is not the entity F1 of the tables: where the two differences have
+opposite signs, nothing is confirmed and the verdict says so.
 """
 ABOUT = """\
 *Should We Still Pretrain Encoders with Masked Language Modeling?* (arXiv 2507.00994 v4), its Tables 2 to 17 and the figures

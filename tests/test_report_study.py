@@ -247,6 +247,12 @@ def test_a_claim_is_confirmed_by_examples_and_pretraining_seeds_both(small):
         assert test["items"] == made.ITEMS and test["difference"] == pytest.approx(np.mean(test["by_seed"]), abs=0.1)
 
 
+def test_examples_that_contradict_the_tasks_own_score_confirm_nothing():
+    test = {"p": 0.001, "holm": 0.01, "difference": 1.2, "by_seed": [-8.0]}       # entity F1 fell, the mean of sentences' macro F1 rose
+    assert report_stats.verdict(test) == "examples and score disagree"
+    assert report_stats.verdict(test | {"by_seed": [8.0]}) == "confirmed for these checkpoints"
+
+
 def test_where_examples_are_missing_or_others_it_says_so(small):
     root = small(tasks=("sst2",), names=[*made.BOTH, *(f"{n}-seed43" for n in made.BOTH)])
     for lr in made.LRS:
