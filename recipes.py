@@ -206,12 +206,19 @@ def plan(names):
         common = [(name, shared(r, run.recipe)) for name, run in runs.items()]
         trunk, branch = max(common, key=lambda found: found[1], default=("", 0))      # the first of equals
         runs[r.name] = Run(r, trunk if branch else "", branch)
-    keep = {name: {run.branch for run in runs.values() if run.trunk == name} for name in runs}
+    keep = {name: {run.branch for run in runs.values() if run.trunk == name} | wanted_later(run) for name, run in runs.items()}
     for name in names:
         r = parse(name)
         if r.step:
             keep[holder(runs, r)].add(r.step - r.start)
     return {name: replace(run, keep=tuple(sorted(keep[name]))) for name, run in runs.items()}
+
+
+def wanted_later(run):
+    """Steps of a run that other names of ours begin from or are: kept even if nobody asks for these names yet."""
+    others = [replace(parse(name), seed=run.recipe.seed) for names in (*paper().values(), BEYOND) for name in names]
+    steps = {r.step if r.finished() == run.recipe else 0 if r.step else shared(r, run.recipe) for r in others if r != run.recipe}
+    return {step for step in steps if step > run.branch}
 
 
 def holder(runs, r):

@@ -106,6 +106,19 @@ def test_other_scales_and_other_folders_are_refused(undisturbed, corpus_dir, tmp
         study.main(study.Config(args=("run",), scale="cpu", only=ONLY, data_dir=corpus_dir, out_dir=str(tmp_path)))
 
 
+def test_more_of_the_papers_models_can_be_asked_for_later(undisturbed, corpus_dir, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    trunk = files(str(out / "610m-clm-12k" / "step_0000012"))
+    done = run_python(words(corpus_dir, out, only="610m-clm-6k-mlm40-12k,610m-clm-12k-5000", evaluate=False))
+    assert done.returncode == 0, done.stderr
+    with open(out / "610m-clm-6k-mlm40-12k" / "config.json") as f:
+        assert json.load(f)["parent"] == str(out / "610m-clm-12k" / "step_0000006")
+    with open(out / "study.json") as f:
+        assert len(json.load(f)["models"]) == 5 and (out / "610m-clm-12k" / "step_0000005").is_dir()
+    assert files(str(out / "610m-clm-12k" / "step_0000012")) == trunk
+
+
 def test_a_missing_parent_checkpoint_is_named_before_anything_runs(undisturbed, corpus_dir, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(undisturbed, out)
