@@ -75,6 +75,7 @@ def work(jobs, folder, lock, environments):
     names, running, free, failed = {job.name for job in todo}, {}, list(range(len(environments))), None
     spent = {}      # {kind: (cost, seconds)} of what has ended
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # as Ctrl-C: what runs finishes its step and saves
     often = 1.0 if sys.stderr.isatty() else 60.0       # a log wants fewer lines than a terminal
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), mininterval=often, miniters=0,
               bar_format="{n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}") as bar:

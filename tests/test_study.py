@@ -73,6 +73,17 @@ def test_kill_9_at_up_to_ten_random_moments_gives_the_rows_of_the_undisturbed_st
     assert not glob.glob(f"{out}/**/*.claim", recursive=True)
 
 
+def test_sigterm_lets_training_finish_its_step_and_save(corpus_dir, tmp_path):
+    process = subprocess.Popen([sys.executable, *words(corpus_dir, tmp_path / "s", only="610m-clm-42k", evaluate=False, jobs=1)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "s" / "logs" / "610m-clm-42k.txt"
+    while process.poll() is None and not (log.exists() and "first step" in log.read_text()):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert "stopped at step" in log.read_text().splitlines()[-1] and "goes on from here" in log.read_text()
+
+
 def test_study_json_names_every_checkpoint_and_the_same_command_has_nothing_to_do(undisturbed, corpus_dir):
     with open(f"{undisturbed}/study.json") as f:
         found = json.load(f)
