@@ -91,8 +91,12 @@ class Config:
 
 # ---- which models
 
-def check(r):
-    """Raises UserError for a recipe that names what is not there."""
+def check(r, scale):
+    """Raises UserError for a recipe that names what is not there, or steps that the scale has no whole number for."""
+    for step in (r.step, *(end for _, end in r.stages)):
+        if step * SCALES[scale]["steps"] % PAPER_STEPS:
+            raise UserError(f"{r.name}: at scale={scale} a step is {PAPER_STEPS / SCALES[scale]['steps']:g} of the paper's, and "
+                            f"{step:,} is no multiple of it")
     if r.size not in SIZES:
         raise UserError(f"{r.name}: no size {r.size} in model.SIZES ({', '.join(SIZES)})")
     for objective, _ in r.stages:
@@ -114,7 +118,7 @@ def chosen(c):
         found += matches or [parse(word).name]
     names = []
     for r in map(parse, found):
-        check(r)
+        check(r, c.scale)
         names += [replace(r, seed=seed).name for seed in c.seeds] if r.seed == recipes.SEED else [r.name]
     return list(dict.fromkeys(names))
 
@@ -204,8 +208,9 @@ def show(c, names):
     if c.tok_per_s:
         print(f"GPU-hours: one GPU makes {c.tok_per_s:,.0f} tokens/s with 610m under MLM40, all else by its FLOPs")
     if {"B", "C", "D", "E"} <= whole:
-        print("B to E: 17 models, 130,000 steps: 122,000 of the 13 in B, C and D, 8,000 of the four decays in E. The paper says\n"
-              "120k, without its parts; but for E no two of its two-stage models switch at the same step; no more can be shared.")
+        of_e, rest = (sum(costs[name]["steps"] for g in groups for name in by_group[g]) for groups in ("E", "BCD"))
+        print(f"B to E: 17 models, {rest + of_e:,} steps: {rest:,} of the 13 in B, C and D, {of_e:,} of the four decays in E. The\npaper "
+              "says 120k, without its parts; but for E no two of its two-stage models switch at the same step: no more is shared.")
 
 
 def gpu_hours(flops, c):

@@ -102,6 +102,7 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
     ([], "plan or run?"), (["plan", "--scale=mars"], "scale=mars"), (["plan", "--only=610m-clm"], "expected SIZE-OBJECTIVE-STEPS"),
     (["plan", "--only=9b-clm-42k"], "no size 9b"), (["plan", "--only=610m-rtd-42k"], "objectives are clm"), (["plan", "--only=7*"], "matches none"),
     (["plan", "--only=610m-clm-3k"], "too short"), (["run", "--launch=kubernetes"], "launch=kubernetes"), (["plan", "--seeds=()"], "seeds=()"),
+    (["plan", "--scale=smoke", "--only=610m-clm-4500"], "a step is 1000 of the paper's, and 4,500 is no multiple"),
     (["run", "--data_dir=nowhere", "--out_dir=build/nowhere"], "no corpus in 'nowhere'")])
 def test_a_wrong_call_is_explained_in_one_line(words, says, tmp_path):
     with pytest.raises(UserError) as error:
