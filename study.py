@@ -210,8 +210,7 @@ def show(c, names):
     if {"B", "C", "D", "E"} <= whole:
         of_e, rest = (sum(costs[name]["steps"] for g in groups for name in by_group[g]) for groups in ("E", "BCD"))
         print(f"B to E: 17 models, {rest + of_e:,} steps: {rest:,} of the 13 in B, C and D, {of_e:,} of the four decays in E.\n"
-              "The paper says 120k, without its parts; but for E no two of its two-stage models switch at the same step: no more is "
-              "shared.")
+              "The paper says 120k, without its parts; outside E no two of its two-stage models switch at the same step.")
 
 
 def gpu_hours(flops, c):
