@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's study in miniature, from a bare machine to its report: five shares of CLM at one budget, continued pretraining from both
 # starts, masking rates, checkpoints on the way, three pretraining seeds of each.
-#   bash runs/mini_study.sh                # about two hours on two CPU cores; stop it at any moment, run it again to go on
+#   bash runs/mini_study.sh                # some two hours on two CPU cores (estimated from a part); stop it at any moment, run it again
 #   bash runs/mini_study.sh --scale=gpu    # larger models on one GPU
 # Every checkpoint is fine-tuned on tasks made from the same text. TASKS_DIR=FOLDER adds those of sst2, uner_en_ewt, squad
 # and squad_retrieval that it holds. report.py draws the tables and figures whenever one asks, half-way, too.
