@@ -58,7 +58,7 @@ def start(c, settings, processes, say):
         step = int(system.all_sum([checkpoint.step_of(newest) + 1 if newest else 0], processes)[0]) - 1
         if step >= 0:
             return same_schedule(checkpoint.path_of(c.out_dir, step), "resuming", say)
-    elif os.path.isdir(c.out_dir) and os.listdir(c.out_dir):
+    elif not system.is_new(c.out_dir, "tokenizer.tiktoken", "tokenizer_info.json"):      # these are written before config.json
         raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
     if c.branch_from:
         source = checkpoint.find(c.branch_from)

@@ -37,7 +37,7 @@ import tokenizer as tokenizers
 from configurator import RunError, UserError, run
 from data import read_header
 from file_shards import Shards
-from system import decode, hashed, lines_of, read_json, write_json
+from system import decode, hashed, is_new, lines_of, read_json, write_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 LLAMA3 = "hf:EuroBERT/EuroBERT-210m"   # not gated; the paper's vocabulary, the same merges and ids as Llama 3
@@ -217,7 +217,7 @@ def begun(c, settings):
     """The manifest of a corpus that is there, whole or not; None where the folder is new. Raises UserError."""
     path = os.path.join(c.out, "manifest.json")
     if not os.path.isfile(path):
-        if os.path.isdir(c.out) and os.listdir(c.out):
+        if not is_new(c.out):
             raise UserError(f"{c.out} is not empty and holds no corpus: choose another --out")
         return None
     manifest = read_json(path)

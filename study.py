@@ -155,8 +155,7 @@ def settings(c):
     scale, info = SCALES[c.scale], os.path.join(c.data_dir, "tokenizer_info.json")
     vocab_size = 128_256
     if os.path.isfile(info):
-        with open(info, encoding="utf-8") as f:
-            vocab_size = json.load(f).get("vocab_size", vocab_size)
+        vocab_size = system.read_json(info).get("vocab_size", vocab_size)
     return dict(batch_rows=1152, block_size=2048) | scale["train"] | {"sizes": scale["sizes"], "vocab_size": vocab_size}
 
 
@@ -266,8 +265,7 @@ def train_words(c, r):
         values["branch_from" if r.trunk else "init_from"] = begins(c, r)
     begun = os.path.join(values["out_dir"], "config.json")
     if os.path.isfile(begun):      # with fewer models around it may have begun from another trunk, or none: the bits are the same
-        with open(begun, encoding="utf-8") as f:
-            values["branch_from"] = json.load(f)["settings"]["branch_from"]
+        values["branch_from"] = system.read_json(begun)["settings"]["branch_from"]
     return ["train.py", *(flag(k, v) for k, v in values.items() if v != "")]
 
 
@@ -330,16 +328,15 @@ def settle(c, runs, names):
         corpus = data.Corpus(c.data_dir, verify=False)
         mine |= {"train_tokens": corpus.n_tokens, "tokenizer_hash": corpus.tokenizer_hash}
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            old = json.load(f)
+        old = system.read_json(path)
         changed = lineage.differences(mine | old, json.loads(json.dumps(mine)), free=())
         if changed:
             raise UserError(f"{c.out_dir} holds another study ({'; '.join(changed)}): choose another --out_dir")
         mine, models = mine | old, old["models"]
-    elif [name for name in os.listdir(c.out_dir) if name != "lock"]:
+    elif not system.is_new(c.out_dir, "lock"):
         raise UserError(f"{c.out_dir} is not empty and holds no study: choose another --out_dir")
     models |= {name: {"folder": os.path.relpath(ckpt_of(c, runs, name), c.out_dir)} for name in names}
-    system.write_whole(path, json.dumps({"code": worker.code()} | mine | {"models": models}, indent=1).encode())
+    system.write_json(path, {"code": worker.code()} | mine | {"models": models})
 
 
 def run_here(c, names):

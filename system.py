@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import queue
+import re
 import shutil
 import sys
 import sysconfig
@@ -34,6 +35,12 @@ def write_whole(path, content):
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def is_new(folder, *ours):
+    """Is a folder not there, or empty but for files of ours and what a killed write_whole left? Anything else is somebody's."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return all(name in ours or re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp", name) for name in names)
 
 
 def write_json(path, value):

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, files, run_python
 
 import study
+import system
+import train
 from configurator import RunError, UserError
 
 ONLY = "610m-clm-3k-mlm40-12k,610m-clm-12k,610m-clm-12k-3000"
@@ -129,6 +131,20 @@ def test_more_of_the_papers_models_can_be_asked_for_later(undisturbed, corpus_di
     with open(out / "study.json") as f:
         assert len(json.load(f)["models"]) == 5 and (out / "610m-clm-12k" / "step_0000005").is_dir()
     assert files(str(out / "610m-clm-12k" / "step_0000012")) == trunk
+
+
+def test_what_a_kill_leaves_behind_before_anything_is_whole_is_no_obstacle(tiny, corpus_dir, tmp_path):
+    run = tiny("run", phases=(("clm", 8),))
+    os.makedirs(run.out_dir)
+    shutil.copy(f"{corpus_dir}/tokenizer.tiktoken", run.out_dir)                          # killed before config.json was there ...
+    (tmp_path / "run" / "config.json.4711-0123abcd.tmp").write_text("{")                  # ... or while it was written
+    train.main(run)
+    assert os.path.isdir(f"{run.out_dir}/step_0000008")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json.4711-0123abcd.tmp").write_text("{")
+    study.main(study.Config(args=("run",), scale="smoke", only=ONLY, data_dir=corpus_dir, out_dir=str(tmp_path / "study"), launch="torchrun"))
+    assert (tmp_path / "study" / "study.json").is_file()
+    assert not system.is_new(run.out_dir) and system.is_new(str(tmp_path / "nowhere"))
 
 
 def test_a_missing_parent_checkpoint_is_named_before_anything_runs(undisturbed, corpus_dir, tmp_path):
