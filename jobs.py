@@ -117,10 +117,10 @@ def work(jobs, folder, lock, environments):
 
 
 def eta(jobs, spent, n):
-    """In words, from what jobs of the same kind took; n: processes at a time."""
-    if {job.kind for job in jobs} - spent.keys():
-        return "not known yet"
-    return timedelta(seconds=int(sum(job.cost * spent[job.kind][1] / spent[job.kind][0] for job in jobs) / n))
+    """In words, from what jobs of the same kind took; n: processes at a time. Of a kind that none has ended of, only the name."""
+    seconds = sum(job.cost * spent[job.kind][1] / spent[job.kind][0] for job in jobs if job.kind in spent) / n
+    new = sorted({job.kind for job in jobs} - spent.keys())
+    return f"{timedelta(seconds=int(seconds))}" + f", and then {' and '.join(new)}" * bool(new)
 
 
 def stop(running):

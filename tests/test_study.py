@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import ROOT, files, run_python
 
+import jobs
 import study
 import system
 import train
@@ -210,3 +211,9 @@ def test_printed_commands_are_those_that_would_run_with_slurm_waiting_for_what_c
     assert len(heads) == 3 + 2 * 4 and sum("finetune.py config/finetune_paper.py" in c for c in commands) == 4
     one = run_python(["study.py", "run", "--launch=torchrun", "--only=610m-clm-12k", "--evaluate=false", f"--out_dir={tmp_path}/t", "--data_dir=nowhere"])
     assert one.stdout.splitlines()[-1].startswith("torchrun --nproc_per_node=8 train.py --size=610m '--phases=[[\"clm\", 12000]]' --seed=42")
+
+
+def test_the_time_that_is_left_counts_kinds_that_have_ended_and_names_the_others():
+    left = [jobs.Job("a", [], None, cost=3.0, kind="train"), jobs.Job("b", [], None, cost=2.0, kind="finetune")]
+    assert jobs.eta(left, {"train": (6.0, 60.0)}, 2) == "0:00:15, and then finetune"
+    assert jobs.eta(left, {"train": (6.0, 60.0), "finetune": (1.0, 5.0)}, 2) == "0:00:20"
