@@ -225,7 +225,7 @@ def warnings(study, ours):
         by_model[r["name"], column_of(r)].append(r)
         for values, key in zip(grids[column_of(r)], ("lr", "seed")):
             values.add(r[key])
-    tried = {name for name, _ in by_model}
+    tried = list(dict.fromkeys(name for name, _ in by_model))      # not a set: their order should not depend on the process
 
     missing, edges, failed, fewer, floor = [], [], [], [], []
     for (name, column), group in by_model.items():

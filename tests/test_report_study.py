@@ -317,6 +317,16 @@ def test_models_without_trials_or_seeds_are_named(small):
     assert "**Fewer pretraining seeds than others in the same tables**: 610m-mlm40-42k, 1 of 2." in warnings
 
 
+def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
+    names = [f"210m-{o}-42k" for o in ("clm", "mlm20", "mlm30", "mlm40", "mlm50")] + ["610m-clm-42k"]
+    root = small(names=names)
+    for name in names[:5]:
+        shutil.rmtree(os.path.dirname(row_of(root, name)))
+    found = {run_python(["-c", f"import report, report_scores, report_tables; study = report.read([{root!r}])[1]; "
+                               "print(*report_tables.warnings(study, report_scores.Ours(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
+    assert len(found) == 1 and "on sst2; 210m-" in found.pop()
+
+
 def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small):
     root = small()
     path = os.path.join(root, "rows.jsonl")
