@@ -218,6 +218,8 @@ def test_killed_it_leaves_whole_files_only_and_the_same_command_gives_the_same_b
     hub.faults = lambda name, number: held.wait(60) and None if "002_" in name and os.path.isdir(out / "files") else None
     process = subprocess.Popen([sys.executable, *command(out)], cwd=ROOT, env={**os.environ, **hub.env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((out / "files" / "00000").exists() and (out / "files" / "00001").exists() and list(out.glob("files/00002.*"))):
+        for folder in out.glob("files/0000?"):
+            assert {"documents.bin", "facts.json", "train_000.bin"} <= set(os.listdir(folder)), "a file is there before it is whole"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it finished before it could be killed"
@@ -292,6 +294,14 @@ def test_it_stops_at_the_document_that_reaches_tokens_however_many_take_part(onl
     rows = [pair for file in files for pair in file]
     last = max(i for i, (_, text) in enumerate(rows) if text == texts[read - 1] and [t for _, t in rows[:i]].count(text) == 0)
     assert m["duplicates"] + m["blank_documents"] == last + 1 - read
+
+
+def test_no_more_is_read_than_the_stop_needs(online, tmp_path):
+    asked = set()
+    online.faults = lambda name, number: asked.add(name[-17:])
+    prepare(tmp_path / "x", tokens=1.0)
+    facts = json.loads((tmp_path / "x" / "files" / "00000" / "facts.json").read_text())
+    assert facts["rows"] == 16 and asked == {"000_00000.parquet"}      # one row group of one file
 
 
 def test_a_shard_that_was_deleted_comes_back_and_a_whole_corpus_is_left_alone(online, whole, tmp_path, capsys):
