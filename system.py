@@ -133,15 +133,27 @@ def pick_device(name):
     return name
 
 
+def cpu_vendor():
+    """"AuthenticAMD", "GenuineIntel", ...; "" where Linux does not say."""
+    if not os.path.isfile("/proc/cpuinfo"):
+        return ""
+    with open("/proc/cpuinfo") as f:
+        return next((line.split(":")[1].strip() for line in f if line.startswith("vendor_id")), "")
+
+
+def fast_bf16_on_cpu():
+    """With AMX, or AMD's avx512_bf16: twice fp32's rate. Intel's avx512_bf16 alone has half of it (LOG.md)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and cpu_vendor() == "AuthenticAMD"
+
+
 def pick_dtype(name, device):
-    """"auto" -> "bfloat16" where its matrix products are faster than fp32's (CUDA; CPUs with AMX or avx512_bf16), else
-    "float32". fp32 weights either way: bfloat16 means autocast."""
+    """"auto" -> "bfloat16" where its matrix products are faster than fp32's (CUDA; some CPUs), else "float32".
+    fp32 weights either way: bfloat16 means autocast."""
     if name not in ("auto", "bfloat16", "float32"):
         raise UserError(f"dtype={name}: expected auto, bfloat16 (autocast over fp32 weights) or float32")
     if name != "auto":
         return name
-    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else \
-        device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else device == "cpu" and fast_bf16_on_cpu()
     return "bfloat16" if fast else "float32"
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT, files, losses, rows, run_python
 
 import checkpoint
 import data
+import system
 import train
 from configurator import RunError, UserError
 from kernels.reference import linear_cross_entropy as dense
@@ -347,3 +348,12 @@ def test_a_checkpoint_of_another_tokenizer_or_model_is_refused(tiny, tmp_path):
         train.main(tiny("b", init_from=str(tmp_path / "base"), size="demo"))
     with pytest.raises(UserError, match="tokenizer_hash"):
         train.main(tiny("base", data_dir=other))
+
+
+@pytest.mark.parametrize("amx, avx512_bf16, vendor, found", [(True, True, "GenuineIntel", "bfloat16"), (False, True, "AuthenticAMD", "bfloat16"),
+                                                             (False, True, "GenuineIntel", "float32"), (False, False, "AuthenticAMD", "float32")])
+def test_auto_takes_bf16_only_on_cpus_whose_products_are_faster_in_it(monkeypatch, amx, avx512_bf16, vendor, found):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(system, "cpu_vendor", lambda: vendor)
+    assert system.pick_dtype("auto", "cpu") == found and system.pick_dtype("bfloat16", "cpu") == "bfloat16"
