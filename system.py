@@ -142,7 +142,7 @@ def cpu_vendor():
 
 
 def fast_bf16_on_cpu():
-    """With AMX, or AMD's avx512_bf16: twice fp32's rate. Intel's avx512_bf16 alone has half of it (LOG.md)."""
+    """With AMX (made for it, not measured here), or AMD's avx512_bf16: twice fp32's rate. Intel's without AMX: half (LOG.md)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and cpu_vendor() == "AuthenticAMD"
 
 
