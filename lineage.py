@@ -20,7 +20,7 @@ from objectives import hides, kind_and_rate, objective_at
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
-        "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention"}
+        "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention", "checkpoint_activations"}
 # What may differ between a trunk and its branch, on top: what comes after the branching point.
 BRANCH = FREE | {"branch_from", "init_from", "keep_moments", "phases", "decay_steps", "eval_rows", "eval_mask_rate"}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 
@@ -138,10 +139,12 @@ def initialise(module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config, attention="auto"):
-        """config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION. Weights are N(0, 0.02), norms 1."""
+    def __init__(self, config, attention="auto", checkpoint_activations=False):
+        """config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION; checkpoint_activations: keep only each block's
+        input for the backward pass, which computes the rest again. Weights are N(0, 0.02), norms 1."""
         super().__init__()
         c = self.config = config
+        self.checkpoint_activations = checkpoint_activations
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c, kernels.resolve(attention)) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
@@ -160,8 +163,11 @@ class Encoder(nn.Module):
         """
         cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config)
         x = self.embedding(tokens)                                                              # [T, C]
-        for block in self.blocks[:-1]:
-            x = block(x, cos, sin, cu_seqlens, causal)
+        for block in self.blocks[:-1]:      # the last one's would be wanted again at once
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cu_seqlens, causal, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, cu_seqlens, causal)
         return self.norm(self.blocks[-1](x, cos, sin, cu_seqlens, causal, positions))
 
     def logits(self, hidden):

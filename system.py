@@ -9,6 +9,7 @@ import lzma
 import os
 import queue
 import re
+import resource
 import shutil
 import sys
 import sysconfig
@@ -182,6 +183,22 @@ def synchronize(device):
     """Wait until a GPU has done what it was asked."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_memory(device):
+    """Most bytes so far: what PyTorch has handed out on a GPU, elsewhere what this process had in RAM."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def limit_memory(device, gib):
+    """This process gets no more than gib, if it is not 0: a large device plays a small one."""
+    limit = int(gib * 2 ** 30)
+    if limit and device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(device).total_memory))
+    elif limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def keep_freed_memory():

@@ -11,7 +11,8 @@ import train
 
 ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample", "study"}
 LAYERS = ["configurator", "recipes", "system", "draws", "objectives", "tokenizer", "hf_tokenizer", "data", "hub_corpus", "file_shards", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
-          "encode", "families", "ir_data", "worker", "retriever", "hf_export", "jobs", "bench_data", "bench_kernels", "bench_finetune", "bench_search",
+          "encode", "families", "ir_data", "worker", "retriever", "hf_export", "jobs", "bench_data", "bench_kernels", "bench_finetune", "bench_search", "bench_train",
+          "bench_runs", "bench_tables",
           "report_read", "report_scores", "report_tables", "report_stats", "report_figures", "entry"]   # low to high
 
 
@@ -92,6 +93,9 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
                                          (["bench.py", "data", "--data_dir=nowhere"], "no corpus in"),
                                          (["bench.py", "finetune", "--task=sotu_case"], "expected a sequence classification task"),
                                          (["bench.py", "search", "--queries=9"], "expected at least 100 each"),
+                                         (["bench.py", "train", "--contestants=gpt5"], "expected some of ours,ours-clm"),
+                                         (["bench.py", "train", "--contestants=nanogpt"], "none can be measured here: nanogpt: no --nanogpt=CLONE"),
+                                         (["bench.py", "memory", "--device=cpu"], "of which memory?"),
                                          (["finetune.py"], "which encoder?"), (["eval_ir.py"], "which encoder?")])
 def test_leaves_explain_a_wrong_call_in_one_line(words, says):
     done = run_python(words)

@@ -23,8 +23,8 @@ from objectives import objective_at
 
 
 def science(out_dir):
-    """log.jsonl without the clock."""
-    clock = ("seconds", "tok_per_s", "mfu")
+    """log.jsonl without clock and memory."""
+    clock = ("seconds", "tok_per_s", "mfu", "peak_memory")
     return [{k: v for k, v in r.items() if k not in clock} for r in rows(out_dir) + rows(out_dir, validation=True)]
 
 
@@ -198,7 +198,7 @@ def test_the_log_has_every_step_and_the_counters_add_up(tiny):
     assert [r["tokens"] for r in found] == [512 * s for s in range(1, 21)]
     clm, mlm = found[11]["targets"], found[19]["targets"] - found[11]["targets"]
     assert clm == 12 * (512 - 16) and abs(mlm - 0.4 * 8 * 512) < 200
-    assert {"step", "phase", "loss", "lr", "grad_norm", "tokens", "targets", "flops", "tok_per_s", "mfu", "seconds"} == set(found[0])
+    assert {"step", "phase", "loss", "lr", "grad_norm", "tokens", "targets", "flops", "tok_per_s", "mfu", "peak_memory", "seconds"} == set(found[0])
     assert [r["step"] for r in rows(c.out_dir, True)] == [0, 10, 20]
 
 
