@@ -60,23 +60,17 @@ def steady(c):
 def scaling(c, device):
     """Rounds of: one process alone, as many side by side that know nothing of each other, and as many under DDP, each with a
     core or a GPU of its own and with the same rows a process. -> {"alone" | "apart" | "together": tokens/s of each round}"""
-    n, steps = c.processes, c.run_steps
-    found = {"alone": [], "apart": [], "together": []}
-    # a GPU each, or a core each
-    own = [{"CUDA_VISIBLE_DEVICES": str(i)} if device.startswith("cuda") else {"OMP_NUM_THREADS": "1"} for i in range(n)]
+    n, on_gpu, found = c.processes, device.startswith("cuda"), {}
     with tempfile.TemporaryDirectory() as folder:
         bench_train.write_corpus(c, folder)
         for i in range(c.rounds):
-            runs = {"alone": [start(c, folder, f"alone{i}", steps, env=own[0])]}
-            finish(runs["alone"][0], folder, f"alone{i}")
-            runs["apart"] = [start(c, folder, f"apart{i}-{j}", steps, env=own[j]) for j in range(n)]
-            logs = {"apart": [finish(p, folder, f"apart{i}-{j}") for j, p in enumerate(runs["apart"])]}
-            together = start(c, folder, f"together{i}", steps, processes=n, env={} if device.startswith("cuda") else own[0])
-            logs["together"] = [finish(together, folder, f"together{i}")]
-            logs["alone"] = [finish(runs["alone"][0], folder, f"alone{i}")]
-            for key, of_key in logs.items():
-                tokens = c.rows * c.block_size * (n if key == "together" else 1) * (steps - 20)
-                found[key].append(sum(tokens / seconds(log, 20, steps) for log in of_key))
+            for key, runs, processes in (("alone", 1, 1), ("apart", n, 1), ("together", 1, n)):
+                names = [f"{key}{i}-{j}" for j in range(runs)]
+                own = [{"CUDA_VISIBLE_DEVICES": str(j)} if on_gpu and processes == 1 else {"OMP_NUM_THREADS": "1"} for j in range(runs)]
+                started = [start(c, folder, name, c.run_steps, processes, env) for name, env in zip(names, own)]
+                logs = [finish(process, folder, name) for process, name in zip(started, names)]
+                tokens = processes * c.rows * c.block_size * (c.run_steps - 20)      # behind 20 steps of warm-up
+                found.setdefault(key, []).append(sum(tokens / seconds(log, 20, c.run_steps) for log in logs))
     return found
 
 
@@ -100,7 +94,7 @@ def largest(c):
         fits, too_many, rows = 0, None, 1
         while too_many is None or too_many - fits > max(1, fits // 16):
             if peak(rows):
-                a_row = (peak(rows) - (peak(fits) if fits else 0)) / (rows - fits)
+                a_row = max(1, (peak(rows) - (peak(fits) if fits else 0)) / (rows - fits))
                 fits, rows = rows, max(rows + 1 + rows // 16, rows + int((total - peak(rows)) / a_row)) if fits else 5
             else:
                 too_many, rows = rows, rows

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import data
 import hf_model
 import system
+import tokenizer
 from configurator import UserError
 from kernels import linear_cross_entropy
 from model import SIZES, Encoder, ModelConfig
@@ -77,13 +78,16 @@ def contestants(c):
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 def write_corpus(c, folder):
-    """Random tokens with Zipf's frequencies, as text has them, in shards that data.Corpus reads."""
+    """A corpus that data.Corpus and train.py read: random tokens with Zipf's frequencies, as text has them."""
     special = c.vocab_size - 2
-    ids = SimpleNamespace(vocab_size=c.vocab_size, eos_id=special, mask_id=special + 1, special_start=special, hash=bytes(32))
+    ranks = {bytes([i]) if i < 256 else i.to_bytes(4, "big"): i for i in range(special)}
+    specials = {"<|eos|>": special, "<|mask|>": special + 1}
+    tok = tokenizer.build("random", ranks, tokenizer.GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", c.vocab_size)
+    tokenizer.save(tok, folder)
     drawn = np.random.default_rng(0).zipf(1.1, (ROWS_ON_DISK + 1) * max(c.rows, 8) * c.block_size)
     tokens = (drawn.astype(np.uint64) % np.uint64(special)).astype(np.int64)
     for split, part in (("val", tokens[:8 * c.block_size]), ("train", tokens)):
-        writer = data.ShardWriter(os.path.join(folder, f"{split}_000000.bin"), ids)
+        writer = data.ShardWriter(os.path.join(folder, f"{split}_000000.bin"), tok)
         writer.write(part)
         writer.close()
     system.write_json(os.path.join(folder, "manifest.json"), {"complete": True})

@@ -174,6 +174,7 @@ class Batch:
     def to(self, device):
         """Copy to the device; from pinned memory the copy overlaps with compute."""
         move = {f: getattr(self, f).to(device, non_blocking=True) for f in ("tokens", "cu_seqlens", "positions", "targets")}
+        move["cu_seqlens"].checked_for = self.tokens.shape[0]      # made here: kernels.attention need not fetch it to look
         return Batch(**move, causal=self.causal, num_targets=self.num_targets, lengths=self.lengths)
 
     def pin(self):

@@ -22,6 +22,7 @@ except ImportError:   # no Triton on this platform: the torch path below is all 
 
 # most logits in a chunk: what a CPU's cache holds; 2 GiB in bf16 on a GPU, where few large products beat many small ones
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 30}
+CHUNK_ROWS = 512      # but at least so many rows: each chunk adds to all of dW, and few rows make a poor product (LOG.md)
 
 if triton:
     @triton.jit
@@ -76,24 +77,26 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, impl):
         need_h, need_w = ctx.needs_input_grad[:2]
         kind, N, V = hidden.device.type, hidden.shape[0], weight.shape[0]
-        chunks = -(-N // max(1, CHUNK_ELEMENTS.get(kind, 1 << 27) // V))              # as few as fit, and equal
+        chunks = -(-N // max(CHUNK_ROWS, CHUNK_ELEMENTS.get(kind, 1 << 27) // V))     # as few as fit, and equal
         rows = -(-N // max(1, chunks))
         rows = min(N, -(-rows // 128) * 128) if kind == "cuda" else rows              # whole tiles of a GPU's products
         w, h = weight.to(hidden.dtype), hidden.contiguous()
         buffer = hidden.new_empty(rows, V)                                            # [n, V], the only logits there are
         total = hidden.new_zeros((), dtype=torch.float32)
         dh = torch.empty_like(h) if need_h else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        dw = None
         for i in range(0, N, rows or 1):
             some = h[i:i + rows]
             logits = torch.mm(some, w.T, out=buffer[:len(some)])                      # [n, C] [C, V] -> [n, V]
             total += softmax_loss(logits, targets[i:i + rows], need_h or need_w, impl)
             if need_h:
                 torch.mm(logits, w, out=dh[i:i + rows])                               # [n, V] [V, C] -> [n, C]
-            if need_w and kind == "cuda" and h.dtype != torch.float32:
-                dw += torch.mm(logits.T, some, out_dtype=torch.float32)               # [V, n] [n, C] -> [V, C]
-            elif need_w:
-                dw += logits.T @ some
+            if need_w:
+                part = torch.mm(logits.T, some, out_dtype=torch.float32) if kind == "cuda" and h.dtype != torch.float32 \
+                    else (logits.T @ some).float()                                    # [V, n] [n, C] -> [V, C]
+                dw = part if dw is None else dw.add_(part)      # no zeros to add to: on a GPU two passes over [V, C] less
+        if need_w and dw is None:
+            dw = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return total

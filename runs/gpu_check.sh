@@ -31,7 +31,8 @@ part() {   # NAME SECONDS COMMAND...: run it with a time limit, log it, remember
 
 summary=""
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")        # most of the time is compilation, on the CPU
-part "GPU tests" 160 "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_loss_kernel.py tests/test_search.py $parallel
+part "GPU tests" 160 "$PYTHON" -m pytest -q tests/test_kernels.py tests/test_loss_kernel.py tests/test_search.py \
+  tests/test_speed.py::test_a_step_on_a_gpu_never_synchronises $parallel
 if [ -n "${PTXAS:-}" ]; then
   part "stress test under $("$PTXAS" --version | tail -n 1)" 60 env TRITON_PTXAS_PATH="$PTXAS" TRITON_CACHE_DIR="$(mktemp -d)" \
     "$PYTHON" -m pytest -q -m gpu tests/test_kernels.py -k two_hundred $parallel

@@ -98,21 +98,24 @@ def test_a_step_reads_nothing_back_from_the_device(tiny, monkeypatch):
     for steps in (20, 30):
         calls.clear()
         train.main(tiny(f"run{steps}", phases=(("mlm", steps),), log_interval=1000, eval_interval=1000, save_interval=1000))
-        found.append({k: v for k, v in calls.items() if k not in ("kernels/sdpa.py", "kernels/__init__.py")})
+        found.append({k: v for k, v in calls.items() if k != "kernels/sdpa.py"})
     assert found[0] == found[1] and found[0]["train.py"] > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_step_on_a_gpu_never_synchronises(tiny, compiled):
-    found = []
+def test_a_step_on_a_gpu_never_synchronises(tmp_path, compiled):
+    found, corpus = [], str(tmp_path / "corpus")
+    os.makedirs(corpus)
+    bench_train.write_corpus(bench.Config(vocab_size=1024, block_size=64), corpus)      # needs no package that a GPU machine may lack
     for steps in (20, 30):
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                train.main(tiny(f"run{steps}", phases=(("mlm", steps),), size="demo", log_interval=1000, eval_interval=1000,
-                                save_interval=1000, device=DEVICE, dtype="bfloat16", compile=compiled))
+                train.main(train.Config(data_dir=corpus, out_dir=str(tmp_path / f"run{steps}"), phases=(("mlm", steps),), size="demo", block_size=64,
+                                        batch_rows=8, micro_rows=4, eval_rows=8, warmup_steps=4, decay_steps=4, log_interval=1000,
+                                        eval_interval=1000, save_interval=1000, device=DEVICE, dtype="bfloat16", compile=compiled))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found.append(sum("synchronizing" in str(w.message) for w in caught))
