@@ -95,6 +95,8 @@ def train(c):
     for row in table.values():
         if "why" in row:
             print(f"| {bench_train.NAMES[row['key']]} | not measured: {row['why']} | | | | | | |")
+            if row["why"] == "out of memory":      # which is a result
+                record(c, facts | row, device)
             continue
         row["mfu"] = row["flops_per_s"] / peak if peak else None
         cells = (f"{row['tok_per_s']:,.0f}", f"{1000 * tokens / row['tok_per_s']:.0f}", f"{row['ratio']:.2f} x",
@@ -126,7 +128,8 @@ def steady(c):
     print(f"\n{describe(device)}; train.py, {step_of(c)}, {c.run_steps} steps behind {bench_runs.WARMUP} of warm-up\n"
           f"last 100 steps / first 100: {found['last'] / found['first']:.4f}; peak memory grew by {found['growth']:,} of "
           f"{found['peak']:,} bytes\nms a step, by hundreds: {', '.join(f'{10 * s:.1f}' for s in found['windows'])}")
-    record(c, {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size} | found, device)
+    dtype = system.pick_dtype(c.dtype, device)
+    record(c, {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size, "dtype": dtype} | found, device)
 
 
 def ddp(c):

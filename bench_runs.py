@@ -60,13 +60,13 @@ def steady(c):
 def scaling(c, device):
     """Rounds of: one process alone, as many side by side that know nothing of each other, and as many under DDP, each with a
     core or a GPU of its own and with the same rows a process. -> {"alone" | "apart" | "together": tokens/s of each round}"""
-    n, on_gpu, found = c.processes, device.startswith("cuda"), {}
+    n, on_gpu, one_core, found = c.processes, device.startswith("cuda"), {"OMP_NUM_THREADS": "1"}, {}
     with tempfile.TemporaryDirectory() as folder:
         bench_train.write_corpus(c, folder)
         for i in range(c.rounds):
             for key, runs, processes in (("alone", 1, 1), ("apart", n, 1), ("together", 1, n)):
                 names = [f"{key}{i}-{j}" for j in range(runs)]
-                own = [{"CUDA_VISIBLE_DEVICES": str(j)} if on_gpu and processes == 1 else {"OMP_NUM_THREADS": "1"} for j in range(runs)]
+                own = [{"CUDA_VISIBLE_DEVICES": str(j)} if on_gpu and processes == 1 else one_core for j in range(runs)]
                 started = [start(c, folder, name, c.run_steps, processes, env) for name, env in zip(names, own)]
                 logs = [finish(process, folder, name) for process, name in zip(started, names)]
                 tokens = processes * c.rows * c.block_size * (c.run_steps - 20)      # behind 20 steps of warm-up

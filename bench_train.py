@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,9 +30,7 @@ from configurator import UserError
 from kernels import linear_cross_entropy
 from model import SIZES, Encoder, ModelConfig
 
-ROWS_ON_DISK = 64      # steps see each row again, with another cut and mask each epoch
-
-
+ROWS_ON_DISK = 64      # times a step's; then steps see a row again, with another cut and mask
 NAMES = {"ours": "ours, MLM",
          "ours-clm": "ours, CLM",
          "ours-kernel": "ours, MLM, without the attention kernel: SDPA a sequence",
@@ -305,13 +303,15 @@ class Runner:
 
     def race(self):
         if not self.failed:
-            print(file=self.process.stdin, flush=True)
+            with suppress(BrokenPipeError):      # it died: hear() will find out why
+                print(file=self.process.stdin, flush=True)
             facts = self.hear()
             self.seconds.append(facts.get("seconds"))
             self.flops += facts.get("flops", 0)
 
     def finish(self):
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.peak = None if self.failed else self.hear().get("peak")
         self.process.wait()
         self.errors.close()
