@@ -54,7 +54,7 @@ class Config:
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its rows are not measured without
     # profile: contestants' first, or ours; steady, ddp, memory: train.py with the model above
     run_steps: int = 1000        # steady: steps behind the warm-up; ddp: steps of each run
-    processes: int = 2           # ddp
+    processes: int = 2           # of ddp
     memory_gib: float = 0.0      # memory, train: of a device that is larger; 0: all there is
     # data
     data_dir: str = "data/demo"  # a prepared corpus

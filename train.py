@@ -185,10 +185,8 @@ def train(c, device, processes):
         f"{c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens")
     if not no_compile:
         model.compile()
-    wrapped = model
-    if processes.world_size > 1:
-        wrapped = DistributedDataParallel(model, [processes.local_rank] if device.startswith("cuda") else None,
-                                          gradient_as_bucket_view=True)      # gradients are made in the buckets that travel
+    wrapped = model if processes.world_size == 1 else DistributedDataParallel(      # gradients are made in the buckets that travel
+        model, [processes.local_rank] if device.startswith("cuda") else None, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.partition(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     peak = system.peak_flops(device)
     wandb_run = None
