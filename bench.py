@@ -2,6 +2,11 @@
 
     python bench.py train                                  # a training step: ours, Hugging Face's EuroBERT, nanoGPT
     python bench.py train --nanogpt=../nanoGPT             # ... with nanoGPT as shipped, from a clone of karpathy/nanoGPT
+    python bench.py profile                                # where such a step's time goes
+    python bench.py steady                                 # train.py for a thousand steps: as fast at the end, as much memory?
+    python bench.py ddp                                    # train.py by two processes beside one, and beside two that do not talk
+    python bench.py memory --memory_gib=4                  # the most rows a step can have, activations checkpointed or not
+    python bench.py readme                                 # README's tables, from the rows in bench/results/
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus; preparing one, beside nanoGPT's way
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
@@ -113,7 +118,7 @@ def step_of(c):
 
 
 def profile(c):
-    key = c.contestants or "ours"
+    key = c.contestants.split(",")[0] or "ours"
     table = f"{describe(system.pick_device(c.device))}; {key}: 3 steps, {step_of(c)}\n"
     table += bench_train.profile(c, key)
     print(table)
@@ -124,6 +129,8 @@ def profile(c):
 
 def steady(c):
     device = system.pick_device(c.device)
+    if c.run_steps < 200 or c.run_steps % 100:
+        raise UserError(f"run_steps={c.run_steps}: expected hundreds, 200 or more, to compare the last with the first")
     found = bench_runs.steady(c)
     print(f"\n{describe(device)}; train.py, {step_of(c)}, {c.run_steps} steps behind {bench_runs.WARMUP} of warm-up\n"
           f"last 100 steps / first 100: {found['last'] / found['first']:.4f}; peak memory grew by {found['growth']:,} of "
@@ -134,6 +141,8 @@ def steady(c):
 
 def ddp(c):
     device = system.pick_device(c.device)
+    if c.run_steps <= 20 or c.processes < 2:
+        raise UserError(f"run_steps={c.run_steps}, processes={c.processes}: expected more than 20 steps and at least 2 processes")
     found = bench_runs.scaling(c, device)
     alone, apart, together = (np.array(found[key]) for key in ("alone", "apart", "together"))
     print(f"\n{describe(device)}; train.py, {c.size}, {c.rows} x {c.block_size} tokens a process; median of {c.rounds} rounds\n\n"
@@ -280,7 +289,8 @@ def describe(device):
 def record(c, row, device):
     if c.to:
         os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
-        facts = {"date": time.strftime("%Y-%m-%d"), "device": describe(device), "python": platform.python_version()}
+        facts = {"date": time.strftime("%Y-%m-%d"), "kind": device.partition(":")[0], "device": describe(device),
+                 "python": platform.python_version()}
         with open(c.to, "a", encoding="utf-8") as f:
             f.write(json.dumps(facts | row) + "\n")
 
@@ -296,6 +306,8 @@ def main(c):
             "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
     if not c.args or c.args[0] not in what:
         raise UserError("what to measure? python bench.py train|profile|steady|ddp|memory|data|kernels|finetune|search|readme")
+    if c.size not in SIZES:
+        raise UserError(f"size={c.size}: expected one of {', '.join(SIZES)}")
     what[c.args[0]](c)
 
 

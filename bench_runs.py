@@ -34,7 +34,7 @@ def finish(process, folder, name):
     """-> the training rows of its log.jsonl"""
     if process.wait():
         with open(os.path.join(folder, f"{name}.txt")) as f:
-            raise RunError(f"train.py ended with exit code {process.returncode}: {f.read().splitlines()[-1]}")
+            raise RunError(f"train.py ended with exit code {process.returncode}: {(f.read().splitlines() or ['no message'])[-1]}")
     with open(os.path.join(folder, name, "log.jsonl"), encoding="utf-8") as f:
         return [row for row in map(json.loads, f) if "loss" in row]
 

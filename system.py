@@ -9,7 +9,6 @@ import lzma
 import os
 import queue
 import re
-import resource
 import shutil
 import sys
 import sysconfig
@@ -21,6 +20,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+
+try:
+    import resource
+except ImportError:      # Windows
+    resource = None
 
 # Dense bf16 FLOP/s of one device by the vendors' datasheets, for MFU; a device that is not listed gets none.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
@@ -186,10 +190,10 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Most bytes so far: what PyTorch has handed out on a GPU, elsewhere what this process had in RAM."""
+    """Most bytes so far: what PyTorch has handed out on a GPU, elsewhere what this process had in RAM; None where no one counts."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def limit_memory(device, gib):

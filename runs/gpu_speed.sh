@@ -3,7 +3,8 @@
 #
 #     bash runs/gpu_speed.sh 210m                  # ours beside the peers -> bench/results/
 #     bash runs/gpu_speed.sh 210m parts            # ours with one feature switched off at a time
-#     bash runs/gpu_speed.sh 210m memory           # the largest micro-batch, with and without activation checkpointing; 1,000 steps
+#     bash runs/gpu_speed.sh 210m memory           # the largest micro-batch, with and without activation checkpointing
+#     bash runs/gpu_speed.sh 210m steady           # are a thousand steps as fast at the end as at the start? does memory grow?
 #     NANOGPT=../nanoGPT bash runs/gpu_speed.sh 1b peers some/folder       # with a clone of karpathy/nanoGPT, to another folder
 #
 # PYTHON (default: .venv's, else python3) needs PyTorch with CUDA, Triton, the small packages, and transformers for EuroBERT; no network.
@@ -31,8 +32,9 @@ case $what in
   parts)
     part train $step --contestants=ours,ours-kernel,ours-head,ours-padded,ours-eager,ours-loss "$@" ;;
   memory)
-    part memory $step "$@"
+    part memory $step "$@" ;;
+  steady)
     part steady $step "$@" ;;
-  *) echo "error: '$what': expected peers, parts or memory" >&2; exit 2 ;;
+  *) echo "error: '$what': expected peers, parts, memory or steady" >&2; exit 2 ;;
 esac
 exit $failed

@@ -96,6 +96,8 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
                                          (["bench.py", "train", "--contestants=gpt5"], "expected some of ours,ours-clm"),
                                          (["bench.py", "train", "--contestants=nanogpt"], "none can be measured here: nanogpt: no --nanogpt=CLONE"),
                                          (["bench.py", "memory", "--device=cpu"], "of which memory?"),
+                                         (["bench.py", "train", "--size=7b"], "size=7b"), (["bench.py", "steady", "--run_steps=150"], "run_steps=150"),
+                                         (["bench.py", "ddp", "--run_steps=20"], "run_steps=20"),
                                          (["finetune.py"], "which encoder?"), (["eval_ir.py"], "which encoder?")])
 def test_leaves_explain_a_wrong_call_in_one_line(words, says):
     done = run_python(words)

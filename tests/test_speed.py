@@ -209,7 +209,7 @@ def test_the_readmes_tables_follow_from_the_rows():
 
 
 def test_a_cell_nobody_measured_says_so_and_the_newest_row_counts(tmp_path):
-    row = {"bench": "train", "device": "NVIDIA H100, torch 2.11", "size": "610m", "key": "ours", "tok_per_s": 1e5, "mfu": 0.44, "peak": 2 ** 35,
+    row = {"bench": "train", "kind": "cuda", "device": "NVIDIA H100, torch 2.11", "size": "610m", "key": "ours", "tok_per_s": 1e5, "mfu": 0.44, "peak": 2 ** 35,
            "first": 40.0, "reference": "ours", "ratio": 1.0, "peak_flops": 989e12, **bench_tables.GPU}
     text = "before\n" + bench_tables.BEGIN + "old\n" + bench_tables.END + "after\n"
     empty = bench_tables.put(text, str(tmp_path))
