@@ -12,9 +12,9 @@
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
     python bench.py search                                 # a million documents, beside numpy's sort and FAISS (3 GB of disk)
 
-The contestants, each in a process of its own, take turns for `rounds` rounds: one untimed step, then `steps` timed
-ones. A row is the median over the rounds, and the ratio to the first row the median of the ratios within a round, so
-that a machine whose speed drifts does not decide.
+The contestants, each in a process of its own, take turns for `rounds` rounds (on a CPU up to five, the first always among
+them; on a GPU each alone): one untimed step, then `steps` timed ones. A row is the median over the rounds, and the
+ratio to the first row the median of the ratios within a round, so that a machine whose speed drifts does not decide.
 """
 import importlib.util
 import json
