@@ -106,6 +106,8 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Te
     out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
     group, used = q.shape[1] // k.shape[1], 0
     alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], k.shape[1], q.device.type == "cpu")
+    if together:
+        q, k, v = (x.contiguous() for x in (q, k, v))                               # v is strided: once, not in each take()
     for p in together:
         args = take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
         weights, used = room(kept, used, *args[0].shape[:2])
@@ -137,6 +139,8 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     kv_heads, group, used = k.shape[1], q.shape[1] // k.shape[1], 0
     alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], kv_heads, q.device.type == "cpu")
+    if together:
+        grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
     for p in together:
         do, *args = take(grad, p.q, p), take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
         do.masked_fill_(p.hidden.transpose(1, 2), 0.0)                              # a repeated query adds nothing

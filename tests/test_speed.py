@@ -16,7 +16,7 @@ import bench_train
 import checkpoint
 import data
 import train
-from kernels.sdpa import plan
+from kernels.sdpa import attention, plan
 from model import SIZES, Encoder, ModelConfig
 from objectives import OBJECTIVES
 
@@ -28,6 +28,17 @@ def model_and_batch(**kwargs):
     model = Encoder(ModelConfig(**SIZES["demo"], vocab_size=512), **kwargs)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     return model, torch.randint(0, 512, (sum(LENGTHS),)), cu_seqlens
+
+
+@pytest.mark.parametrize("lengths", [[20] * 8, [5, 5, 20, 20, 40, 40, 60, 60]], ids=["one group", "four groups"])
+def test_attention_on_a_cpu_copies_a_strided_tensor_once_however_many_groups_of_short_sequences_there_are(lengths):
+    qkv = torch.randn(sum(lengths), 6, 16, requires_grad=True)      # q, k, v as model.Attention has them: parts of one product
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    assert len(plan(tuple(cu_seqlens.tolist()), 2, 2, True)[1]) == len(set(lengths))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        attention(*qkv.split((2, 2, 2), dim=1), cu_seqlens, False).sum().backward()
+    copies = [event for event in seen.events() if event.name == "aten::copy_" and event.input_shapes[0] == [sum(lengths), 2, 16]]
+    assert len(copies) == 3 + 4      # q, k and v forward; they and the gradient, an expanded number, backward
 
 
 # ---- memory
