@@ -355,7 +355,7 @@ def measure(c, device, show):
                     bar.update()
             for key, runner in runners.items():
                 runner.finish()
-                found.setdefault(key, runner)
+                found.setdefault(key, runner)      # of the first, who ran in each group, the run with an empty cache
             for runner in runners.values():
                 runner.beside = next(((k, r) for k, r in (runners if device == "cpu" else found).items() if not r.failed), None)
     bar.close()
