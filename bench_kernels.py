@@ -2,12 +2,11 @@
 
 In one process, the contestants take turns, so that a device whose clock drifts does not decide; random data; a buffer
 larger than any cache is overwritten before each timed call. A row is the median over the rounds, its ratio the median of
-the ratios to ours within a round. What a contestant cannot do here is a row that says why.
+the ratios to ours within a round. What a contestant cannot do here is a row that says why. A row also names the GPU kernel that a
+contestant's forward pass spends most time in, so that one sees which backend a library took.
 """
 import importlib.util
-import inspect
 import statistics
-import subprocess
 import time
 from functools import partial
 
@@ -17,24 +16,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import bench_rows
 import data
 import kernels
 from model import SIZES
-
-
-def versions(device):
-    """What decides a kernel's speed and correctness besides its source."""
-    found = {"torch": torch.__version__}
-    if kernels.triton_kernels:
-        import triton
-        found["triton"] = triton.__version__
-        if device == "cuda":
-            from triton.backends.nvidia.compiler import get_ptxas_version
-            major, minor = torch.cuda.get_device_capability()
-            found["ptxas"] = get_ptxas_version(10 * major + minor).splitlines()[-1]
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return found
 
 
 def take_turns(calls, rounds, device):
@@ -102,8 +87,10 @@ def compete(contestants, inputs, flops, scale, c, device, row, emit):
                 continue
             seconds = statistics.median(times[name])
             ratio = statistics.median(theirs / mine for theirs, mine in zip(times[name], times["ours"]))
-            emit(facts | {"ms": 1e3 * seconds, "tflops": factor * flops / seconds / 1e12, "ratio": ratio,
-                          "peak_mib": peak_memory(calls[name], device) if kind == "both" else None})
+            facts |= {"ms": 1e3 * seconds, "tflops": factor * flops / seconds / 1e12, "ratio": ratio, "peak_mib": None}
+            if kind == "both":
+                facts |= {"peak_mib": peak_memory(calls[name], device), "kernel": busiest_kernel(contestants[name], device)}
+            emit(facts)
 
 
 # ---- attention
@@ -139,18 +126,6 @@ def sdpa(q, k, v, cu, causal, backend):
                 return torch.cat([run(*(x[None, s:e].transpose(1, 2) for x in (q, k, v)))[0].transpose(0, 1)
                                   for s, e in zip(bounds, bounds[1:])])
     return forward
-
-
-def varlen(q, k, v, cu, causal):
-    """torch.nn.attention.varlen.varlen_attn, which is FlashAttention-2 over packed sequences."""
-    from torch.nn.attention.varlen import varlen_attn
-    known, longest = inspect.signature(varlen_attn).parameters, int(cu.diff().max())
-    options = {"is_causal": causal} if "is_causal" in known else {"window_size": (-1, 0) if causal else (-1, -1)}
-    if "enable_gqa" in known:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-        return lambda: varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-    group = q.shape[1] // k.shape[1]
-    return lambda: varlen_attn(q, *(x.repeat_interleave(group, 1) for x in (k, v)), cu, cu, longest, longest, **options)
 
 
 def flex(q, k, v, cu, causal):
@@ -193,26 +168,35 @@ def later(make, *args):
     return call
 
 
-def attention(c, device, emit):
+def busiest_kernel(call, device):
+    """Name of the GPU kernel that a call spends most time in: which backend a library took. None where that is not known."""
+    if device != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    return max(events, key=lambda event: event.self_device_time_total).key if events else None
+
+
+def attention(size, packing, causal, c, device, emit):
+    """One case: the heads of a size, rows whole ("equal") or cut at random ("cuts"), one mask."""
     impl = "triton" if device == "cuda" else "auto"
-    cases = [(size, packing, causal) for size in c.sizes for packing in ("equal", "cuts") for causal in (False, True)]
-    for size, packing, causal in tqdm(cases, desc="attention"):
-        torch._dynamo.reset()
-        H, Hkv, D = SIZES[size]["n_head"], SIZES[size]["n_kv_head"], SIZES[size]["n_embd"] // SIZES[size]["n_head"]
-        cu = torch.from_numpy(sequences(packing, c)).to(device)
-        generator = torch.Generator(device).manual_seed(0)
-        qkv = torch.randn(c.tokens, H + 2 * Hkv, D, device=device, generator=generator).bfloat16()
-        q, k, v = (x.detach().requires_grad_() for x in qkv.split((H, Hkv, Hkv), dim=1))
-        pairs = sum(n * (n + 1) // 2 if causal else n * n for n in cu.diff().tolist())
-        contestants = {"ours": partial(kernels.attention, q, k, v, cu, causal, impl),
-                       "SDPA flash": later(sdpa, q, k, v, cu, causal, SDPBackend.FLASH_ATTENTION),
-                       "varlen_attn": later(varlen, q, k, v, cu, causal),
-                       "FlexAttention": later(flex, q, k, v, cu, causal)}
-        if packing == "equal":            # cuDNN makes a plan for each length: no contestant for random ones
-            contestants["SDPA cuDNN"] = later(sdpa, q, k, v, cu, causal, SDPBackend.CUDNN_ATTENTION)
-            contestants["FA3"] = later(fa3, q, k, v, cu, causal)
-        row = {"bench": "attention", "size": size, "heads": [H, Hkv, D], "tokens": c.tokens, "packing": packing, "causal": causal}
-        compete(contestants, (q, k, v), 4 * H * D * pairs, 2.5, c, device, row, emit)
+    H, Hkv, D = SIZES[size]["n_head"], SIZES[size]["n_kv_head"], SIZES[size]["n_embd"] // SIZES[size]["n_head"]
+    cu = torch.from_numpy(sequences(packing, c)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(c.tokens, H + 2 * Hkv, D, device=device, generator=generator).bfloat16()
+    q, k, v = (x.detach().requires_grad_() for x in qkv.split((H, Hkv, Hkv), dim=1))
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in cu.diff().tolist())
+    contestants = {"ours": partial(kernels.attention, q, k, v, cu, causal, impl),
+                   "varlen_attn": partial(kernels.attention, q, k, v, cu, causal, "varlen"),
+                   "SDPA flash": later(sdpa, q, k, v, cu, causal, SDPBackend.FLASH_ATTENTION),
+                   "FlexAttention": later(flex, q, k, v, cu, causal)}
+    if packing == "equal":            # cuDNN makes a plan for each length: no contestant for random ones
+        contestants["SDPA cuDNN"] = later(sdpa, q, k, v, cu, causal, SDPBackend.CUDNN_ATTENTION)
+        contestants["FA3"] = later(fa3, q, k, v, cu, causal)
+    row = {"bench": "attention", "size": size, "heads": [H, Hkv, D], "tokens": c.tokens, "packing": packing, "causal": causal}
+    compete(contestants, (q, k, v), 4 * H * D * pairs, 2.5, c, device, row, emit)
 
 
 # ---- the loss
@@ -233,32 +217,41 @@ def liger_loss(hidden, weight, targets):
     return Liger.apply(hidden, weight.to(hidden.dtype), targets, None, None, -100, 0.0, 0.0, "sum")[0]
 
 
-def loss(c, device, emit):
-    cases = [(size, share) for size in c.sizes for share in (1.0, 0.4)]
-    for size, share in tqdm(cases, desc="loss"):
-        torch._dynamo.reset()
-        C, N = SIZES[size]["n_embd"], int(share * c.tokens)
-        generator = torch.Generator(device).manual_seed(0)
-        hidden = torch.randn(N, C, device=device, generator=generator).bfloat16().requires_grad_()
-        weight = (torch.randn(c.head_vocab, C, device=device, generator=generator) * 0.02).requires_grad_()
-        targets = torch.randint(0, c.head_vocab, (N,), device=device, generator=generator)
-        losses = {"ours": kernels.linear_cross_entropy, "F.cross_entropy, compiled": torch.compile(eager_loss, dynamic=False)}
-        if hasattr(F, "linear_cross_entropy"):
-            losses["F.linear_cross_entropy"] = torch_loss
-        if importlib.util.find_spec("liger_kernel"):
-            losses["Liger"] = liger_loss
-        contestants = {name: partial(function, hidden, weight, targets) for name, function in losses.items()}
-        row = {"bench": "loss", "size": size, "positions": N, "width": C, "vocab_size": c.head_vocab}
-        compete(contestants, (hidden, weight), 2 * N * C * c.head_vocab, 2.0, c, device, row, emit)
+def loss(size, share, c, device, emit):
+    """One case: the width of a size, and a share of the tokens that have a target."""
+    C, N = SIZES[size]["n_embd"], int(share * c.tokens)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, C, device=device, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(c.head_vocab, C, device=device, generator=generator) * 0.02).requires_grad_()
+    targets = torch.randint(0, c.head_vocab, (N,), device=device, generator=generator)
+    losses = {"ours": kernels.linear_cross_entropy, "F.cross_entropy, compiled": torch.compile(eager_loss, dynamic=False)}
+    if hasattr(F, "linear_cross_entropy"):
+        losses["F.linear_cross_entropy"] = torch_loss
+    if importlib.util.find_spec("liger_kernel"):
+        losses["Liger"] = liger_loss
+    contestants = {name: partial(function, hidden, weight, targets) for name, function in losses.items()}
+    row = {"bench": "loss", "size": size, "positions": N, "width": C, "vocab_size": c.head_vocab}
+    compete(contestants, (hidden, weight), 2 * N * C * c.head_vocab, 2.0, c, device, row, emit)
+
+
+def cases(c):
+    """[function of a case], what a training step is made of first: a run that is cut short has measured that."""
+    found = []
+    for packing in c.packings:
+        for causal in (False, True):
+            found += [partial(attention, size, packing, causal) for size in c.sizes]
+            if packing == c.packings[0] and not causal:
+                found += [partial(loss, size, share) for share in c.shares for size in c.sizes]
+    return found
 
 
 def measure(c, device, emit):
-    """Every case; emit(row) writes each row as it comes, so that a run that is cut short leaves what it has."""
-    facts, rows = versions(device), []
-
-    def keep(row):
-        rows.append(row)
-        emit(facts | row)
-    attention(c, device, keep)
-    loss(c, device, keep)
-    return rows
+    """Every case, until c.seconds are over if that is not 0; emit(row) is called with each row as soon as it is known."""
+    facts = bench_rows.versions(device)
+    began = time.monotonic()
+    for case in tqdm(cases(c), desc="kernels", disable=None):
+        if c.seconds and time.monotonic() - began > c.seconds:
+            tqdm.write(f"{c.seconds:g} s are over: the rest is not measured")
+            break
+        torch._dynamo.reset()
+        case(c, device, lambda row: emit(facts | row))

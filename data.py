@@ -174,7 +174,9 @@ class Batch:
     def to(self, device):
         """Copy to the device; from pinned memory the copy overlaps with compute."""
         move = {f: getattr(self, f).to(device, non_blocking=True) for f in ("tokens", "cu_seqlens", "positions", "targets")}
-        move["cu_seqlens"].checked_for = self.tokens.shape[0]      # made here: kernels.attention need not fetch it to look
+        # kernels.attention needs no look at the values then, which on a GPU is a synchronisation
+        move["cu_seqlens"].checked_for = self.tokens.shape[0]
+        move["cu_seqlens"].longest = int(self.lengths.max())
         return Batch(**move, causal=self.causal, num_targets=self.num_targets, lengths=self.lengths)
 
     def pin(self):

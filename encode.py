@@ -137,5 +137,7 @@ def pack(encoded, indices, device):
     tokens = torch.from_numpy(rows(encoded, "tokens", indices).astype(np.int64))
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths(encoded, indices)]).astype(np.int32))
     tokens, cu_seqlens = tokens.to(device), cu_seqlens.to(device)
-    cu_seqlens.checked_for = len(tokens)      # kernels.attention need not look at it, which on a GPU is a synchronisation
+    # kernels.attention needs no look at the values then, which on a GPU is a synchronisation
+    cu_seqlens.checked_for = len(tokens)
+    cu_seqlens.longest = int(max(lengths(encoded, indices), default=0))
     return tokens, cu_seqlens

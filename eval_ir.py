@@ -70,7 +70,7 @@ class Config:
     # system
     device: str = "auto"            # cuda where there is one, else cpu
     dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32; similarities are float32 in any case
-    attention: str = "auto"         # triton (CUDA), sdpa (anywhere) or reference
+    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
     micro_tokens: int = 16_384      # tokens in a forward and backward pass; a batch beyond it is computed twice, with the same loss
     eval_tokens: int = 0            # tokens in a forward pass of encoding; 0: 8,192 on a CPU, 65,536 on a GPU
     cache_dir: str = "data/tasks"   # tokenized collections, and what BM25 found

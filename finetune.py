@@ -57,7 +57,7 @@ class Config:
     # system
     device: str = "auto"            # cuda where there is one, else cpu
     dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
-    attention: str = "auto"         # triton (CUDA), sdpa (anywhere) or reference
+    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
     micro_tokens: int = 16_384      # tokens in a forward and backward pass; a step is cut to fit
     eval_tokens: int = 8_192        # tokens in a forward pass of evaluation; more fall out of a CPU's caches
     cache_dir: str = "data/tasks"   # tokenized data sets

@@ -34,7 +34,7 @@ class Config:
     show: int = 5               # candidates for each [MASK]
     seed: int = 1337            # same seed, same text
     device: str = "auto"        # cuda where there is one, else cpu
-    attention: str = "auto"     # triton (CUDA), sdpa (anywhere) or reference
+    attention: str = "auto"     # triton or varlen (CUDA), sdpa (anywhere) or reference
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def main(c):
     for path in paths:
         tok, config = checkpoint.tokenizer_of(path), checkpoint.config_of(path)
         try:
-            resolve(c.attention, device.partition(":")[0], torch.float32, config.head_dim)
+            resolve(c.attention, device.partition(":")[0], torch.float32, config.head_dim, config.n_head, config.n_kv_head)
         except ValueError as error:
             raise UserError(str(error)) from None
         model = checkpoint.load_model(path, device, c.attention)

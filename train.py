@@ -30,7 +30,7 @@ import lineage
 import system
 import tokenizer
 from configurator import RunError, UserError, run
-from kernels import linear_cross_entropy, resolve
+from kernels import ATTENTION, linear_cross_entropy, resolve
 from model import SIZES, Encoder
 from objectives import kind_and_rate, objective_at
 
@@ -80,7 +80,7 @@ class Config:
     device: str = "auto"                     # cuda where there is one, else cpu
     dtype: str = "auto"                      # bfloat16 (autocast over fp32 weights) where it is fast, else float32
     compile: bool = True                     # torch.compile where a compiler is installed
-    attention: str = "auto"                  # triton (CUDA), sdpa (anywhere) or reference (dense, for debugging)
+    attention: str = "auto"                  # triton or varlen (CUDA), sdpa (anywhere) or reference (dense, for debugging)
     checkpoint_activations: bool = False     # compute each layer again in the backward pass: less memory, a third more work
 
 
@@ -152,11 +152,16 @@ def train(c, device, processes):
         return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
     config = lineage.model_config(c, start, corpus.vocab_size)
     try:
-        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), config.head_dim)
+        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), config.head_dim, config.n_head,
+                            config.n_kv_head)
     except ValueError as error:
         raise UserError(str(error)) from None
+    # "auto" goes by times on a GPU, which may differ between ranks: all take what rank 0 found
+    names = list(ATTENTION)
+    of_rank_0 = system.all_sum([names.index(attention) if processes.first else 0], processes)
+    attention = names[int(of_rank_0[0])]
     torch.manual_seed(c.seed)
-    model = Encoder(config, c.attention, c.checkpoint_activations).to(device)
+    model = Encoder(config, attention, c.checkpoint_activations).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
                                   weight_decay=c.weight_decay, fused=True)
     if start.foreign:

@@ -38,7 +38,8 @@ class Worker:
         state, self.tokenizer = checkpoint.read_state(path), checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
         try:
-            resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim)
+            resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim, config.n_head,
+                    config.n_kv_head)
         except ValueError as error:
             raise UserError(str(error)) from None
         if self.tokenizer.vocab_size != config.vocab_size:

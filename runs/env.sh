@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it, from the repository's root: `use_environment FILE` leaves in $PYTHON an interpreter
 # whose packages satisfy the requirements FILE. Without VENV that is .venv, made and filled here; VENV=/path/to/venv takes
-# one that satisfies them already (say, with PyTorch's CPU build) and changes nothing in it.
+# one that satisfies them already (say, with PyTorch's CPU build) and changes nothing in it. NANOENCODER_PYTHON=/path/to/python is
+# taken unchecked, for a machine whose packages are other versions.
 
 satisfies() {   # PYTHON FILE: prints what is missing, one line each; nothing and exit 0 if all is there
   "$1" - "$2" <<'PY'
@@ -34,6 +35,10 @@ PY
 
 use_environment() {
   local venv=${VENV:-.venv} candidate missing
+  if [ -n "${NANOENCODER_PYTHON:-}" ]; then
+    PYTHON=$NANOENCODER_PYTHON
+    return
+  fi
   PYTHON=$venv/bin/python
   if [ -n "${VENV:-}" ]; then
     if [ ! -x "$PYTHON" ]; then echo "error: VENV=$VENV holds no bin/python" >&2; exit 2; fi

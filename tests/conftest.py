@@ -34,6 +34,7 @@ needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="NANOENCODER
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `pytest -m gpu` runs these alone")
+    config.addinivalue_line("markers", "fast: of those, what to run when there is a minute for all of them")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -81,6 +81,7 @@ def test_bad_input_of_the_loss_is_one_clear_value_error(change):
 
 
 @pytest.mark.gpu
+@pytest.mark.fast
 def test_the_loss_takes_less_than_4_gib_at_the_papers_size():
     hidden = torch.randn(24_576, 768, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(128_256, 768, device="cuda").requires_grad_()

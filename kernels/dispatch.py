@@ -1,0 +1,273 @@
+"""attention(): one function, several implementations, and the choice between them.
+
+    triton      our own kernels (triton: attention.py), for CUDA GPUs
+    varlen      PyTorch's packed attention (varlen.py), for CUDA GPUs
+    sdpa        PyTorch's scaled_dot_product_attention, one call a sequence (sdpa.py): runs everywhere; the fast path of a CPU
+    reference   the definition, dense and slow (reference.py)
+
+"auto" is sdpa on a CPU. On a GPU, Triton and varlen first compute a small batch that is compared
+with the reference. Those that agree are timed on the shape of a training step, and the faster one
+is taken.
+"""
+
+import functools
+import os
+import time
+
+import torch
+
+from . import reference, sdpa, varlen
+
+try:
+    from . import attention as triton_kernels
+except ImportError:  # no Triton on this platform
+    triton_kernels = None
+
+
+def triton_attention(q, k, v, cu_seqlens, causal):
+    return triton_kernels.attention(q, k, v, cu_seqlens, causal)
+
+
+# a new implementation is one entry here
+ATTENTION = {
+    "triton": triton_attention,
+    "varlen": varlen.attention,
+    "sdpa": sdpa.attention,
+    "reference": reference.attention,
+}
+
+FAST_ON_GPU = ("triton", "varlen")  # what "auto" chooses from on a GPU
+MOST_ERROR = (
+    2e-2  # of a trial: rounding to bf16 makes 4e-3, a miscompiled kernel far more than this
+)
+PREFERENCE = (
+    0.95  # varlen must take less than this share of Triton's time, which repeats to the bit
+)
+
+
+def why_not(name, device_type, dtype, head_dim):
+    """None if the implementation takes such tensors here, else the reason in words."""
+    if name == "triton" and triton_kernels is None:
+        return "Triton is not installed (it needs Linux)"
+    if name == "triton":
+        return triton_kernels.why_not(device_type, dtype, head_dim)
+    if name == "varlen":
+        return varlen.why_not(device_type, dtype, head_dim)
+    return None
+
+
+def resolve(impl, device_type=None, dtype=None, head_dim=None, n_head=3, n_kv_head=1):
+    """Check the name of an implementation. If the kind of input is given, also turn "auto" into the
+    name of what runs.
+
+    Prints one line when "auto" chooses on a GPU, once a process and kind of input: what, why, and
+    both times. Raises ValueError for an unknown name, and for an implementation that cannot run
+    here.
+"""
+    if impl != "auto" and impl not in ATTENTION:
+        raise ValueError(f"attention={impl}: expected auto or one of {', '.join(ATTENTION)}")
+    if device_type is None:
+        return impl
+    if impl == "auto":
+        return choose(device_type, dtype, head_dim, n_head, n_kv_head)
+    reason = why_not(impl, device_type, dtype, head_dim)
+    if reason:
+        raise ValueError(f"attention={impl}: {reason}")
+    return impl
+
+
+def choose(device_type, dtype, head_dim, n_head, n_kv_head):
+    return chosen(device_type, dtype, head_dim, n_head, n_kv_head)
+
+
+# torch.compile calls it while it traces and keeps the answer in the graph. This is what
+# torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would cost
+# every process a second at its start; a test holds it.
+choose._dynamo_marked_constant = True
+
+
+@functools.cache
+def chosen(device_type, dtype, head_dim, n_head, n_kv_head):
+    """What "auto" means for this kind of input, decided once a process."""
+    if device_type != "cuda":
+        return "sdpa"
+    name, explanation = decide(FAST_ON_GPU, device_type, dtype, head_dim, n_head, n_kv_head)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"attention: {explanation}", flush=True)
+    return name
+
+
+def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
+    """Choose among implementations by trial and time. -> (name, explanation in one line)
+
+    names: the first is preferred unless another is clearly faster; n_rows: rows of 2,048 tokens to
+    time with.
+"""
+    errors = {}
+    seconds = {}
+    problems = {}
+    for name in names:
+        try:
+            problems[name], errors[name] = objection(
+                name, device_type, dtype, head_dim, n_head, n_kv_head
+            )
+            if problems[name] is None:
+                seconds[name] = layer_seconds(
+                    name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows
+                )
+        except (
+            Exception
+        ) as problem:  # whatever a compiler or a driver throws at us: train on, and say so
+            first_line = (str(problem).splitlines() or [""])[0]
+            problems[name] = (
+                f"a trial call of {name} failed: {type(problem).__name__}: {first_line}"
+            )
+    refusals = "; ".join(f"{problem}" for problem in problems.values() if problem)
+    if not seconds:
+        return "sdpa", f"sdpa, one call a sequence, which is slow on a GPU, because {refusals}"
+
+    best = next(iter(seconds))
+    for name in seconds:
+        if seconds[name] < PREFERENCE * seconds[best]:
+            best = name
+    times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
+    explanation = (
+        f"{best}; a layer of {n_rows} x 2,048 tokens, forward and backward, full and causal, takes {times} "
+        f"({n_head}/{n_kv_head} heads of {head_dim}, {str(dtype).removeprefix('torch.')}; error {errors[best]:.1e})"
+    )
+    return best, f"{explanation}; {refusals}" if refusals else explanation
+
+
+def objection(name, device_type, dtype, head_dim, n_head, n_kv_head):
+    """-> (why the implementation must not be used here, in words, or None; the error of its trial
+    call or None)"""
+    reason = why_not(name, device_type, dtype, head_dim)
+    if reason:
+        return reason, None
+    error = trial(name, device_type, dtype, head_dim, n_head // n_kv_head)
+    if error < MOST_ERROR:
+        return None, error
+    return f"a trial call of {name} was off by {error:.1e}", error
+
+
+def trial(name, device_type, dtype, head_dim, group):
+    """Compare an implementation with the reference on a small packed batch under both masks. group:
+    query heads a KV head.
+
+    -> the largest relative error of the output and of the gradients of q, k and v
+    """
+    generator = torch.Generator(device_type).manual_seed(0)
+    # 304 tokens: a multiple of 16 as in a training step, so that a kernel compiled for the one
+    # serves the other
+    cu_seqlens = torch.tensor([0, 130, 131, 304], dtype=torch.int32, device=device_type)
+    worst = 0.0
+    for causal in (False, True):
+        q, k, v, grad = (
+            torch.randn(304, heads, head_dim, device=device_type, generator=generator).to(dtype)
+            for heads in (group, 1, 1, group)
+        )
+        results = output_and_gradients(ATTENTION[name], q, k, v, grad, cu_seqlens, causal)
+        q, k, v, grad = (x.float() for x in (q, k, v, grad))
+        exact = output_and_gradients(reference.attention, q, k, v, grad, cu_seqlens, causal)
+        for ours, right in zip(results, exact):
+            error = (ours.float() - right).norm() / right.norm()
+            worst = max(worst, error.nan_to_num(float("inf")).item())
+    return worst
+
+
+def output_and_gradients(implementation, q, k, v, grad, cu_seqlens, causal):
+    """-> output [T, H, D] and the gradients of q, k and v for a gradient `grad` of the output"""
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+        out = implementation(q, k, v, cu_seqlens, causal)
+        return [out, *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def layer_seconds(name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows):
+    """Median time of attention in one layer of a training step: forward and backward, under both
+    masks, each row of 2,048 cut once."""
+    generator = torch.Generator(device_type).manual_seed(0)
+    starts = 2048 * torch.arange(n_rows)
+    cuts = starts + torch.randint(12, 2037, (n_rows,), generator=torch.Generator().manual_seed(0))
+    bounds = torch.cat([starts, cuts, torch.tensor([2048 * n_rows])])  # [2 n_rows + 1]
+    cu_seqlens = bounds.sort().values.int().to(device_type)
+    q, k, v, grad = (
+        torch.randn(2048 * n_rows, heads, head_dim, device=device_type, generator=generator).to(
+            dtype
+        )
+        for heads in (n_head, n_kv_head, n_kv_head, n_head)
+    )
+
+    def both_masks():
+        for causal in (False, True):
+            output_and_gradients(ATTENTION[name], q, k, v, grad, cu_seqlens, causal)
+
+    def wait():
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(2):  # compile, and fill the caches
+        both_masks()
+    times = []
+    for _ in range(5):
+        wait()
+        began = time.perf_counter()
+        both_masks()
+        wait()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[2]
+
+
+def check(q, k, v, cu_seqlens):
+    """Raises ValueError, in one line, for what no implementation can mean."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if (
+        not q.ndim == k.ndim == v.ndim == 3
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[2] != k.shape[2]
+    ):
+        raise ValueError(f"attention: {shapes}: expected [T, H, D] and twice [T, Hkv, D]")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {shapes}: query heads must be a multiple of KV heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype")
+    if not q.device == k.device == v.device == cu_seqlens.device:
+        raise ValueError(
+            f"attention: q is on {q.device}, k on {k.device}, v on {v.device}, cu_seqlens on {cu_seqlens.device}: "
+            "expected one device"
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"attention: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [S + 1]"
+        )
+    # Its values are checked once a tensor, because on a GPU a look is a synchronisation. A compiled
+    # or captured step does not look.
+    if torch.compiler.is_compiling() or getattr(cu_seqlens, "checked_for", None) == q.shape[0]:
+        return
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(
+            f"attention: cu_seqlens goes from {bounds[0]} to {bounds[-1]}: expected 0 to T = {q.shape[0]}, "
+            "never falling"
+        )
+    cu_seqlens.checked_for = q.shape[0]
+
+
+def attention(q, k, v, cu_seqlens, causal: bool, impl: str = "auto") -> torch.Tensor:
+    """Softmax attention within each packed sequence, scale 1/sqrt(D), differentiable.
+
+    q [T, H, D]; k, v [T, Hkv, D] with H a multiple of Hkv (GQA: query head h reads KV head h // (H
+    // Hkv)), any strides; cu_seqlens [S+1] int32, from 0 to T, non-decreasing: sequence s is the
+    tokens [cu_seqlens[s], cu_seqlens[s+1]). causal: a token sees itself and what stands before it
+    in its sequence; otherwise the whole sequence. -> [T, H, D] Under autocast the inputs are cast
+    first. Raises ValueError for shapes, dtypes, devices or bounds that do not fit.
+"""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    check(q, k, v, cu_seqlens)
+    name = resolve(impl, kind, q.dtype, q.shape[2], q.shape[1], k.shape[1])
+    return ATTENTION[name](q, k, v, cu_seqlens, causal)

@@ -1,0 +1,173 @@
+"""Packed attention by PyTorch's own kernel for it: torch.nn.attention.varlen, which is
+FlashAttention-2 over cu_seqlens.
+
+This is what `--attention=auto` takes on a GPU when our Triton kernels cannot run there (a head dim
+they do not have, an old Triton, a compiler fault) or are slower. It is one call for all sequences,
+without a host synchronisation. Its one drawback: the gradient of q is summed with atomic additions,
+so two runs of a training differ in their last bits.
+
+varlen_attn takes the length of the longest sequence as a Python int. Inside torch.compile that
+would be a constant, and every batch would compile again. So the call is hidden in a custom operator
+of our own, which looks the length up when it runs.
+"""
+
+import inspect
+
+import torch
+
+try:
+    from torch.nn.attention import varlen as torch_varlen
+except ImportError:  # a PyTorch built without it
+    torch_varlen = None
+
+PARAMETERS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
+# torch 2.13 reads a KV head for each group of query heads; 2.11 needs as many heads in k and v as in q
+TAKES_GROUPS = "enable_gqa" in PARAMETERS
+
+
+def why_not(device_type, dtype, head_dim):
+    """None if varlen_attn takes such tensors here, else the reason in words."""
+    if device_type != "cuda":
+        return "PyTorch's packed attention needs a CUDA GPU"
+    if "window_size" not in PARAMETERS:
+        return "PyTorch's packed attention needs torch 2.11 or newer"
+    if torch.version.hip:
+        return "PyTorch's packed attention was not tried on AMD GPUs"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "PyTorch's packed attention needs an Ampere GPU or newer"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"PyTorch's packed attention takes bfloat16 and float16, not {dtype}"
+    if head_dim % 8 != 0 or head_dim > 256:
+        return f"head dim {head_dim} is not supported by PyTorch's packed attention: multiples of 8 up to 256 are"
+    return None
+
+
+def longest_sequence(cu_seqlens):
+    """Tokens in the longest sequence.
+
+    On a GPU a look at cu_seqlens is a synchronisation. So the answer is kept on the tensor: the
+    other layers and the backward pass find it there, and data.Batch.to writes it down beforehand.
+    """
+    if not hasattr(cu_seqlens, "longest"):
+        cu_seqlens.longest = int(cu_seqlens.diff().max())
+    return cu_seqlens.longest
+
+
+def window(causal):
+    """(tokens to the left, tokens to the right) that a token sees; -1: all of them."""
+    return (-1, 0) if causal else (-1, -1)
+
+
+def repeat_heads(x, n_head):
+    """[T, Hkv, D] -> [T, H, D], each KV head repeated for its group of query heads."""
+    return x.repeat_interleave(n_head // x.shape[1], dim=1)
+
+
+def forward(q, k, v, cu_seqlens, causal):
+    """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
+    longest = longest_sequence(cu_seqlens)
+    options = {"window_size": window(causal), "return_aux": torch_varlen.AuxRequest(lse=True)}
+    if TAKES_GROUPS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k = repeat_heads(k, q.shape[1])
+        v = repeat_heads(v, q.shape[1])
+    return torch_varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
+    """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    longest = longest_sequence(cu_seqlens)
+    n_head = q.shape[1]
+    n_kv_head = k.shape[1]
+    if not TAKES_GROUPS:
+        k = repeat_heads(k, n_head)
+        v = repeat_heads(v, n_head)
+    dropout_state = torch.zeros(
+        2, dtype=torch.uint64, device=q.device
+    )  # there is no dropout, but the operator wants its seed
+    # varlen_attn's own backward pass: PyTorch has no public name for it. Its arguments are the same
+    # in torch 2.11 and 2.13.
+    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        causal,
+        dropout_state,
+        None,
+        list(window(causal)),
+    )
+    if dk.shape[1] != n_kv_head:
+        dk = dk.unflatten(1, (n_kv_head, -1)).sum(
+            2
+        )  # [T, H, D] -> [T, Hkv, group, D] -> [T, Hkv, D]
+        dv = dv.unflatten(1, (n_kv_head, -1)).sum(2)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("nanoencoder::varlen", mutates_args=())
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
+    if q.shape[0] == 0:
+        return fake(q, k, v, cu_seqlens, causal)
+    out, lse = forward(q, k, v, cu_seqlens, causal)
+    return out.contiguous(), lse.contiguous()
+
+
+@varlen.register_fake
+def fake(q, k, v, cu_seqlens, causal):
+    T, H, D = q.shape
+    return q.new_empty((T, H, D)), q.new_empty((H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanoencoder::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    if q.shape[0] == 0:
+        return fake_backward(grad, q, k, v, out, lse, cu_seqlens, causal)
+    dq, dk, dv = gradients(grad.contiguous(), q, k, v, out, lse, cu_seqlens, causal)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@varlen_backward.register_fake
+def fake_backward(grad, q, k, v, out, lse, cu_seqlens, causal):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens, ctx.causal = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, grad, _):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.causal)
+    return dq, dk, dv, None, None
+
+
+varlen.register_autograd(backward, setup_context=setup_context)
+
+
+def attention(q, k, v, cu_seqlens, causal):
+    """See kernels.attention."""
+    return varlen(q, k, v, cu_seqlens, causal)[0]
