@@ -1,4 +1,4 @@
-"""The house: arrows go down only, files stay short, nothing is unpickled, the README's commands exist."""
+"""The house: arrows go down only, nothing is unpickled, the README's commands exist."""
 import ast
 import os
 import re
@@ -44,12 +44,6 @@ def test_imports_go_down_only():
         assert name.startswith("report") or not any(u.startswith("report_") for u in used), f"{path} imports a part of the report"
     assert imports(os.path.join(ROOT, "configurator.py")) <= set(__import__("sys").stdlib_module_names)
     assert "data" not in imports(os.path.join(ROOT, "model.py"))
-
-
-def test_no_file_outgrows_its_reader():
-    for path in sources():
-        lines = len(open(path).read().splitlines())
-        assert lines <= (330 if os.path.basename(path) in ("train.py", "model.py") else 400), f"{path}: {lines} lines"
 
 
 def test_nothing_is_ever_unpickled():
