@@ -306,15 +306,13 @@ def timed_steps(step, n, device):
 
 
 def step_profile(c):
-    """Three steps under torch.profiler: the ten kernels that take most time, and how long the GPU
-    waits between kernels."""
+    """Three steps under torch.profiler: the ten kernels with most time, and how long the GPU waits."""
     device = system.pick_device(c.device)
     system.keep_freed_memory()
     n_steps = 3
-    on_gpu = device.startswith("cuda")
-    activities = [torch.profiler.ProfilerActivity.CPU] + [
-        torch.profiler.ProfilerActivity.CUDA
-    ] * on_gpu
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with tempfile.TemporaryDirectory() as folder:
         c = replace(c, data_dir=folder)
         bench_train.write_corpus(c, folder)
@@ -327,46 +325,37 @@ def step_profile(c):
             for _ in range(n_steps):
                 step()
             system.synchronize(device)
+
     say(f"{bench_rows.describe(device)}; ours, MLM, {bench_rows.step_of(c)}, {n_steps} steps")
-    spans = [
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and event.time_range.end > event.time_range.start
-    ]
+    spans = gpu_spans(profile)
     if not spans:
+        operators = profile.key_averages()
         say("no GPU kernels here; a CPU's operators instead:")
-        say(
-            profile.key_averages().table(
-                sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=60
-            )
-        )
+        say(operators.table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=60))
         bench_rows.record(c, {"bench": "profile", "size": c.size, "kernels": []}, device)
         return
     largest, busy, total = largest_kernels(spans)
-    milliseconds = total / n_steps / 1000
-    say(f"a step takes {milliseconds:.2f} ms; the GPU computes for {busy / total:.1%} of it\n")
+    step_ms = total / n_steps / 1000
+    say(f"a step takes {step_ms:.2f} ms; the GPU computes for {busy / total:.1%} of it\n")
     say("| kernel | ms a step | share | calls a step |\n|---|---|---|---|")
+    kernel_rows = []
     for name, (microseconds, calls) in largest:
-        say(
-            f"| {name[:90]} | {microseconds / n_steps / 1000:.3f} | {microseconds / total:.1%} | {calls / n_steps:g} |"
-        )
-    rows = [
-        {"name": name, "ms": microseconds / n_steps / 1000, "calls": calls / n_steps}
-        for name, (microseconds, calls) in largest
-    ]
-    bench_rows.record(
-        c,
-        {
-            "bench": "profile",
-            "size": c.size,
-            "rows": c.rows,
-            "step_ms": total / n_steps / 1000,
-            "busy": busy / total,
-            "kernels": rows,
-        },
-        device,
-    )
+        ms = microseconds / n_steps / 1000
+        say(f"| {name[:90]} | {ms:.3f} | {microseconds / total:.1%} | {calls / n_steps:g} |")
+        kernel_rows.append({"name": name, "ms": ms, "calls": calls / n_steps})
+    row = {"bench": "profile", "size": c.size, "rows": c.rows, "step_ms": step_ms}
+    bench_rows.record(c, row | {"busy": busy / total, "kernels": kernel_rows}, device)
+
+
+def gpu_spans(profile):
+    """[(start, end, name)] of everything that ran on the GPU, in microseconds."""
+    spans = []
+    for event in profile.events():
+        # A user annotation, such as the optimizer's, spans the kernels inside it and their gaps.
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu and not event.is_user_annotation:
+            spans.append((event.time_range.start, event.time_range.end, event.name))
+    return spans
 
 
 def largest_kernels(spans, n=10):

@@ -151,26 +151,31 @@ def objection(name, device_type, dtype, head_dim, n_head, n_kv_head):
 
 
 def trial(name, device_type, dtype, head_dim, group):
-    """Compare an implementation with the reference on a small packed batch under both masks. group:
-    query heads a KV head.
+    """Compare an implementation with the reference on a small packed batch under both masks.
 
-    -> the largest relative error of the output and of the gradients of q, k and v
+    group: query heads a KV head. -> the largest relative error of the output and of the gradients
+    of q, k and v
     """
+    # What Triton compiles for this batch then serves a training step as well: it makes other
+    # kernels for a single head, and for a number of tokens that is no multiple of 16.
+    n_tokens = 304
+    n_kv_head = 2
+    n_head = group * n_kv_head
+    cu_seqlens = torch.tensor([0, 130, 131, n_tokens], dtype=torch.int32, device=device_type)
     generator = torch.Generator(device_type).manual_seed(0)
-    # 304 tokens: a multiple of 16 as in a training step, so that a kernel compiled for the one
-    # serves the other
-    cu_seqlens = torch.tensor([0, 130, 131, 304], dtype=torch.int32, device=device_type)
+
+    def random(heads):
+        x = torch.randn(n_tokens, heads, head_dim, device=device_type, generator=generator)
+        return x.to(dtype)
+
     worst = 0.0
     for causal in (False, True):
-        q, k, v, grad = (
-            torch.randn(304, heads, head_dim, device=device_type, generator=generator).to(dtype)
-            for heads in (group, 1, 1, group)
-        )
-        results = output_and_gradients(ATTENTION[name], q, k, v, grad, cu_seqlens, causal)
-        q, k, v, grad = (x.float() for x in (q, k, v, grad))
-        exact = output_and_gradients(reference.attention, q, k, v, grad, cu_seqlens, causal)
-        for ours, right in zip(results, exact):
-            error = (ours.float() - right).norm() / right.norm()
+        inputs = [random(n_head), random(n_kv_head), random(n_kv_head), random(n_head)]
+        results = output_and_gradients(ATTENTION[name], *inputs, cu_seqlens, causal)
+        in_fp32 = [x.float() for x in inputs]
+        expected = output_and_gradients(reference.attention, *in_fp32, cu_seqlens, causal)
+        for result, right in zip(results, expected):
+            error = (result.float() - right).norm() / right.norm()
             worst = max(worst, error.nan_to_num(float("inf")).item())
     return worst
 
