@@ -6,7 +6,6 @@
     nanogpt      as nanoGPT's data/openwebtext/prepare.py goes about it: datasets.map(num_proc=cores) with encode_ordinary on each
                  document, then its arrow file to one memmap in 1,024 pieces
 """
-import glob
 import importlib.resources
 import os
 import shutil
@@ -22,6 +21,7 @@ import file_shards
 import hub_corpus
 import tokenizer as tokenizers
 from configurator import RunError
+from files import find_files
 
 CHARACTERS = 4500      # of a document made from the speeches: about FineWeb-Edu's thousand tokens
 
@@ -103,7 +103,13 @@ def nanogpt(tok, paths, folder):
     cache = os.path.join(folder, "nanogpt")
     shutil.rmtree(cache, ignore_errors=True)
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset("parquet", data_files=paths, split="train", cache_dir=cache, num_proc=cores())
+    # load_dataset takes paths for patterns, and a user's folder may be called "texts [v1]": it gets links with plain names.
+    os.makedirs(cache)
+    links = []
+    for path in paths:
+        links.append(os.path.join(cache, f"{len(links):05d}.parquet"))
+        os.symlink(os.path.abspath(path), links[-1])
+    rows = datasets.load_dataset("parquet", data_files=links, split="train", cache_dir=cache, num_proc=cores())
 
     def process(row):
         ids = tok.encoding.encode_ordinary(row["text"])
@@ -143,5 +149,5 @@ def measure(c, folder):
     everybody["ours"].process.stdin.close()
     everybody["ours"].process.wait()
     tokens = sum(int(np.fromfile(path, file_shards.DOCUMENT)["tokens"].sum())
-                 for path in glob.glob(os.path.join(folder, "ours", "files", "*", "documents.bin")))
+                 for path in find_files(os.path.join(folder, "ours", "files"), "*/documents.bin"))
     return tokens, {name: values[1:] for name, values in seconds.items()}

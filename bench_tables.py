@@ -1,10 +1,9 @@
 """README's tables of the training step's speed and memory, from what bench.py left in bench/results/*.jsonl: of each cell the
 newest row, and a cell that nobody measured says so. `python bench.py readme` puts them in place."""
-import glob
 import json
-import os
 
 from bench_train import NAMES
+from files import find_files
 
 BEGIN, END = "<!-- bench.py readme: begin -->\n", "<!-- bench.py readme: end -->\n"
 SIZES = ("210m", "610m", "1b")
@@ -15,7 +14,7 @@ GPU = {"vocab_size": 128_256, "rows": 12, "block_size": 2048, "random_length": T
 def read(folder):
     """All rows, older before newer within a file."""
     found = []
-    for path in sorted(glob.glob(os.path.join(folder, "*.jsonl"))):
+    for path in find_files(folder, "*.jsonl"):
         with open(path, encoding="utf-8") as f:
             found += [json.loads(line) for line in f if line.strip()]
     return found

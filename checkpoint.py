@@ -10,7 +10,6 @@ A checkpoint is written to a hidden temporary folder, synced to disk and renamed
 leaves the ones before it as they were.
 """
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import tokenizer
 from configurator import RunError, UserError
+from files import find_files
 from model import Encoder, ModelConfig
 
 SUMS = "SHA256SUMS"
@@ -42,8 +42,8 @@ def step_of(path):
 
 def all_of(out_dir):
     """Paths of the checkpoints in out_dir, oldest first, unchecked."""
-    found = [p for p in glob.glob(os.path.join(out_dir, "step_*")) if re.fullmatch(r"step_\d+", os.path.basename(p))]
-    return sorted(found, key=step_of)
+    paths = [path for path in find_files(out_dir, "step_*") if re.fullmatch(r"step_\d+", os.path.basename(path))]
+    return sorted(paths, key=step_of)
 
 
 def sha256(path):
@@ -131,11 +131,21 @@ def latest(out_dir, say=print):
 
 
 def prune(out_dir, keep_last, milestones):
-    """Delete all but the newest `keep_last` checkpoints, the milestones (steps kept for good) and those somebody has fine-tuned,
-    whose rows lie in them."""
-    ordinary = [path for path in all_of(out_dir) if step_of(path) not in milestones and not results(path)]
+    """Delete old checkpoints. What stays: the newest `keep_last`, the milestones (steps kept for good), checkpoints that
+    somebody has fine-tuned, whose results lie in them, and symbolic links, which lead to a folder that is not ours."""
+    ordinary = []
+    for path in all_of(out_dir):
+        if step_of(path) not in milestones and not results(path) and not os.path.islink(path):
+            ordinary.append(path)
     for path in ordinary[:-keep_last or None]:
-        shutil.rmtree(path)
+        delete(path, out_dir)
+
+
+def delete(path, out_dir):
+    """Remove the checkpoint `path` of the run `out_dir`. Raises RunError, removing nothing, for a path that is not its own."""
+    if os.path.realpath(os.path.dirname(path)) != os.path.realpath(out_dir) or os.path.islink(path):
+        raise RunError(f"{path} is not a checkpoint of the run {out_dir}: it was not deleted")
+    shutil.rmtree(path)
 
 
 def results(path):

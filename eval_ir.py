@@ -13,6 +13,7 @@ OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json. What a pool is, and how to bring you
 """
 import json
 import os
+import shlex
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -308,7 +309,8 @@ def run_grids(c, wanted, path, processes):
         for lr, where in by_lr.items():
             work(mine, grid(where, (lr,), c.seeds), folder, where)
     if trials.speaks():
-        print(f"rows in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
+        report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
+        print(f"rows in {folder}/trials; the table: {report}")
 
 
 def on_mteb(mine, folder):

@@ -5,7 +5,6 @@ Each file becomes a folder OUT/files/00007: its shards, `documents.bin` (what fi
 finish() then drops the documents whose id has been seen before, in the order of files and rows, stops at the document
 that reaches `tokens`, and moves the shards to OUT/train_00007_000.bin: only those that lose a document are written again.
 """
-import glob
 import hashlib
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ import hub_corpus
 import tokenizer as tokenizers
 from configurator import RunError, UserError
 from data import HEADER_BYTES, ShardWriter, read_header
+from files import find_files
 from system import ahead, hashed, read_json, write_json, write_whole
 
 # documents.bin: one record for each document that is not blank, sorted by the hash of its id
@@ -84,7 +84,8 @@ def id_hash(name, text):
 def prepare_file(c, made, url, index, enough, threads, report):
     """One parquet file -> its folder. Stops reading after `enough` training tokens; report(documents, tokens) as it goes on."""
     folder, tok = folder_of(c.out, index), tokenizers.load(c.out)
-    for old in [folder, *glob.glob(f"{glob.escape(folder)}.*.tmp")]:     # of a process that was killed, or of a smaller --tokens
+    interrupted = find_files(os.path.dirname(folder), f"{index:05d}.*.tmp")      # left by processes that were killed
+    for old in [folder, *interrupted]:      # the folder itself may be there from a smaller --tokens
         shutil.rmtree(old, ignore_errors=True)
     work = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(work)
@@ -138,7 +139,7 @@ def facts_of(c, made, index, enough):
 def forget(out, index):
     """Remove all that was made of one file, so that it is prepared again."""
     shutil.rmtree(folder_of(out, index), ignore_errors=True)
-    for path in glob.glob(os.path.join(glob.escape(out), f"*_{index:05d}_???.bin")):
+    for path in find_files(out, f"*_{index:05d}_???.bin"):
         os.remove(path)
 
 
@@ -326,7 +327,7 @@ def finish(c, made, urls, sizes):
                     if kept[mine].any():
                         shards[os.path.basename(target)] = shard_facts(target)
                     begin += documents
-    for path in glob.glob(os.path.join(glob.escape(c.out), "files", "*")):
+    for path in find_files(os.path.join(c.out, "files"), "*"):
         name = os.path.basename(path)
         if not name.isdigit() or int(name) > indices[-1]:      # behind the stop, or left by a process that was killed
             shutil.rmtree(path)

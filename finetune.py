@@ -11,6 +11,7 @@ stay, and a killed worker costs the trial it was in. `--tasks=all` are the paper
 corpus; tasks.py lists them, and a folder of your own data is one more.
 """
 import os
+import shlex
 import time
 from dataclasses import dataclass
 
@@ -191,7 +192,8 @@ def main(c):
     grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
     trials.work(grid, folder, lambda trial: mine.run(trial, folder))
     if trials.speaks():
-        print(f"{len(grid)} trials in {folder}/trials; the table: python report.py {folder} --to={folder}/report")
+        report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
+        print(f"{len(grid)} trials in {folder}/trials; the table: {report}")
 
 
 if __name__ == "__main__":

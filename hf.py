@@ -10,6 +10,8 @@ Imported are llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpo
 is not known, a tensor, a config key, a tokenizer that is no byte-level BPE, is refused by name. train.py --init_from=hf:ORG/NAME
 imports by itself. Exported are safetensors, a tokenizer.json with our ids, and a model card with the facts of the training.
 """
+import json
+import shlex
 from dataclasses import dataclass
 
 import hf_export
@@ -38,15 +40,16 @@ def main(c):
         found, path = hf_import.write(source, out, c.weights_only, tuple(filter(None, c.ignore.replace(" ", "").split(","))))
         print(f"{hf_import.describe(found)}\nwritten to {path}")
         if found.tokenizer:
-            name = source.removeprefix("hf:")
-            print(f"a corpus for it:  python prepare_fineweb.py --source=FILES --out=DATA --tokenizer=hf:{name}")
-            print(f"to go on from it: python train.py --init_from={out} --data_dir=DATA --out_dir=RUN '--phases=[(\"mlm\", 400)]'")
+            name = shlex.quote("hf:" + source.removeprefix("hf:"))
+            print(f"a corpus for it:  python prepare_fineweb.py --source=FILES --out=DATA --tokenizer={name}")
+            words = ["python", "train.py", f"--init_from={out}", "--data_dir=DATA", "--out_dir=RUN", '--phases=[("mlm", 400)]']
+            print(f"to go on from it: {shlex.join(words)}")
     else:
         about, steps = hf_export.export(source, out, c.average, c.causal)
-        kind = about["architectures"][0]
+        kind, folder = about["architectures"][0], json.dumps(out, ensure_ascii=False)
         print(f"{kind}, {'mean of steps' if len(steps) > 1 else 'step'} {', '.join(map(str, steps))}, in {out}: "
-              f"{hf_export.auto_class(kind)}.from_pretrained(\"{out}\")"
-              + f", SentenceTransformer(\"{out}\")" * (about["model_type"] == "eurobert"))
+              f"{hf_export.auto_class(kind)}.from_pretrained({folder})"
+              + f", SentenceTransformer({folder})" * (about["model_type"] == "eurobert"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import checkpoint
 import hf_model
 import hf_tokenizer
 from configurator import UserError
+from files import table_cell
 from objectives import hides, is_causal, kind_and_rate, objective_at
 from retriever import DOCUMENT, QUERY
 
@@ -160,7 +161,7 @@ def model_card(path, paths, state, about, config, parameters):
     lines = ["---", *(f"{key}: {json.dumps(value) if isinstance(value, list) else value}" for key, value in front.items()), "---",
              "", f"# {title}", "", f"Exported by nanoEncoder from `{place[-2]}/{place[-1]}`; after arXiv 2507.00994. It has no "
              "licence until its owner names one.", "", "| | |", "|---|---|",
-             *(f"| {name} | {value} |" for name, value in facts), "", *how_to_load(auto_class(kind))]
+             *(f"| {name} | {table_cell(str(value))} |" for name, value in facts), "", *how_to_load(auto_class(kind))]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ remote code) are one block with small differences: grouped queries, the rotary b
 v (Qwen2), a norm on q and k (Qwen3). What is not known here is refused by name: a model that is almost the same computes
 something else.
 """
-import glob
 import os
 
 import torch
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from configurator import UserError
+from files import find_files
 from hf_tokenizer import read_json
 from model import ModelConfig
 
@@ -133,7 +133,7 @@ def find_tensors(folder):
     if os.path.isfile(os.path.join(folder, index)):
         files = sorted(set(read_json(folder, index).get("weight_map", {}).values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
-    pickled = [os.path.basename(path) for kind in ("bin", "pth", "pt") for path in glob.glob(os.path.join(folder, f"*.{kind}"))]
+    pickled = [os.path.basename(path) for kind in ("bin", "pth", "pt") for path in find_files(folder, f"*.{kind}")]
     if absent == ["model.safetensors"] and pickled:
         raise UserError(f"{folder} holds only pickled weights ({min(pickled)}), and unpickling runs whatever a file says: if you "
                         "trust it, convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)")

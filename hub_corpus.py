@@ -6,12 +6,12 @@
 Both need the columns `text` and `id`, as FineWeb-Edu has them. A hub source is pinned to a commit, so its files never change
 under a preparation that goes on. $HF_ENDPOINT names another server than huggingface.co.
 """
-import glob
 import os
 import sys
 import time
 
 from configurator import RunError, UserError
+from files import find_files
 
 COLUMNS = ["text", "id"]
 ROWS = 1024           # read, tokenized and written at a time, whatever a file's row groups are
@@ -79,7 +79,7 @@ def listing(source, revision, retries):
     """
     if source.startswith("parquet:"):
         folder = source.removeprefix("parquet:")
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.parquet"), recursive=True))
+        paths = find_files(folder, "**/*.parquet")
         if not paths:
             raise UserError(f"no .parquet file below '{folder}' (--source={source})")
         return {"commit": "", "files": [[os.path.relpath(path, folder), os.path.getsize(path)] for path in paths]}

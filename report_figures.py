@@ -367,6 +367,13 @@ def smooth(values, weight=0.9):
     return out
 
 
+def in_legend(name):
+    """A folder's name as matplotlib shows it unchanged: dollar signs would be read as formulas, and a label that begins with an
+    underscore is left out of the legend."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def loss_curves(runs):
     """Of runs of train.py against their tokens: validation losses of both objectives, and each run's own training loss."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
@@ -375,7 +382,7 @@ def loss_curves(runs):
     for axis, (title, kind, key) in zip(axes, panels):
         for r in sorted(runs, key=lambda r: colour(r) == BOTH):      # the pair last: its beginning covers the trunk's
             x, y = [row["tokens"] / 1e6 for row in r[kind]], [row[key] for row in r[kind]]
-            style = dict(color=colour(r), label=r["name"], lw=1.8)
+            style = dict(color=colour(r), label=in_legend(r["name"]), lw=1.8)
             if kind == "train":
                 axis.plot(x, y, color=colour(r), alpha=0.18, lw=0.8)
                 axis.plot(x, smooth(y), **style)

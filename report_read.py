@@ -7,7 +7,6 @@
 
 Only report.py and the other report_*.py import this file.
 """
-import glob
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import numpy as np
 
 import recipes
 from configurator import UserError
+from files import find_files
 
 # what rows.jsonl keeps of a trial beside its scores
 KEEP = ("name", "plan", "model", "task", "kind", "lr", "seed", "failed", "why", "baseline", "pool", "documents", "mode", "split",
@@ -130,7 +130,7 @@ def checked(row, where):
 
 def read_trials(folder, below="**"):
     """{path: row} of all trials below a folder. Raises UserError for a file that is no row."""
-    paths = glob.glob(os.path.join(glob.escape(folder), below, "trials", "*", "lr*_sd*.json"), recursive=True)
+    paths = find_files(folder, os.path.join(below, "trials", "*", "lr*_sd*.json"))
     rows = {}
     for path in sorted(map(os.path.realpath, paths)):
         with open(path, encoding="utf-8") as f:

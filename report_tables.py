@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from scipy import stats
 
+from files import table_cell
 from report_scores import DATASETS, IN_WORDS, column_of, interval, one_seed, sections, select, task_of
 
 RULES = ("paper", "standard")
@@ -29,8 +30,8 @@ def table(runs):
     for r in runs:
         v = r["validation"][-1]
         mark = "**" if v["val_mlm_loss"] == best and len(runs) > 1 else ""
-        lines.append(f"| {r['name']} | {phases_in_words(r['settings']['phases'])} | {v['tokens']:,} | {v['seconds']:,.0f} "
-                     f"| {v['val_clm_loss']:.4f} | {mark}{v['val_mlm_loss']:.4f}{mark} |")
+        lines.append(f"| {table_cell(r['name'])} | {phases_in_words(r['settings']['phases'])} | {v['tokens']:,} "
+                     f"| {v['seconds']:,.0f} | {v['val_clm_loss']:.4f} | {mark}{v['val_mlm_loss']:.4f}{mark} |")
     return "\n".join(lines) + "\n"
 
 
@@ -67,8 +68,10 @@ def trial_table(rows):
         lrs, seeds = ({r[k] for r in rows if task_of(r) == task} for k in ("lr", "seed"))
         baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
         missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})
-        lines.append(f"| {task} | {model} | {in_words(select(group, 'paper'), lrs)} | {in_words(select(group, 'standard'), lrs)} "
-                     f"| {baseline} | {len({r['seed'] for r in group})} | {sum(r['failed'] for r in group)} | {missing} |")
+        by_rule = [in_words(select(group, rule), lrs) for rule in RULES]
+        cells = [table_cell(task), table_cell(model), *by_rule, baseline, len({r["seed"] for r in group}),
+                 sum(r["failed"] for r in group), missing]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -85,7 +88,8 @@ def retrieval_table(rows):
         if found is not None:
             means = [f"{100 * np.mean([r['test'][key] for r in found['rows']]):.2f}" for key in keys]
             first = found["rows"][0]
-            lines.append(f"| {task} | {model} | {first['documents']:,} | {first['test']['n']:,} | {' | '.join(means)} |")
+            lines.append(f"| {table_cell(task)} | {table_cell(model)} | {first['documents']:,} | {first['test']['n']:,} "
+                         f"| {' | '.join(means)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 

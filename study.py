@@ -275,7 +275,7 @@ def grids(c):
     known = {"all": tasks.PAPER + tasks.PAPER_IR, "demo": tasks.DEMO + tasks.DEMO_IR}
     names = known[s["tasks"]] + tuple(name for name in s["local"].split(",") if name in local)
     if c.tasks:
-        names = known.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
+        names = known.get(c.tasks) or worker.split_names(c.tasks)
     found = [], []
     for name in names:
         found[tasks.find(name, c.tasks_dir).kind == "retrieval"].append(name)
@@ -349,7 +349,8 @@ def run_here(c, names):
         if job.name not in done and set(job.after) <= done:
             job.check()      # before an hour of other work, not after it
     jobs.work(todo, c.out_dir, lock, jobs.environments(c.device, c.jobs))
-    print(f"{len(names)} checkpoints in {c.out_dir}; the tables and figures: python report.py {c.out_dir} --to={c.out_dir}/report")
+    report = shlex.join(["python", "report.py", c.out_dir, f"--to={c.out_dir}/report"])
+    print(f"{len(names)} checkpoints in {c.out_dir}; the tables and figures: {report}")
 
 
 def print_commands(c, names):
@@ -357,7 +358,8 @@ def print_commands(c, names):
     slurm, gang = c.launch == "slurm", f"torchrun --nproc_per_node={c.nproc_per_node}"
     host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)' if slurm else "$HOST"
     meet = f' --nnodes={c.nodes} --rdzv_backend=c10d --rdzv_endpoint="{host}:29500"' if c.nodes > 1 else ""
-    print(f"#!/usr/bin/env bash\n# python study.py {' '.join(map(shlex.quote, sys.argv[1:]))}\nset -euo pipefail")
+    command = " ".join(map(shlex.quote, sys.argv[1:])).replace("\n", " ")      # a line feed would end the comment it stands in
+    print(f"#!/usr/bin/env bash\n# python study.py {command}\nset -euo pipefail")
     if slurm:
         print("declare -A job\nsubmit() {   # NAME NODES AFTER, what to run on standard input: prints the job's number\n"
               "  { echo '#!/usr/bin/env bash'; cat; } | sbatch --parsable --job-name=\"$1\" --nodes=\"$2\" --ntasks-per-node=1 \\\n"

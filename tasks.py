@@ -17,7 +17,6 @@ hash of the text, so that copies of a text and all questions of a paragraph are 
 paper's code did, by row.
 """
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 
 import demo_tasks
 from configurator import UserError
+from files import find_files
 from system import hashed, lines_of
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
@@ -112,7 +112,7 @@ def folders(data_dir):
         raise UserError(f"data_dir={data_dir} is no folder")
     found = {}
     for pattern in ("*/train.jsonl*", "*/*/train.jsonl*", "*/corpus.jsonl*", "*/*/corpus.jsonl*"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern))):
+        for path in find_files(data_dir, pattern):
             folder = os.path.dirname(path)
             known = os.path.basename(folder) in TASKS or os.path.isfile(os.path.join(folder, "info.json"))
             if known or os.path.basename(path).startswith("corpus."):
@@ -124,7 +124,7 @@ def find(name, data_dir=""):
     """The Task called name: of the table, of a local folder, or both. Raises UserError for an unknown one, listing all."""
     local = folders(data_dir) if data_dir else {}
     task = TASKS.get(name)
-    if name in local and glob.glob(os.path.join(glob.escape(local[name]), "corpus.jsonl*")):
+    if name in local and find_files(local[name], "corpus.jsonl*"):
         known = task if task and task.kind == "retrieval" else Task("retrieval")
         return dataclasses.replace(known, folder=local[name], make=None)
     if name in local:
@@ -199,7 +199,7 @@ def of_folder(task):
     is cut from train, as the paper does with the published sets."""
     rows = {}
     for part in ("train", "validation", "test"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(task.folder), f"{part}.jsonl*"))):
+        for path in find_files(task.folder, f"{part}.jsonl*"):
             rows[part] = []
             for where, line in lines_of(path):
                 try:

@@ -136,12 +136,18 @@ def same_settings(path, settings):
                         "or delete that folder")
 
 
+def split_names(text):
+    """"sst2, my task" -> ("sst2", "my task"): a task of one's own is called as its folder, which may have spaces in its name."""
+    names = [name.strip() for name in text.split(",")]
+    return tuple(name for name in names if name)
+
+
 def check(c, every, demo):
     """Raises UserError for what is wrong with the settings alone. every, demo: what --tasks=all and --tasks=demo mean.
     -> names of the tasks"""
     if not c.ckpt:
         raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
-    names = {"all": every, "demo": demo}.get(c.tasks) or tuple(filter(None, c.tasks.replace(" ", "").split(",")))
+    names = {"all": every, "demo": demo}.get(c.tasks) or split_names(c.tasks)
     if not names or not c.lrs or any(type(lr) is not float or not 0 < lr < float("inf") for lr in c.lrs):
         raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
     if not c.seeds or any(type(seed) is not int or seed < 0 for seed in c.seeds):

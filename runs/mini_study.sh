@@ -19,7 +19,14 @@ done
 use_environment requirements.txt
 began=$SECONDS m=610m out=runs/mini/$scale
 if [ -z "${TASKS_DIR:-}" ] && [ -d ../shared/data ]; then TASKS_DIR=../shared/data; fi
-has() { [ -n "${TASKS_DIR:-}" ] && { [ -d "$TASKS_DIR/$1" ] || compgen -G "$TASKS_DIR/*/$1" > /dev/null; }; }
+has() {   # TASK: does TASKS_DIR hold it, directly or one folder deeper?
+  local folder
+  if [ -z "${TASKS_DIR:-}" ]; then return 1; fi
+  for folder in "$TASKS_DIR/$1" "$TASKS_DIR"/*/"$1"; do
+    if [ -d "$folder" ]; then return 0; fi
+  done
+  return 1
+}
 quick=sotu_case,sotu_cloze,sotu_search      # for the larger half of the checkpoints not sotu_era and squad, which blur them all (LOG.md)
 for task in sst2 uner_en_ewt squad_retrieval; do if has $task; then quick+=,$task; fi; done
 if ! has sst2; then quick+=,sotu_era; fi    # a family without a task has no figure

@@ -1,5 +1,4 @@
 """eval_ir.py as its users run it: grids, pools, finals, processes that share a trial, and the table."""
-import glob
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import report
 import system
 import trials
 from configurator import UserError
+from files import find_files
 
 ALONE = system.Processes(0, 0, 1)
 
@@ -30,7 +30,7 @@ def words(c, script="eval_ir.py"):
 def rows(folder):
     """{file name below trials/: row}, without what a clock says."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(folder, "trials", "*", "lr*.json"))):
+    for path in find_files(folder, "trials/*/lr*.json"):
         with open(path, encoding="utf-8") as f:
             found[os.path.relpath(path, os.path.join(folder, "trials"))] = {
                 k: v for k, v in json.load(f).items() if k not in ("secs", "time")}

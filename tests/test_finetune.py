@@ -1,5 +1,4 @@
 """finetune.py as its users run it: grids, rows, workers that die, and settings that do not fit."""
-import glob
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import report
 import tokenizer
 import trials
 from configurator import UserError
+from files import find_files
 from model import SIZES, Encoder, ModelConfig
 
 
@@ -46,7 +46,7 @@ def words(c):
 def rows(folder):
     """{file name below trials/: row}, without what a clock says."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(folder, "trials", "*", "lr*.json"))):
+    for path in find_files(folder, "trials/*/lr*.json"):
         with open(path, encoding="utf-8") as f:
             found[os.path.relpath(path, folder)] = {k: v for k, v in json.load(f).items() if k not in ("secs", "time")}
     return found
@@ -151,7 +151,7 @@ def test_a_worker_killed_in_the_middle_costs_one_trial_and_two_more_finish_the_g
     # workers beside each other have fewer threads, which may round sums otherwise; what a user reads is the same
     for name, row in rows(calm.out_dir).items():
         assert row == ended[name], name
-    assert not glob.glob(os.path.join(c.out_dir, "trials", "*", "*.claim"))
+    assert not find_files(c.out_dir, "trials/*/*.claim")
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_trial_and_the_grid_goes_on(small, tmp_path):

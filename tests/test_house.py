@@ -10,7 +10,7 @@ import report
 import train
 
 ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample", "study"}
-LAYERS = ["configurator", "recipes", "system", "draws", "objectives", "tokenizer", "hf_tokenizer", "data", "hub_corpus", "file_shards", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
+LAYERS = ["configurator", "files", "recipes", "system", "draws", "objectives", "tokenizer", "hf_tokenizer", "data", "hub_corpus", "file_shards", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
           "encode", "families", "ir_data", "worker", "retriever", "hf_export", "jobs", "bench_summary", "bench_rows", "bench_data", "bench_kernels", "bench_finetune", "bench_search", "bench_train",
           "bench_runs", "bench_gpu", "bench_tables",
           "report_read", "report_scores", "report_tables", "report_stats", "report_figures", "entry"]   # low to high

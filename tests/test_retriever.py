@@ -1,8 +1,6 @@
 """The retriever: one loss however a batch is cut, embeddings that depend on their text alone, and mteb's scores are ours."""
-import glob
 import json
 import math
-import os
 import random
 
 import numpy as np
@@ -18,6 +16,7 @@ import eval_ir
 import ir_data
 import retriever
 from configurator import UserError
+from files import find_files
 
 
 def spread(mine):
@@ -168,7 +167,7 @@ def test_mteb_scores_the_checkpoint_as_our_own_search_does(ir, monkeypatch, caps
     monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [Speeches() for name in tasks])
     eval_ir.main(ir(mteb="Speeches"))
     ours = mine.evaluate("one", {"task": "one", "lr": 1.0, "seed": 0}, c.out_dir, {"train": 0})["test"]
-    path, = glob.glob(os.path.join(c.out_dir, "mteb", "**", "Speeches.json"), recursive=True)
+    path, = find_files(c.out_dir, "mteb/**/Speeches.json")
     scores, = json.load(open(path))["scores"]["test"]
     assert scores["ndcg_at_10"] == pytest.approx(ours["ndcg_10"], abs=1e-4) and ours["ndcg_10"] > 0
     assert scores["recall_at_100"] == pytest.approx(ours["recall_100"], abs=1e-4)

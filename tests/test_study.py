@@ -1,5 +1,4 @@
 """The study runs in any order of accidents: branches equal whole runs, kills change nothing, what is missing is named."""
-import glob
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import study
 import system
 import train
 from configurator import RunError, UserError
+from files import find_files
 
 ONLY = "610m-clm-3k-mlm40-12k,610m-clm-12k,610m-clm-12k-3000"
 
@@ -29,7 +29,7 @@ def words(corpus_dir, out, **changes):
 def scores(out):
     """{path: what a trial found} of a study."""
     found = {}
-    for path in glob.glob(f"{out}/**/trials/*/lr*.json", recursive=True):
+    for path in find_files(out, "**/trials/*/lr*.json"):
         with open(path) as f:
             row = json.load(f)
         found[os.path.relpath(path, out)] = row["validation"], row["test"], row["train_loss"], row["ckpt_sha"]
@@ -74,7 +74,7 @@ def test_kill_9_at_up_to_ten_random_moments_gives_the_rows_of_the_undisturbed_st
     done = run_python(words(corpus_dir, out), timeout=300)
     assert done.returncode == 0, done.stderr
     assert scores(out) == scores(undisturbed) and len(scores(out)) == 3
-    assert not glob.glob(f"{out}/**/*.claim", recursive=True)
+    assert not find_files(out, "**/*.claim")
 
 
 def test_sigterm_lets_training_finish_its_step_and_save(corpus_dir, tmp_path):
@@ -94,10 +94,10 @@ def test_study_json_names_every_checkpoint_and_the_same_command_has_nothing_to_d
     assert found["plan"] == "smoke" and {name: m["folder"] for name, m in found["models"].items()} == {
         "610m-clm-3k-mlm40-12k": "610m-clm-3k-mlm40-12k/step_0000012", "610m-clm-12k": "610m-clm-12k/step_0000012",
         "610m-clm-12k-3000": "610m-clm-12k/step_0000003"}
-    before = {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{undisturbed}/*/**", recursive=True)}
+    before = {path: os.stat(path).st_mtime_ns for path in find_files(undisturbed, "*/**")}
     done = run_python(words(corpus_dir, undisturbed))
     assert done.returncode == 0, done.stderr
-    assert {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{undisturbed}/*/**", recursive=True)} == before
+    assert {path: os.stat(path).st_mtime_ns for path in find_files(undisturbed, "*/**")} == before
 
 
 def test_the_report_knows_a_real_study_its_names_scores_and_losses(undisturbed, tmp_path):
