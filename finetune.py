@@ -51,7 +51,7 @@ class Config:
     beta2: float = 0.95             # AdamW
     adam_eps: float = 1e-5          # AdamW
     weight_decay: float = 0.1       # on matrices, not on norms and biases
-    grad_clip: float = 1.0          # global norm
+    grad_clip: float = 1.0          # global norm; 0: no clipping
     max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
     causal: bool = False            # keep the causal mask, as an ablation
     param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates

@@ -11,6 +11,7 @@ sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
 """
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -75,7 +76,7 @@ class Config:
     beta2: float = 0.95                      # AdamW
     adam_eps: float = 1e-5                   # AdamW
     weight_decay: float = 0.1                # on everything, norms and embeddings included, as in the paper's code
-    grad_clip: float = 1.0                   # global norm
+    grad_clip: float = 1.0                   # global norm; 0: no clipping
     # system
     device: str = "auto"                     # cuda where there is one, else cpu
     dtype: str = "auto"                      # bfloat16 (autocast over fp32 weights) where it is fast, else float32
@@ -110,6 +111,8 @@ def check(c, world_size):
         raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
     if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
         raise UserError("save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1")
+    if not c.grad_clip >= 0:      # NaN fails, too
+        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no clipping")
     if c.branch_from and c.init_from:
         raise UserError("branch_from goes on with a schedule and init_from starts one: give one of them")
     return steps
@@ -310,7 +313,7 @@ def train(c, device, processes):
             loss = loss_of(batch)
             (loss * (processes.world_size / targets)).backward()            # DDP averages over ranks
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         lr = learning_rate_at(step, c, max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

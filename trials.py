@@ -171,7 +171,7 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
     parameters: list of tensors; weight decay only on those of two dimensions. micro_batches(step) -> [(batch, number of
     targets)]; loss_of(batch) -> the sum of its targets' losses. So how a batch is cut into micro-batches changes nothing.
     reduce(): called before the clip, where processes share a step, to sum their gradients.
-    c: warmup (a share of the steps), beta1, beta2, adam_eps, weight_decay, grad_clip.
+    c: warmup (a share of the steps), beta1, beta2, adam_eps, weight_decay, grad_clip (0: no clipping).
     -> [[step, mean loss since the entry before], ...], ten of them or so. Raises Diverged.
     """
     groups = [{"params": [p for p in parameters if (p.ndim >= 2) == matrix], "weight_decay": c.weight_decay * matrix}
@@ -192,7 +192,7 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
             loss += part.detach()
         if reduce:
             reduce()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         pending.append(torch.stack([loss.float(), norm.float()]))

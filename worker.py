@@ -158,4 +158,6 @@ def check(c, every, demo):
             raise UserError(f"{key}={getattr(c, key)}: expected {' or '.join(allowed)}")
     if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
         raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
+    if not c.grad_clip >= 0:      # NaN fails, too
+        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no clipping")
     return tuple(dict.fromkeys(names))

@@ -118,6 +118,18 @@ def test_training_lowers_the_loss_and_finds_what_it_was_trained_on(ir, collectio
     assert trained["test"] == trained["validation"] and trained["test"]["score"] > untrained["test"]["score"] + 0.1
 
 
+def test_a_grad_clip_of_0_is_no_clipping(ir):
+    settings = dict(lrs=(5e-3,), steps=30, batch=16)
+    off, far_away = ir("off", grad_clip=0.0, **settings), ir("far_away", grad_clip=1e9, **settings)
+    eval_ir.main(off)
+    eval_ir.main(far_away)
+    row, = rows(off.out_dir).values()
+    assert rows(off.out_dir) == rows(far_away.out_dir) and row["train_loss"][-1][1] < row["train_loss"][0][1] - 0.2
+    for grad_clip in (-1.0, float("nan")):
+        with pytest.raises(UserError, match=f"grad_clip={grad_clip}: expected the largest norm"):
+            eval_ir.main(ir(grad_clip=grad_clip))
+
+
 def test_tasks_that_share_their_pairs_share_a_training(ir):
     """The row of a task is the same alone, beside another, and when the other is added later."""
     both, later = ir("both", tasks="one,two", train_on="one"), ir("later", tasks="one", train_on="one")

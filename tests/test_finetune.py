@@ -259,7 +259,19 @@ def test_what_is_longer_than_the_context_is_cut_and_said(small, tmp_path, capsys
     assert "8 of train cut at 127 tokens" in capsys.readouterr().out
 
 
+def test_a_grad_clip_of_0_is_no_clipping(small):
+    settings = dict(lrs=(1e-2,), seeds=(0,), steps=30, batch=8)
+    off, far_away = small("off", grad_clip=0.0, **settings), small("far_away", grad_clip=1e9, **settings)
+    finetune.main(off)
+    finetune.main(far_away)
+    row, = rows(off.out_dir).values()
+    assert rows(off.out_dir) == rows(far_away.out_dir) and row["train_loss"][-1][1] < 0.5 * row["train_loss"][0][1]
+    with pytest.raises(UserError, match="grad_clip=nan: expected the largest norm"):
+        finetune.main(small(grad_clip=float("nan")))
+
+
 @pytest.mark.parametrize("changes, says", [
+    ({"grad_clip": -1.0}, "grad_clip=-1.0: expected the largest norm a step's gradients may have, or 0 for no clipping"),
     ({"tasks": "sst"}, "unknown task 'sst': expected one of conll2003, "),
     ({"ckpt": ""}, "which encoder?"),
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),

@@ -173,6 +173,15 @@ def test_a_run_of_two_processes_resumes_with_one(tiny, command):
     assert losses(moved) == pytest.approx(losses(whole.out_dir), abs=1e-5)
 
 
+def test_a_grad_clip_of_0_is_no_clipping_and_the_norm_is_logged(tiny):
+    off, far_away = tiny("off", grad_clip=0.0), tiny("far_away", grad_clip=1e9)
+    train.main(off)
+    train.main(far_away)
+    assert losses(off.out_dir) == losses(far_away.out_dir) and losses(off.out_dir)[11] < losses(off.out_dir)[0] - 0.1
+    norms = [row["grad_norm"] for row in rows(off.out_dir)]
+    assert norms == [row["grad_norm"] for row in rows(far_away.out_dir)] and all(0 < norm < float("inf") for norm in norms)
+
+
 def test_compiled_training_follows_eager_training(tiny, monkeypatch):
     eager, compiled = tiny("eager"), tiny("compiled", compile=True)
     train.main(eager), train.main(compiled)
@@ -253,6 +262,8 @@ def test_without_a_compiler_it_says_so_once_and_runs_eager(command):
     (dict(dtype="float16"), "dtype=float16"),
     (dict(branch_from="nowhere/step_1"), "no checkpoint at nowhere/step_1"),
     (dict(branch_from="a", init_from="b"), "give one of them"),
+    (dict(grad_clip=-1.0), "grad_clip=-1.0: expected the largest norm a step's gradients may have, or 0 for no clipping"),
+    (dict(grad_clip=float("nan")), "grad_clip=nan: expected the largest norm"),
 ])
 def test_bad_settings_are_one_line_and_leave_no_run_behind(tiny, changes, says):
     c = tiny(**changes)
