@@ -24,9 +24,9 @@ The backward pass is two kernels without atomics, hence the same bits every time
 registers (all the query heads of its group in turn: GQA repeats nothing), dQ with a block of queries. Price: scores
 and their gradient are computed twice, 7 matrix products instead of 5.
 
-On Hopper blocks are loaded through TMA descriptors, which compute addresses and clip edges in hardware and so free 20-80
-registers a thread (a 96-wide head is loaded into a 128-wide block, zero-filled); elsewhere by pointers and masks.
-Blocks and warps come from a table; ATTENTION_AUTOTUNE=1 searches instead and prints what it found.
+On Hopper and data-centre Blackwell blocks are loaded through TMA descriptors, which compute addresses and clip edges in
+hardware and so free 20-80 registers a thread (a 96-wide head is loaded into a 128-wide block, zero-filled); elsewhere by
+pointers and masks. Blocks and warps come from a table; ATTENTION_AUTOTUNE=1 searches instead and prints what it found.
 """
 import functools
 import os
@@ -51,22 +51,86 @@ class Blocks(NamedTuple):
     tma: bool = False
 
 
-# {(architecture, kernel, width of the head's block): Blocks}. tests/aot.py compiles them all and shows registers and spills:
-# none spills but dkdv at 128 on Hopper, 9 instructions. Chosen by these figures, without 32-wide products, which have crashed
-# on Hopper (triton-lang/triton#10573); not yet measured on a GPU: ATTENTION_AUTOTUNE=1 may find better ones.
+# {compute capability: key of TABLE}. Devices share a key if they have the same tensor core
+# instructions and the same shared memory for a program.
+ARCHITECTURES = {
+    (8, 0): 80,       # A100: mma.sync, 163 KB
+    (8, 6): 89,       # GeForce 30, A10, A40: mma.sync, 99 KB
+    (8, 9): 89,       # GeForce 40, L4, L40: the same
+    (9, 0): 90,       # Hopper: wgmma, 227 KB, TMA
+    (10, 0): 100,     # B200: tcgen05, whose results lie in tensor memory; 227 KB, TMA
+    (10, 3): 100,     # B300: the same
+    (12, 0): 120,     # GeForce 50, RTX PRO: mma.sync as before, 99 KB, TMA
+    (12, 1): 120,     # GB10 (DGX Spark): the same
+}
+HAS_TMA = (90, 100, 120)
+
+
+def architecture(major, minor):
+    """TABLE's key for a GPU of this compute capability.
+
+    A GPU that nobody has looked at gets the blocks that need least: small ones, loaded by pointers.
+    """
+    return ARCHITECTURES.get((major, minor), 89)
+
+
+# {(architecture, kernel, width of the head's block): Blocks}.
+#
+# They were chosen by what the compiler makes of them: registers, spills, shared and tensor memory,
+# and so how many programs an SM holds (LOG.md, 2026-11-26, has the candidates; tests/aot.py prints
+# the figures of these). That is all: their speed is not measured. ATTENTION_AUTOTUNE=1 may find
+# better ones. Two programs of four warps are preferred to one of eight, because one computes its
+# softmax while the other waits for its products.
 TABLE = {
+    # A100. 32 keys in dkdv at 64: with 64 and loads in flight it spills. (32-wide products have
+    # crashed on Hopper, triton-lang/triton#10573; neither Hopper nor data-centre Blackwell has any.)
+    (80, "forward", 64): Blocks(128, 64, 4, 3),
+    (80, "forward", 128): Blocks(128, 64, 8, 2),
+    (80, "dkdv", 64): Blocks(64, 32, 4, 2),
+    (80, "dkdv", 128): Blocks(64, 64, 8, 2),
+    (80, "dq", 64): Blocks(64, 64, 4, 2),
+    (80, "dq", 128): Blocks(64, 64, 8, 2),
+
+    # Ada and consumer Ampere: A100's, which fit into 99 KB, but with one block less in flight in
+    # forward at 64, so that two programs share the 100 KB of an SM.
+    (89, "forward", 64): Blocks(128, 64, 4, 2),
+    (89, "forward", 128): Blocks(128, 64, 8, 2),
+    (89, "dkdv", 64): Blocks(64, 32, 4, 2),
+    (89, "dkdv", 128): Blocks(64, 64, 8, 2),
+    (89, "dq", 64): Blocks(64, 64, 4, 2),
+    (89, "dq", 128): Blocks(64, 64, 8, 2),
+
+    # Hopper. dkdv at 96 and 128 spills: 9 instructions.
     (90, "forward", 64): Blocks(128, 128, 8, 3, True),
     (90, "forward", 128): Blocks(128, 128, 8, 2, True),
     (90, "dkdv", 64): Blocks(64, 128, 8, 2, True),
     (90, "dkdv", 128): Blocks(64, 128, 8, 2, True),
     (90, "dq", 64): Blocks(128, 64, 8, 3, True),
     (90, "dq", 128): Blocks(128, 64, 8, 2, True),
-    (80, "forward", 64): Blocks(128, 64, 4, 3),
-    (80, "forward", 128): Blocks(128, 64, 8, 2),
-    (80, "dkdv", 64): Blocks(64, 32, 4, 2),
-    (80, "dkdv", 128): Blocks(64, 64, 8, 1),
-    (80, "dq", 64): Blocks(64, 64, 8, 2),
-    (80, "dq", 128): Blocks(64, 64, 8, 2),
+
+    # Data-centre Blackwell. Every product has 128 rows (queries, in dkdv keys): 64 would fill half of
+    # the 128 lanes of tensor memory. In forward and in dq at 64 two programs share its 512 columns.
+    # dkdv at 96 and 128 spills 36 instructions, all outside its inner loop; 64 keys would not spill.
+    # Use Triton 3.7 or newer: what 3.6 makes of some loops like these has a race between warps
+    # (triton-lang/triton#9871).
+    (100, "forward", 64): Blocks(128, 64, 4, 3, True),
+    (100, "forward", 128): Blocks(128, 64, 4, 2, True),
+    (100, "dkdv", 64): Blocks(64, 128, 8, 2, True),
+    (100, "dkdv", 128): Blocks(64, 128, 8, 2, True),
+    (100, "dq", 64): Blocks(128, 64, 8, 3, True),
+    (100, "dq", 128): Blocks(128, 64, 8, 3, True),
+
+    # Consumer Blackwell: Ada's, but for dq at 64, where 64 keys spill. dkdv at 96 spills 12
+    # instructions, none in its inner loop. It has TMA, with which nothing spills and a thread needs 8
+    # to 60 registers less. Still pointers: others have measured TMA at 0.3 to 0.8 of their bandwidth
+    # here (kekzl/imp#169), and the form of it that Triton 3.6 emits makes the driver set aside 3.5 GB
+    # (tile-ai/tilelang#2052).
+    (120, "forward", 64): Blocks(128, 64, 4, 2),
+    (120, "forward", 128): Blocks(128, 64, 8, 2),
+    (120, "dkdv", 64): Blocks(64, 32, 4, 2),
+    (120, "dkdv", 128): Blocks(64, 64, 8, 2),
+    (120, "dq", 64): Blocks(64, 32, 4, 2),
+    (120, "dq", 128): Blocks(64, 64, 8, 2),
 }
 SEARCH = [Blocks(*sizes, tma) for tma in (True, False)
           for sizes in ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (64, 128, 8, 3),
@@ -247,7 +311,8 @@ def launch(name, kernel, outer, operands, rest, q, k, v, causal):
     load; rest: its other tensors."""
     T, H, D = q.shape
     width = triton.next_power_of_2(D)
-    arch = 90 if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 else 80
+    # The interpreter, on a CPU, has no compute capability: any blocks will do.
+    arch = architecture(*torch.cuda.get_device_capability(q.device)) if q.is_cuda else 80
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     regular = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == D for x, _ in operands)
 
@@ -260,7 +325,10 @@ def launch(name, kernel, outer, operands, rest, q, k, v, causal):
 
     key = (arch, name, width, causal)
     if os.environ.get("ATTENTION_AUTOTUNE") == "1" and not INTERPRETED and key not in tuned:
-        tuned[key] = search(run, SEARCH if arch == 90 else [c for c in SEARCH if not c.tma], key)
+        # The table's blocks are a candidate, too: a search must not end with slower ones.
+        candidates = [TABLE[key[:3]]]
+        candidates += [c for c in SEARCH if (arch in HAS_TMA or not c.tma) and c not in candidates]
+        tuned[key] = search(run, candidates, key)
     run(tuned.get(key) or TABLE[key[:3]])
 
 

@@ -1,6 +1,9 @@
 """Compile every shipped Triton configuration ahead of time, on a machine without a GPU, and print a JSON row of each.
 
-    python tests/aot.py 90        # compute capability, 90 or 80; TRITON_PTXAS_PATH selects another assembler
+    python tests/aot.py 90        # compute capability, e.g. 80, 86, 89, 90, 100, 103, 120
+
+The blocks are those that kernels/attention.py would take on such a GPU. TRITON_PTXAS_PATH selects
+another assembler (TRITON_PTXAS_BLACKWELL_PATH from 100 on).
 
 A process of its own, since kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.
 """
@@ -38,19 +41,23 @@ def compiled(kernel, types, constants, cc, warps, stages):
 
 
 def report(binary):
-    """What the assembler made of it: registers, spills to local memory, shared memory, tensor core and TMA instructions."""
+    """What the assembler made of it: registers, spills to local memory, shared and tensor memory, tensor core and TMA
+    instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(binary.asm["cubin"])
         f.flush()
         dump = [subprocess.run([os.path.join(BIN, "cuobjdump"), flag, f.name], capture_output=True, text=True, check=True).stdout
                 for flag in ("-res-usage", "-sass")]
     count = {name: len(re.findall(pattern, dump[1])) for name, pattern in
-             (("spills", r"\b(?:LDL|STL)"), ("wgmma", r"\bHGMMA"), ("mma", r"\bHMMA"), ("tma_loads", r"\bUTMALDG"))}
-    return {"registers": int(re.search(r"REG:(\d+)", dump[0])[1]), "shared": binary.metadata.shared} | count
+             (("spills", r"\b(?:LDL|STL)"), ("mma", r"\bHMMA"), ("wgmma", r"\bHGMMA"), ("tcgen05", r"\bUTCHMMA"),
+              ("tma_loads", r"\bUTMALDG"))}
+    registers = int(re.search(r"REG:(\d+)", dump[0])[1])
+    tensor_memory = binary.metadata.tmem_size or 0      # columns, of 512; None where there is no such memory
+    return {"registers": registers, "shared": binary.metadata.shared, "tensor_memory": tensor_memory} | count
 
 
 def attention_row(job):
-    (cc, name, width), blocks, D, causal = job
+    cc, (_, name, width), blocks, D, causal = job
     kernel = getattr(kernels.triton_kernels, f"{name}_kernel")
     constants = dict(GROUP=3, D=D, BD=width, CAUSAL=causal, BM=blocks.BM, BN=blocks.BN, TMA=blocks.tma)
     types = {n: "fp32" if n == "sm_scale" else "i32" if n in ("T", "H") or n.startswith("s") else POINTERS.get(n, "*bf16")
@@ -69,24 +76,28 @@ def loss_row(cc):
 
 def small_rows(cc):
     """The two kernels that only load and store, with lengths of any kind and, as the compiler specialises 1, of one token."""
+    rows = []
     pointers = {"CU": "*i32", "START": "*i32", "END": "*i32", "O": "*bf16", "DO": "*bf16", "DELTA": "*fp32"}
     for name, constants in (("bounds", dict(B=256)), ("delta", dict(D=96, BD=128, B=64))):
         for ones in ({}, {"T": 1, "H": 1, "S": 1}):
             kernel = getattr(kernels.triton_kernels, f"{name}_kernel")
             fixed = constants | {n: 1 for n in ones if n in kernel.arg_names}
             types = {n: pointers.get(n, "i32") for n in kernel.arg_names if n not in fixed}
-            yield {"kernel": name, "one": bool(ones)} | report(compiled(kernel, types, fixed, cc, 4, 2))
+            rows.append({"kernel": name, "one": bool(ones)} | report(compiled(kernel, types, fixed, cc, 4, 2)))
+    return rows
 
 
 def main():
     cc = int(sys.argv[1])
-    jobs = [(key, blocks, D, True) for key, blocks in kernels.triton_kernels.TABLE.items() if key[0] == cc
+    architecture = kernels.triton_kernels.architecture(*divmod(cc, 10))
+    jobs = [(cc, key, blocks, D, True) for key, blocks in kernels.triton_kernels.TABLE.items() if key[0] == architecture
             for D in kernels.triton_kernels.HEAD_DIMS if triton.next_power_of_2(D) == key[2]]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
+        loss, small = pool.submit(loss_row, cc), pool.submit(small_rows, cc)
         for row in pool.map(attention_row, jobs):
             print(json.dumps(row), flush=True)
-    for row in (loss_row(cc), *small_rows(cc)):
-        print(json.dumps(row))
+        for row in (loss.result(), *small.result()):
+            print(json.dumps(row))
 
 
 if __name__ == "__main__":
