@@ -6,7 +6,7 @@
     python bench.py steady                                 # train.py for a thousand steps: as fast at the end, as much memory?
     python bench.py ddp                                    # train.py by two processes beside one, and beside two that do not talk
     python bench.py memory --memory_gib=4                  # the most rows a step can have, activations checkpointed or not
-    python bench.py readme                                 # README's tables, from the rows in bench/results/
+    python bench.py readme                                 # README's tables, from the rows in results/speed/
     python bench.py data --data_dir=data/demo              # batches from a prepared corpus; preparing one, beside nanoGPT's way
     python bench.py kernels                                # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune                               # a grid of fine-tuning trials beside a Hugging Face Trainer loop
@@ -31,20 +31,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bench_data
-import bench_finetune
-import bench_gpu
-import bench_kernels
-import bench_runs
-import bench_search
-import bench_tables
-import bench_train
-import data
-import system
-import tasks
-from bench_rows import describe, record, step_of
-from configurator import UserError, run
+from benchmarks import data as bench_data
+from benchmarks import finetune as bench_finetune
+from benchmarks import gpu as bench_gpu
+from benchmarks import kernels as bench_kernels
+from benchmarks import runs as bench_runs
+from benchmarks import search as bench_search
+from benchmarks import tables as bench_tables
+from benchmarks import train as bench_train
+from benchmarks.race import contestant, measure, profile
+from benchmarks.rows import describe, record, step_of
+from core.configurator import UserError, run
+from core.device import keep_freed_memory, peak_flops, pick_device, pick_dtype
+from core.files import ROOT, write_whole
 from model import SIZES
+from pretraining import data
+from tasks import registry
 
 
 @dataclass
@@ -95,9 +97,9 @@ class Config:
 
 
 def train(c):
-    device = system.pick_device(c.device)
-    table = bench_train.measure(c, device, tqdm.write)
-    dtype, peak, tokens = system.pick_dtype(c.dtype, device), system.peak_flops(device), c.rows * c.block_size
+    device = pick_device(c.device)
+    table = measure(c, device, tqdm.write)
+    dtype, peak, tokens = pick_dtype(c.dtype, device), peak_flops(device), c.rows * c.block_size
     print(f"\n{describe(device)}; {step_of(c)}, {'each row cut once' if c.random_length else 'whole rows'}; MLM at "
           f"{c.mask_rate:.0%}; {dtype}, nanoGPT as it ships; median of {c.rounds} rounds of {c.steps} steps\n\n"
           "| training step | tokens/s | ms a step | ours is faster by | TFLOP/s | MFU | peak GiB | first step, s |\n"
@@ -120,30 +122,30 @@ def train(c):
           f"nanoGPT's are its own. {f'MFU: of {peak / 1e12:,.0f} TFLOP/s' if peak else 'No MFU without a published peak'}.")
 
 
-def profile(c):
+def profile_table(c):
     key = c.contestants.split(",")[0] or "ours"
-    table = f"{describe(system.pick_device(c.device))}; {key}: 3 steps, {step_of(c)}\n"
-    table += bench_train.profile(c, key)
+    table = f"{describe(pick_device(c.device))}; {key}: 3 steps, {step_of(c)}\n"
+    table += profile(c, key)
     print(table)
     if c.to:
         os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
-        system.write_whole(c.to, table.encode())
+        write_whole(c.to, table.encode())
 
 
 def steady(c):
-    device = system.pick_device(c.device)
+    device = pick_device(c.device)
     if c.run_steps < 200 or c.run_steps % 100:
         raise UserError(f"run_steps={c.run_steps}: expected hundreds, 200 or more, to compare the last with the first")
     found = bench_runs.steady(c)
     print(f"\n{describe(device)}; train.py, {step_of(c)}, {c.run_steps} steps behind {bench_runs.WARMUP} of warm-up\n"
           f"last 100 steps / first 100: {found['last'] / found['first']:.4f}; peak memory grew by {found['growth']:,} of "
           f"{found['peak']:,} bytes\nms a step, by hundreds: {', '.join(f'{10 * s:.1f}' for s in found['windows'])}")
-    dtype = system.pick_dtype(c.dtype, device)
+    dtype = pick_dtype(c.dtype, device)
     record(c, {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size, "dtype": dtype} | found, device)
 
 
 def ddp(c):
-    device = system.pick_device(c.device)
+    device = pick_device(c.device)
     if c.run_steps <= 20 or c.processes < 2:
         raise UserError(f"run_steps={c.run_steps}, processes={c.processes}: expected more than 20 steps and at least 2 processes")
     found = bench_runs.scaling(c, device)
@@ -160,7 +162,7 @@ def ddp(c):
 
 
 def memory(c):
-    device = system.pick_device(c.device)
+    device = pick_device(c.device)
     if device == "cpu" and not c.memory_gib:
         raise UserError("of which memory? --memory_gib=2")
     for flag in (False, True):
@@ -172,11 +174,11 @@ def memory(c):
 
 
 def readme(c):
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "README.md")
+    path = os.path.join(ROOT, "README.md")
     with open(path, encoding="utf-8") as f:
         text = f.read()
-    new = bench_tables.put(text, os.path.join(os.path.dirname(path), "bench", "results"))
-    system.write_whole(path, new.encode())
+    new = bench_tables.put(text, os.path.join(os.path.dirname(path), "results", "speed"))
+    write_whole(path, new.encode())
     print("README.md: " + ("the tables are new" if new != text else "nothing to change"))
 
 
@@ -216,14 +218,14 @@ def loading(c):
 
 def kernel_bench(c):
     """One row a case, contestant and pass; the table shows forward + backward."""
-    device = system.pick_device(c.device).partition(":")[0]
+    device = pick_device(c.device).partition(":")[0]
     if device == "cpu" and c.device != "cpu":
         raise UserError("this needs a CUDA GPU (a CPU has other kernels; to see them: "
                         "--device=cpu --tokens=2048 --sizes='(\"small\",)')")
     unknown = set(c.sizes) - set(SIZES)
     if unknown or c.tokens < 64 or c.tokens % min(2048, c.tokens):
         raise UserError(f"sizes={c.sizes}, tokens={c.tokens}: expected sizes of {', '.join(SIZES)}, and tokens a multiple of 2048")
-    system.keep_freed_memory()
+    keep_freed_memory()
     print(f"\n{describe(device)}; {c.tokens:,} tokens, bf16, forward + backward, median of {c.rounds} rounds; "
           "ratio: theirs / ours\n")
     print("| case | contestant | ms | TFLOP/s | ratio | peak MiB | kernel |\n|---|---|---|---|---|---|---|")
@@ -246,11 +248,11 @@ def kernel_bench(c):
 
 
 def finetune(c):
-    device = system.pick_device(c.device)
-    dtype = system.pick_dtype(c.dtype, device)
+    device = pick_device(c.device)
+    dtype = pick_dtype(c.dtype, device)
     if c.trials < 2 or c.trials % 2:
         raise UserError(f"trials={c.trials}: expected an even number, half of them at each learning rate")
-    if tasks.find(c.task, c.task_dir).kind != "sequence":
+    if registry.find(c.task, c.task_dir).kind != "sequence":
         raise UserError(f"task={c.task}: expected a sequence classification task, which is what the peer's loop trains")
     missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -268,7 +270,7 @@ def finetune(c):
 
 
 def search(c):
-    device = system.pick_device(c.device)
+    device = pick_device(c.device)
     if min(c.documents, c.queries, c.width) < bench_search.K:
         raise UserError(f"documents={c.documents}, queries={c.queries}, width={c.width}: expected at least {bench_search.K} each")
     with tempfile.TemporaryDirectory() as folder:
@@ -288,13 +290,14 @@ def search(c):
 
 def main(c):
     def trainer(c):
-        device = system.pick_device(c.device)
-        bench_finetune.trainer(c, c.args[1], device, system.pick_dtype(c.dtype, device))
+        device = pick_device(c.device)
+        bench_finetune.trainer(c, c.args[1], device, pick_dtype(c.dtype, device))
 
-    what = {"train": train, "profile": profile, "steady": steady, "ddp": ddp, "memory": memory, "readme": readme, "data": loading,
+    what = {"train": train, "profile": profile_table, "steady": steady, "ddp": ddp, "memory": memory, "readme": readme,
+            "data": loading,
             "kernels": kernel_bench, "finetune": finetune, "search": search, "alive": bench_gpu.alive, "trial": bench_gpu.trial,
             "steps": bench_gpu.steps, "step_profile": bench_gpu.step_profile,
-            "contestant": lambda c: bench_train.contestant(c, *c.args[1:]), "trainer": trainer,
+            "contestant": lambda c: contestant(c, *c.args[1:]), "trainer": trainer,
             "searcher": lambda c: bench_search.contestant(c, *c.args[1:])}
     if not c.args or c.args[0] not in what:
         asked_for = [name for name in what if name not in ("trial", "contestant", "trainer", "searcher")]

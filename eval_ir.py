@@ -23,16 +23,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import ir_data
-import metrics
-import retriever
-import system
-import tasks
-import trials
-import worker
-from configurator import RunError, UserError, run
-from retriever import DOCUMENT, QUERY
+from core import checkpoint
+from core.configurator import UserError, run
+from core.device import keep_freed_memory, pick_device
+from core.distributed import Processes, all_sum, speaks, start_processes
+from core.tokenizer import DOCUMENT, QUERY
+from retrieval import collections as ir_data
+from retrieval import retriever, tokens
+from retrieval.mteb_adapter import on_mteb
+from retrieval.pools import BM25_LIMIT, bm25, pool_of, training_pairs
+from retrieval.targets import Target
+from tasks import metrics, queue, registry, worker
+from tasks.training import Diverged
 
 DEPTH = 100           # documents kept for each query
 POOLS = ("judged", "hard", "full")
@@ -82,18 +84,6 @@ FACTS = "data", "steps", "train_on", "train_data", "pool", "hard_negatives"     
 FREE = (*worker.FREE, "train_on", "pool", "hard_negatives", "finals", "mteb", "shard")
 
 
-@dataclass
-class Target:
-    """A collection and a pool of it, tokenized."""
-    collection: ir_data.Collection
-    queries: dict        # tokens and bounds of all validation and test queries
-    query_ids: list
-    documents: dict      # tokens and bounds of the pool
-    ids: list            # the pool's document ids in their own order, which search breaks ties by
-    rank: torch.Tensor   # [n] int64: place in ids of each encoded document
-    facts: dict          # what its rows say about it
-
-
 class Worker(retriever.Retriever):
     """Runs trials: trains on the pairs at hand and searches the collections that are scored after them."""
 
@@ -105,18 +95,18 @@ class Worker(retriever.Retriever):
     def in_turn(self, make):
         """make() where it may write to the cache: by the first process, then by those that share its trials and find it there."""
         found = make() if self.processes.first else None
-        system.all_sum([0], self.processes)
+        all_sum([0], self.processes)
         return found if self.processes.first else make()
 
     def tokens(self, name, texts, *key):
-        return self.in_turn(lambda: ir_data.encoded(name, texts, self.tokenizer, self.max_length, (QUERY, DOCUMENT, *key),
+        return self.in_turn(lambda: tokens.encoded(name, texts, self.tokenizer, self.max_length, (QUERY, DOCUMENT, *key),
                                                     self.c.cache_dir))
 
     def take(self, train_on, wanted, folder):
         """Read and tokenize what a trial trains on and is scored by, unless it is at hand. wanted: {folder name: (task, pool)}"""
         if not self.source or self.source.name != train_on:
             self.source = ir_data.load(train_on, self.c.data_dir)
-            queries, documents, pairs, known = ir_data.training_pairs(self.source)
+            queries, documents, pairs, known = training_pairs(self.source)
             n, texts = len(queries), [QUERY + text for text in queries] + [DOCUMENT + text for text in documents]
             encoded, _ = self.tokens(f"{train_on}-pairs", lambda: enumerate(texts), self.source.fingerprint)
             self.pairs = encoded, pairs + [0, n], [{n + d for d in found} for found in known]      # places in encoded
@@ -130,7 +120,7 @@ class Worker(retriever.Retriever):
         """Read and tokenize a collection's queries and the documents of a pool. -> Target"""
         c, source = self.c, self.source
         collection = source if name == source.name else ir_data.load(name, c.data_dir)
-        chosen = self.in_turn(lambda: ir_data.pool_of(collection, pool, c.hard_negatives, c.cache_dir))
+        chosen = self.in_turn(lambda: pool_of(collection, pool, c.hard_negatives, c.cache_dir))
         asked = dict.fromkeys(q for split in ("validation", "test") for q in collection.qrels[split] if q in collection.queries)
         queries, query_ids = self.tokens(f"{name}-queries", lambda: ((q, QUERY + collection.queries[q]) for q in asked),
                                          collection.fingerprint)
@@ -154,10 +144,10 @@ class Worker(retriever.Retriever):
 
     def baseline(self, collection, chosen, n):
         """What BM25 scores on the test queries in the same pool. -> {"name", "score"}, or None where it takes too long"""
-        if n > ir_data.BM25_LIMIT or not self.processes.first:
+        if n > BM25_LIMIT or not self.processes.first:
             return None
         qrels = collection.qrels["test"]
-        return {"name": "BM25", "score": self.score(qrels, ir_data.bm25(collection, list(qrels), chosen, DEPTH))[0]["score"]}
+        return {"name": "BM25", "score": self.score(qrels, bm25(collection, list(qrels), chosen, DEPTH))[0]["score"]}
 
     def score(self, qrels, found):
         """-> {"score", ...}: means over all queries of the qrels; each query's own score"""
@@ -170,7 +160,7 @@ class Worker(retriever.Retriever):
         """Train once and score those of the trial's tasks that have no row. where: {folder name: (task, pool, train_on)}
         -> the row of trial["task"]; those of trial["also"] are written here"""
         names = [trial["task"], *trial.get("also", ())]
-        todo = [name for name in names if not trials.is_done(folder, {**trial, "task": name, "also": ()})]
+        todo = [name for name in names if not queue.is_done(folder, {**trial, "task": name, "also": ()})]
         self.take(where[names[0]][2], {name: where[name][:2] for name in names}, folder)
         began, what = time.time(), f"{self.source.name} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | {"lr": trial["lr"], "seed": trial["seed"], "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -178,7 +168,7 @@ class Worker(retriever.Retriever):
         try:
             row["train_loss"] = self.train(self.pairs, self.steps, trial, what)
             row |= {"failed": False, "secs": {"train": round(time.time() - began, 2)}}
-        except trials.Diverged as error:
+        except Diverged as error:
             say(f"{what}: failed, {error}", [])
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
         if self.c.keep and not row["failed"] and self.processes.first:
@@ -189,7 +179,7 @@ class Worker(retriever.Retriever):
             if name == trial["task"]:
                 return found
             if self.processes.first:
-                trials.finish(trials.path_of(folder, own), found)
+                queue.finish(queue.path_of(folder, own), found)
         return row                             # trial["task"] has its row already, which stays
 
     def evaluate(self, name, trial, folder, secs):
@@ -211,7 +201,7 @@ class Worker(retriever.Retriever):
 
 
 def say(text, notes):
-    if trials.speaks():
+    if speaks():
         tqdm.write("; ".join([text, *notes]))
 
 
@@ -220,13 +210,13 @@ def say(text, notes):
 def check(c):
     """Raises UserError for what is wrong with the settings alone. -> {task: (Task, pool, train_on)}"""
     found = {}
-    for name in worker.check(c, tasks.PAPER_IR, tasks.DEMO_IR):
-        task = tasks.find(name, c.data_dir)
+    for name in worker.check(c, registry.PAPER_IR, registry.DEMO_IR):
+        task = registry.find(name, c.data_dir)
         if task.kind != "retrieval":
             raise UserError(f"{name} is no retrieval collection: python finetune.py --tasks={name}")
         found[name] = task, c.pool or task.pool, c.train_on or task.train_on or name
     for train_on in {train_on for *_, train_on in found.values()}:
-        tasks.find(train_on, c.data_dir)
+        registry.find(train_on, c.data_dir)
     if c.pool not in ("", *POOLS):
         raise UserError(f"pool={c.pool}: expected {', '.join(POOLS)}, or nothing for each collection's own")
     if not 0 < c.temperature < float("inf") or c.hard_negatives < 1:
@@ -257,7 +247,7 @@ def chosen_lr(folder, name, c):
     scores = defaultdict(list)
     for lr in c.lrs:
         for seed in c.seeds:
-            with open(trials.path_of(folder, {"task": name, "lr": lr, "seed": seed}), encoding="utf-8") as f:
+            with open(queue.path_of(folder, {"task": name, "lr": lr, "seed": seed}), encoding="utf-8") as f:
                 row = json.load(f)
             if not row["failed"]:
                 scores[lr].append(row["validation"]["score"])
@@ -268,21 +258,21 @@ def work(mine, todo, folder, where):
     """Run a list of trials: from the queue, or all of them together."""
     mine.refuse_other_settings(folder, {name: {"pool": pool, "train_on": train_on} for name, (_, pool, train_on) in where.items()})
     if mine.processes.world_size == 1:
-        return trials.work(todo, folder, lambda trial: mine.run(trial, folder, where))
+        return queue.work(todo, folder, lambda trial: mine.run(trial, folder, where))
     for trial in todo:
-        if system.all_sum([mine.processes.first and not trials.is_done(folder, trial)], mine.processes)[0]:
+        if all_sum([mine.processes.first and not queue.is_done(folder, trial)], mine.processes)[0]:
             row = mine.run(trial, folder, where)
             if mine.processes.first:
-                trials.finish(trials.path_of(folder, trial), row)
-    system.all_sum([0], mine.processes)      # the last row is there before anybody goes on
+                queue.finish(queue.path_of(folder, trial), row)
+    all_sum([0], mine.processes)      # the last row is there before anybody goes on
     return None
 
 
 def main(c):
     wanted = check(c)
-    system.keep_freed_memory()
+    keep_freed_memory()
     path = checkpoint.find(c.ckpt)
-    processes = system.start_processes(system.pick_device(c.device))[0] if c.shard else system.Processes(0, 0, 1)
+    processes = start_processes(pick_device(c.device))[0] if c.shard else Processes(0, 0, 1)
     try:
         run_grids(c, wanted, path, processes)
     finally:
@@ -308,29 +298,9 @@ def run_grids(c, wanted, path, processes):
                 by_lr[lr][folder_of(name, task, "full")] = name, "full", train_on
         for lr, where in by_lr.items():
             work(mine, grid(where, (lr,), c.seeds), folder, where)
-    if trials.speaks():
+    if speaks():
         report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
         print(f"rows in {folder}/trials; the table: {report}")
-
-
-def on_mteb(mine, folder):
-    """Score the encoder, untrained as it is given, on tasks of the package mteb, which keeps its results in folder/mteb."""
-    try:
-        import mteb
-    except ImportError:
-        raise UserError("--mteb needs the package mteb: pip install mteb") from None
-    try:
-        found = mteb.get_tasks(tasks=[name for name in mine.c.mteb.replace(" ", "").split(",") if name])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"mteb={mine.c.mteb}: {error.args[0]}") from None
-    try:
-        results = mteb.evaluate(retriever.ForMteb(mine), found, cache=mteb.ResultCache(os.path.join(folder, "mteb")))
-    except Exception as error:                # network, hub and mteb each raise their own
-        first = (str(error).splitlines() or [""])[0]
-        raise RunError(f"mteb could not score {mine.c.mteb} ({type(error).__name__}: {first}); finished tasks are kept in "
-                       f"{folder}/mteb") from error
-    for task, result in zip(found, results.task_results):
-        print(f"{result.task_name}: {task.metadata.main_score} {100 * result.get_score():.2f}")
 
 
 if __name__ == "__main__":

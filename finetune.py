@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import encode
-import families
-import system
-import tasks
-import trials
-import worker
-from configurator import UserError, run
-from data import permute
+from core import checkpoint
+from core.configurator import UserError, run
+from core.device import keep_freed_memory
+from core.distributed import speaks
+from core.rng import permute
+from tasks import families, packing, queue, registry, worker
+from tasks.training import Diverged, fit
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Config:
 @dataclass
 class Data:
     """One task, read and encoded."""
-    task: tasks.Task
+    task: registry.Task
     examples: dict        # {split: list}
     encoded: dict         # {split: arrays}
     facts: dict           # what its rows say about it
@@ -88,25 +86,25 @@ class Worker(worker.Worker):
         if self.data and self.data.facts["task"] == name:
             return
         c = self.c
-        task, examples, notes = tasks.load(name, c.data_dir, c.split)
+        task, examples, notes = registry.load(name, c.data_dir, c.split)
         # the paper's code has no windows: it cuts a paragraph at max_length
-        encoded = encode.cached(name, task, examples, self.tokenizer, self.max_length, c.mode != "paper", c.cache_dir)
+        encoded = packing.cached(name, task, examples, self.tokenizer, self.max_length, c.mode != "paper", c.cache_dir)
         epoch = -(-len(encoded["train"]["example"]) // c.batch)
         steps = c.steps or (epoch * task.epochs if task.epochs else 1000)
         cut = {split: int(part["truncated"][0]) for split, part in encoded.items()}
         notes += [f"{n:,} of {split} cut at {self.max_length} tokens" for split, n in cut.items() if n]
-        facts = {"task": name, "kind": task.kind, "data": tasks.fingerprint(examples), "steps": steps,
+        facts = {"task": name, "kind": task.kind, "data": registry.fingerprint(examples), "steps": steps,
                  "epochs": round(steps / epoch, 3), "truncated_frac": {split: n / len(examples[split]) for split, n in cut.items()},
                  "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
         self.settle(folder, name, facts)
         self.data = Data(task, examples, encoded, facts)
-        if trials.speaks():
+        if speaks():
             sizes = " + ".join(f"{len(part):,}" for part in examples.values())
-            tqdm.write("; ".join([f"{name}: {tasks.KINDS[task.kind]}, {sizes} examples, {steps} steps of {c.batch} "
+            tqdm.write("; ".join([f"{name}: {registry.KINDS[task.kind]}, {sizes} examples, {steps} steps of {c.batch} "
                                   f"({facts['epochs']:g} epochs)", *notes]))
 
     def logits(self, head, encoded, indices):
-        tokens, cu_seqlens = encode.pack(encoded, indices, self.device)
+        tokens, cu_seqlens = packing.pack(encoded, indices, self.device)
         with self.autocast():
             return head(self.encoder(tokens, cu_seqlens, self.c.causal), cu_seqlens).float()
 
@@ -114,10 +112,10 @@ class Worker(worker.Worker):
         """-> {"score", ...}, per-example scores [n]. Longest sequences first, so that what does not fit fails at once.
         threshold: see families.span_scores"""
         task, examples, encoded = self.data.task, self.data.examples[split], self.data.encoded[split]
-        lengths, (_, _, predictions, scores) = encode.lengths(encoded), families.family(task, self.c.mode)
+        lengths, (_, _, predictions, scores) = packing.lengths(encoded), families.family(task, self.c.mode)
         outputs = [None] * len(lengths)
-        batches = encode.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens)
-        for indices in tqdm(batches, desc=split, leave=False, disable=not trials.speaks()):
+        batches = packing.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens)
+        for indices in tqdm(batches, desc=split, leave=False, disable=not speaks()):
             with torch.inference_mode():
                 logits = self.logits(head, encoded, indices).cpu()
             parts = logits if task.kind == "sequence" else logits.split(lengths[indices].tolist())
@@ -130,12 +128,12 @@ class Worker(worker.Worker):
     def train(self, head, trial, name):
         """Train encoder and head on the task at hand. -> the loss curve"""
         c, encoded, (targets, loss, _, _) = self.c, self.data.encoded["train"], families.family(self.data.task, self.c.mode)
-        n, lengths = len(encoded["example"]), encode.lengths(encoded)
+        n, lengths = len(encoded["example"]), packing.lengths(encoded)
 
         def micro_batches(step):
             position = np.arange(step * c.batch, (step + 1) * c.batch)       # in the stream of all epochs
             order = permute(position % n, n, trial["seed"], position // n)
-            return [((indices, wanted), count) for indices in encode.by_budget(order, encoded, c.micro_tokens)
+            return [((indices, wanted), count) for indices in packing.by_budget(order, encoded, c.micro_tokens)
                     for wanted, count in [targets(encoded, indices, c.mode)]]
 
         def loss_of(batch):
@@ -144,7 +142,7 @@ class Worker(worker.Worker):
             return loss(self.logits(head, encoded, indices), wanted, lengths[indices].tolist())
 
         parameters = [*self.parameters(), *head.parameters()]
-        return trials.fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
+        return fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
 
     def run(self, trial, folder):
         """Train and evaluate one trial. -> its row"""
@@ -155,7 +153,7 @@ class Worker(worker.Worker):
         head = families.new_head(self.data.task, self.encoder.config.n_embd).to(self.device, getattr(torch, self.c.param_dtype))
         try:
             row["train_loss"] = self.train(head, trial, name)
-        except trials.Diverged as error:
+        except Diverged as error:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
         trained = time.time()
@@ -173,9 +171,9 @@ class Worker(worker.Worker):
 
 def check(c):
     """Raises UserError for what is wrong with the settings alone. -> names of the tasks"""
-    names = worker.check(c, tasks.PAPER, tasks.DEMO)
+    names = worker.check(c, registry.PAPER, registry.DEMO)
     for name in names:
-        if tasks.find(name, c.data_dir).kind == "retrieval":
+        if registry.find(name, c.data_dir).kind == "retrieval":
             raise UserError(f"{name} is a retrieval collection: python eval_ir.py --tasks={name}")
     if c.split not in ("hash", "encodeval") or c.eval_tokens < 1:
         raise UserError(f"split={c.split}, eval_tokens={c.eval_tokens}: expected hash or encodeval, and at least 1 token")
@@ -184,14 +182,14 @@ def check(c):
 
 def main(c):
     names = check(c)
-    system.keep_freed_memory()
+    keep_freed_memory()
     path = checkpoint.find(c.ckpt)
     folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
     mine = Worker(c, path)
     mine.refuse_other_settings(folder, {name: {} for name in names})
     grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
-    trials.work(grid, folder, lambda trial: mine.run(trial, folder))
-    if trials.speaks():
+    queue.work(grid, folder, lambda trial: mine.run(trial, folder))
+    if speaks():
         report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
         print(f"{len(grid)} trials in {folder}/trials; the table: {report}")
 

@@ -14,9 +14,9 @@ import json
 import shlex
 from dataclasses import dataclass
 
-import hf_export
-import hf_import
-from configurator import UserError, run
+from core.configurator import UserError, run
+from huggingface import exporting, importing
+from huggingface.model_card import auto_class
 
 
 @dataclass
@@ -37,18 +37,18 @@ def main(c):
         raise UserError(f"causal={c.causal}: expected auto, true or false")
     what, source, out = c.args
     if what == "import":
-        found, path = hf_import.write(source, out, c.weights_only, tuple(filter(None, c.ignore.replace(" ", "").split(","))))
-        print(f"{hf_import.describe(found)}\nwritten to {path}")
+        found, path = importing.write(source, out, c.weights_only, tuple(filter(None, c.ignore.replace(" ", "").split(","))))
+        print(f"{importing.describe(found)}\nwritten to {path}")
         if found.tokenizer:
             name = shlex.quote("hf:" + source.removeprefix("hf:"))
             print(f"a corpus for it:  python prepare_fineweb.py --source=FILES --out=DATA --tokenizer={name}")
             words = ["python", "train.py", f"--init_from={out}", "--data_dir=DATA", "--out_dir=RUN", '--phases=[("mlm", 400)]']
             print(f"to go on from it: {shlex.join(words)}")
     else:
-        about, steps = hf_export.export(source, out, c.average, c.causal)
+        about, steps = exporting.export(source, out, c.average, c.causal)
         kind, folder = about["architectures"][0], json.dumps(out, ensure_ascii=False)
         print(f"{kind}, {'mean of steps' if len(steps) > 1 else 'step'} {', '.join(map(str, steps))}, in {out}: "
-              f"{hf_export.auto_class(kind)}.from_pretrained({folder})"
+              f"{auto_class(kind)}.from_pretrained({folder})"
               + f", SentenceTransformer({folder})" * (about["model_type"] == "eurobert"))
 
 

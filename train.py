@@ -25,15 +25,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import data
-import lineage
-import system
-import tokenizer
-from configurator import RunError, UserError, run
+from core import checkpoint, tokenizer
+from core.configurator import RunError, UserError, run
+from core.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype, why_not_compile
+from core.distributed import all_sum, start_processes
+from core.files import write_whole
 from kernels import ATTENTION, linear_cross_entropy, resolve
 from model import SIZES, Encoder
 from objectives import kind_and_rate, objective_at
+from pretraining import data, resume
 
 
 @dataclass
@@ -126,8 +126,8 @@ def learning_rate_at(step, c, max_steps):
 
 
 def main(c):
-    device = system.pick_device(c.device)
-    processes, device = system.start_processes(device)
+    device = pick_device(c.device)
+    processes, device = start_processes(device)
     try:
         train(c, device, processes)
     finally:
@@ -140,20 +140,20 @@ def train(c, device, processes):
     launched = time.time()
     say = print if processes.first else lambda *args, **kwargs: None
     max_steps = check(c, processes.world_size)
-    system.keep_freed_memory()
+    keep_freed_memory()
     corpus, val_corpus = (data.Corpus(c.data_dir, split, verify=processes.local_rank == 0) for split in ("train", "val"))
     if corpus.tokenizer_hash != val_corpus.tokenizer_hash:
         raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty folder")
     data.count_rows(corpus, c), data.count_rows(val_corpus, c)      # raises if there is less than one
-    dtype = system.pick_dtype(c.dtype, device)
+    dtype = pick_dtype(c.dtype, device)
     settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
 
     # ---- where the run begins, its model and its optimizer
-    start = lineage.start(c, settings, processes, say)
+    start = resume.start(c, settings, processes, say)
     step, totals = start.step, start.totals
     if step >= max_steps:
         return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
-    config = lineage.model_config(c, start, corpus.vocab_size)
+    config = resume.model_config(c, start, corpus.vocab_size)
     try:
         attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), config.head_dim, config.n_head,
                             config.n_kv_head)
@@ -161,7 +161,7 @@ def train(c, device, processes):
         raise UserError(str(error)) from None
     # "auto" goes by times on a GPU, which may differ between ranks: all take what rank 0 found
     names = list(ATTENTION)
-    of_rank_0 = system.all_sum([names.index(attention) if processes.first else 0], processes)
+    of_rank_0 = all_sum([names.index(attention) if processes.first else 0], processes)
     attention = names[int(of_rank_0[0])]
     torch.manual_seed(c.seed)
     model = Encoder(config, attention, c.checkpoint_activations).to(device)
@@ -176,15 +176,15 @@ def train(c, device, processes):
     if processes.first:
         os.makedirs(c.out_dir, exist_ok=True)
         tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
-        lineage.trim_log(log_path, step)
+        resume.trim_log(log_path, step)
         if not os.path.isfile(config_path):
             facts = {"settings": settings, "parent": start.source, "start_step": step, "run_id": os.urandom(4).hex(),
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-            system.write_whole(config_path, json.dumps(facts, indent=1).encode())
+            write_whole(config_path, json.dumps(facts, indent=1).encode())
 
     # ---- what it runs on
     parameters = model.num_parameters()
-    no_compile = "compile=false" if not c.compile else system.why_not_compile(device)
+    no_compile = "compile=false" if not c.compile else why_not_compile(device)
     name = settings["size"] or c.init_from
     say(f"{name}: {parameters['encoder'] / 1e6:.1f} M parameters, {parameters['total'] / 1e6:.1f} M with the LM head | "
         f"{processes.world_size} x {device}, {dtype}, attention {attention}, "
@@ -196,7 +196,7 @@ def train(c, device, processes):
     wrapped = model if processes.world_size == 1 else DistributedDataParallel(      # gradients are made in the buckets that travel
         model, [processes.local_rank] if device.startswith("cuda") else None, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.partition(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    peak = system.peak_flops(device)
+    peak = peak_flops(device)
     wandb_run = None
     if c.wandb_log and processes.first:
         import wandb
@@ -230,7 +230,7 @@ def train(c, device, processes):
             for b in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
                 with torch.no_grad():
                     loss, targets = loss + float(loss_of(b)), targets + b.num_targets
-            loss, targets = system.all_sum([loss, targets], processes)
+            loss, targets = all_sum([loss, targets], processes)
             row[f"val_{objective}_loss"] = loss / targets
         write_log([row])
         say(f"step {step:>6}/{max_steps}  validation  clm {row['val_clm_loss']:.4f}  mlm {row['val_mlm_loss']:.4f}", flush=True)
@@ -252,11 +252,11 @@ def train(c, device, processes):
             return
         k = len(pending)
         norms = torch.stack([r["grad_norm"] for r in pending]).tolist()
-        sums = system.all_sum(torch.stack([r["loss"] for r in pending]).tolist() + [r["flops"] for r in pending], processes)
+        sums = all_sum(torch.stack([r["loss"] for r in pending]).tolist() + [r["flops"] for r in pending], processes)
         seconds = max(1e-9, time.time() - clock)
         speed = {"tok_per_s": k * c.batch_rows * c.block_size / seconds,
                  "mfu": sum(sums[k:]) / seconds / (peak * processes.world_size) if peak else None,
-                 "peak_memory": system.peak_memory(device)}
+                 "peak_memory": peak_memory(device)}
         for r, loss, flops, norm in zip(pending, sums[:k], sums[k:], norms):
             loss /= r["targets"]
             if not (abs(loss) < float("inf") and norm < float("inf")):     # NaN fails both
@@ -306,7 +306,7 @@ def train(c, device, processes):
             break
 
         batches = next(stream)
-        targets, stopping = system.all_sum([sum(b.num_targets for b in batches), bool(stop)], processes)
+        targets, stopping = all_sum([sum(b.num_targets for b in batches), bool(stop)], processes)
         total = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             wrapped.require_backward_grad_sync = i == len(batches) - 1      # DDP reads it in the forward pass already

@@ -1,8 +1,14 @@
 """The two operations that decide this trainer's speed, each with a slow, obvious reference.
 
-    attention(q, k, v, cu_seqlens, causal, impl)      dispatch.py: Triton (attention.py), varlen.py,
-                                                      sdpa.py or reference.py
-    linear_cross_entropy(hidden, weight, targets)     cross_entropy.py
+    attention(q, k, v, cu_seqlens, causal, impl)
+    linear_cross_entropy(hidden, weight, targets)
+
+    dispatch           attention(), and which of these computes it:
+    triton_attention   our own kernels, for CUDA GPUs
+    varlen             PyTorch's packed attention, for CUDA GPUs
+    sdpa, sdpa_cpu     PyTorch's scaled_dot_product_attention, a call a sequence; the fast path of a CPU
+    reference          both definitions, dense and slow
+    cross_entropy      the LM head and its loss, a chunk of logits at a time
 """
 from .cross_entropy import linear_cross_entropy
 

@@ -1,6 +1,6 @@
 """attention(): one function, several implementations, and the choice between them.
 
-    triton      our own kernels (triton: attention.py), for CUDA GPUs
+    triton      our own kernels (triton_attention.py), for CUDA GPUs
     varlen      PyTorch's packed attention (varlen.py), for CUDA GPUs
     sdpa        PyTorch's scaled_dot_product_attention, one call a sequence (sdpa.py): runs everywhere; the fast path of a CPU
     reference   the definition, dense and slow (reference.py)
@@ -19,7 +19,7 @@ import torch
 from . import reference, sdpa, varlen
 
 try:
-    from . import attention as triton_kernels
+    from . import triton_attention as triton_kernels
 except ImportError:  # no Triton on this platform
     triton_kernels = None
 

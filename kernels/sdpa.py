@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import cpu_bf16
+from . import sdpa_cpu
 
 SHORT, GRAIN = 128, 16     # sequences of up to SHORT tokens that fill the same multiple of GRAIN are computed together on a CPU
 
@@ -72,7 +72,7 @@ def heads_first(x, start, end, group=1):
     """[T, Hkv, D] -> one sequence as [H, L, D], each KV head repeated for its group of query heads."""
     x = x[start:end].transpose(0, 1)
     x = x.repeat_interleave(group, dim=0) if group > 1 else x
-    return x.contiguous() if way(x) == "matmul" else x     # see cpu_bf16: its products want it so, the others do not care
+    return x.contiguous() if way(x) == "matmul" else x     # see sdpa_cpu: its products want it so, the others do not care
 
 
 def way(q):
@@ -86,14 +86,14 @@ def kept_for_backward(q, training):
     T, H, _ = q.shape
     if way(q) == "flash":
         return q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))     # what is computed together has none
-    return q.new_empty(T * H * cpu_bf16.KEEP if way(q) == "matmul" and training else 0)
+    return q.new_empty(T * H * sdpa_cpu.KEEP if way(q) == "matmul" and training else 0)
 
 
 def room(kept, used, heads, length):
     """The next part of the kept softmax weights [T * H * KEEP], for [heads, length, length] of them, and where it ends; nothing
     where none are kept. Several sequences never need more than their tokens' share: the shortest that fills a multiple of
     GRAIN has L - GRAIN + 1 tokens, and L^2 <= KEEP * (L - GRAIN + 1) for all L <= SHORT."""
-    if kept.ndim == 2 or not kept.numel() or length > cpu_bf16.KEEP:
+    if kept.ndim == 2 or not kept.numel() or length > sdpa_cpu.KEEP:
         return kept.new_empty(0), used
     end = used + heads * length * length
     return kept[used:end], end
@@ -111,12 +111,12 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Te
     for p in together:
         args = take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
         weights, used = room(kept, used, *args[0].shape[:2])
-        put(out, cpu_bf16.forward(*args, weights, causal, p.hidden), p.real, p.tokens)
+        put(out, sdpa_cpu.forward(*args, weights, causal, p.hidden), p.real, p.tokens)
     for s, e in alone:
         args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
         if way(q) == "matmul":
             weights, used = room(kept, used, *args[0].shape[:2])
-            o = cpu_bf16.forward(*args, weights, causal)
+            o = sdpa_cpu.forward(*args, weights, causal)
         elif way(q) == "flash":
             o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
             o, kept[:, s:e] = o[0], lse[0]
@@ -145,7 +145,7 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
         do, *args = take(grad, p.q, p), take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
         do.masked_fill_(p.hidden.transpose(1, 2), 0.0)                              # a repeated query adds nothing
         weights, used = room(kept, used, *do.shape[:2])
-        grads = cpu_bf16.backward(do, *args, weights, causal, p.hidden)
+        grads = sdpa_cpu.backward(do, *args, weights, causal, p.hidden)
         put(dq, grads[0], p.real, p.tokens)
         for d, g in ((dk, grads[1]), (dv, grads[2])):
             if group > 1:                                                           # a group's gradients add up
@@ -156,7 +156,7 @@ def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
         do = heads_first(grad, s, e)
         if way(q) == "matmul":
             weights, used = room(kept, used, *do.shape[:2])
-            grads = cpu_bf16.backward(do, *args, weights, causal)
+            grads = sdpa_cpu.backward(do, *args, weights, causal)
         elif way(q) == "flash":
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do[None], *(x[None] for x in args), heads_first(out, s, e)[None], kept[None, :, s:e], 0.0, causal)

@@ -2,7 +2,7 @@
 # What only a GPU can answer, the most important first, within nine minutes. Each part has a time limit of its own, prints what it
 # finds, and leaves it in the folder OUT before the next part begins. A part that fails or is cut off does not stop the others.
 #
-#     bash runs/gpu.sh                                # results in bench/results/
+#     bash runs/gpu.sh                                # results in results/speed/
 #     bash runs/gpu.sh OUT                            # in another folder
 #     bash runs/gpu.sh OUT --parts=c,d                # only these parts, in this order
 #     bash runs/gpu.sh OUT --parts=c:200,g            # part c with a limit of 200 seconds
@@ -67,7 +67,7 @@ else
   name=cpu
 fi
 if [ -z "$out" ]; then
-  out=bench/results
+  out=results/speed
   if [ $tiny = true ]; then out=out/gpu_tiny; fi      # a toy's rows must not end up in README's tables
 fi
 mkdir -p "$out" || exit 1
@@ -127,7 +127,7 @@ describe() {   # PART: set command, limit and title
 }
 
 summarise() {
-  { "$PYTHON" bench_summary.py "$rows"
+  { "$PYTHON" -m benchmarks.summary "$rows"
     echo
     echo "$name, $(date -u '+%Y-%m-%d %H:%M') UTC, $(git rev-parse --short HEAD 2>/dev/null || echo 'no commit')"
     echo -n "$endings"; } > "$out/summary.txt"

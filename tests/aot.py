@@ -2,7 +2,7 @@
 
     python tests/aot.py 90        # compute capability, e.g. 80, 86, 89, 90, 100, 103, 120
 
-The blocks are those that kernels/attention.py would take on such a GPU. TRITON_PTXAS_PATH selects
+The blocks are those that kernels/triton_attention.py would take on such a GPU. TRITON_PTXAS_PATH selects
 another assembler (TRITON_PTXAS_BLACKWELL_PATH from 100 on).
 
 A process of its own, since kernels that were imported under TRITON_INTERPRET=1 cannot be compiled.

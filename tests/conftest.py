@@ -21,7 +21,7 @@ if not GPU:                             # before anything imports triton: its in
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
-from retrieval import speeches  # noqa: E402
+from speech_collections import speeches  # noqa: E402
 
 import eval_ir  # noqa: E402
 import prepare_fineweb  # noqa: E402

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import recipes
 import report
+from experiments import recipes
 
 PAPER = os.path.join(ROOT, "results", "paper.csv")
 TASKS = {"sst2": "sequence", "sotu_era": "sequence", "uner_en_ewt": "token", "squad": "span", "squad_retrieval": "retrieval"}

@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 import pytest
 from conftest import ROOT, run_python
 
-import configurator
 import eval_ir
 import finetune
 import train
-from configurator import UserError
+from core import configurator
+from core.configurator import UserError
 
 
 @dataclass

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import data
 import objectives
-from configurator import RunError, UserError
+from core.configurator import RunError, UserError
+from core.rng import permute
+from corpus.shards import ShardWriter, read_header
+from pretraining import data
 
 
 def settings(**changes):
@@ -24,10 +26,10 @@ def corpus(corpus_dir):
 
 def test_permutation_is_a_bijection_and_differs_by_epoch_and_seed():
     for n in [*range(1, 70), 255, 256, 257, 1000, 4097]:
-        orders = {tuple(data.permute(np.arange(n), n, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+        orders = {tuple(permute(np.arange(n), n, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
         assert all(sorted(order) == list(range(n)) for order in orders)
         assert n < 6 or len(orders) == 4
-    order = data.permute(np.arange(4096), 4096, 3, 0)       # and it looks shuffled: no run, no drift
+    order = permute(np.arange(4096), 4096, 3, 0)       # and it looks shuffled: no run, no drift
     assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.06 and np.mean(np.abs(np.diff(order)) < 10) < 0.02
 
 
@@ -145,7 +147,7 @@ def test_ids_above_65535_survive(tmp_path):
     facts = SimpleNamespace(vocab_size=128_256, eos_id=128_001, mask_id=128_002, special_start=128_000, hash=bytes(32))
     ids = np.array([0, 65_535, 65_536, 127_999, 100_000, 128_001])
     for split in ("train", "val"):
-        writer = data.ShardWriter(str(tmp_path / f"{split}_00000.bin"), facts)
+        writer = ShardWriter(str(tmp_path / f"{split}_00000.bin"), facts)
         writer.write(ids)
         writer.close()
     (tmp_path / "manifest.json").write_text('{"complete": true}')
@@ -159,7 +161,7 @@ def test_reading_across_shards_is_reading_one_stream(tmp_path, corpus):
                             hash=bytes(32))
     stream, at = corpus.read(0, 1000), 0
     for i, n in enumerate((300, 1, 64, 635)):
-        writer = data.ShardWriter(str(tmp_path / f"train_{i:05d}.bin"), facts)
+        writer = ShardWriter(str(tmp_path / f"train_{i:05d}.bin"), facts)
         writer.write(stream[at:at + n])
         writer.close()
         at += n
@@ -215,9 +217,9 @@ def flip(path, at):
 
 
 def another_tokenizer(folder):
-    header = data.read_header(str(folder / "train_00000.bin"))
+    header = read_header(str(folder / "train_00000.bin"))
     facts = SimpleNamespace(**{f: int(header[f]) for f in ("vocab_size", "eos_id", "mask_id", "special_start")}, hash=bytes(range(32)))
-    writer = data.ShardWriter(str(folder / "train_00001.bin"), facts)
+    writer = ShardWriter(str(folder / "train_00001.bin"), facts)
     writer.write([1, 2, 3])
     writer.close()
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, needs_shared, run_python
-from retrieval import collection
+from speech_collections import collection
 
-import checkpoint
 import eval_ir
-import report
-import system
-import trials
-from configurator import UserError
-from files import find_files
+import finetune
+from core import checkpoint
+from core.configurator import UserError
+from core.distributed import Processes
+from core.files import find_files
+from reporting.read import read_trials
+from reporting.tables import trial_table
+from tasks import queue
 
-ALONE = system.Processes(0, 0, 1)
+ALONE = Processes(0, 0, 1)
 
 
 def words(c, script="eval_ir.py"):
@@ -143,7 +145,7 @@ def test_tasks_that_share_their_pairs_share_a_training(ir):
     assert rows(both.out_dir) == rows(later.out_dir) and len(rows(both.out_dir)) == 2
     row = rows(both.out_dir)["two/lr1e-03_sd0.json"]
     assert (row["task"], row["train_on"], row["test"]["n"]) == ("two", "one", 20)
-    table = report.trial_table(list(report.read_trials(both.out_dir).values()))
+    table = trial_table(list(read_trials(both.out_dir).values()))
     assert "| two, full pool | clm_then_mlm-40 (trained on one) |" in table and "| one, full pool | clm_then_mlm-40 |" in table
 
 
@@ -157,7 +159,7 @@ def test_pools_have_folders_rows_and_table_lines_of_their_own_and_distractors_on
     assert judged["documents"] < hard["documents"] < full["documents"] == 120
     of = [np.load(os.path.join(ir().out_dir, "trials", name, "lr1e-03_sd0.npz"))["test"] for name in ("one-judged", "one-hard", "one")]
     assert (of[0] >= of[1]).all() and (of[1] >= of[2]).all() and of[0].sum() > of[2].sum()
-    table = report.trial_table(list(report.read_trials(ir().out_dir).values()))
+    table = trial_table(list(read_trials(ir().out_dir).values()))
     assert all(f"| one, {pool} pool |" in table for pool in ("judged", "hard", "full"))
     with pytest.raises(UserError, match=r"one-hard holds trials of other settings \(hard_negatives: 2 then, 3 now\)"):
         eval_ir.main(ir(pool="hard", hard_negatives=3, seeds=(1,)))
@@ -189,11 +191,11 @@ def test_a_trial_that_diverges_is_a_failed_row_of_every_task(ir):
 def test_a_row_is_done_when_the_tasks_beside_it_are(tmp_path):
     trial = {"task": "a", "also": ("b",), "lr": 1e-3, "seed": 0}
     for task, done in (("a", False), ("b", True)):
-        path = trials.path_of(str(tmp_path), trial | {"task": task})
+        path = queue.path_of(str(tmp_path), trial | {"task": task})
         os.makedirs(os.path.dirname(path))
-        trials.finish(path, {})
-        assert trials.is_done(str(tmp_path), trial) == done
-    assert trials.is_done(str(tmp_path), {"task": "a", "lr": 1e-3, "seed": 0})
+        queue.finish(path, {})
+        assert queue.is_done(str(tmp_path), trial) == done
+    assert queue.is_done(str(tmp_path), {"task": "a", "lr": 1e-3, "seed": 0})
 
 
 def test_a_kept_encoder_is_a_checkpoint_that_finds_the_same(ir, encoder, tmp_path):
@@ -232,7 +234,6 @@ def test_the_papers_mode_scores_and_trains_as_its_code_does(ir):
 
 
 def test_the_grid_is_finetunes():
-    import finetune
     ours, theirs = (vars(module.Config()) for module in (eval_ir, finetune))
     same = ours.keys() & theirs.keys() - {"eval_tokens", "data_dir"}
     assert len(same) > 15 and {k: ours[k] for k in same} == {k: theirs[k] for k in same}

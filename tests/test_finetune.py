@@ -13,16 +13,15 @@ import torch
 from conftest import ROOT, SHARED, needs_shared, run_python
 from test_tasks import sst2, write
 
-import checkpoint
-import demo_tasks
-import families
 import finetune
-import report
-import tokenizer
-import trials
-from configurator import UserError
-from files import find_files
+from core import checkpoint, tokenizer
+from core.configurator import UserError
+from core.files import find_files
 from model import SIZES, Encoder, ModelConfig
+from reporting.read import read_trials
+from reporting.tables import trial_table
+from tasks import demo, families
+from tasks.training import Diverged, fit
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_every_epoch_reads_every_example_once_in_an_order_of_its_own(small):
 
 
 def test_how_a_batch_is_cut_changes_nothing(small, tmp_path):
-    for name, rows_of in (("uner", demo_tasks.case()), ("record", demo_tasks.cloze())):       # few rows of their schema
+    for name, rows_of in (("uner", demo.case()), ("record", demo.cloze())):       # few rows of their schema
         write(tmp_path / "data", name, train=rows_of["train"][:64], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
     whole = small("whole", seeds=(0,), lrs=(1e-3,), tasks="sst2,uner,record", steps=6)
     parts = small("parts", seeds=(0,), lrs=(1e-3,), tasks="sst2,uner,record", steps=6, micro_tokens=200, eval_tokens=300)
@@ -120,7 +119,7 @@ def test_a_test_set_is_scored_at_the_threshold_that_validation_chose(small, tmp_
         return [{"id": str(i), "context": r["passage"], "question": r["query"], "answers": {
                  "text": r["answers"][:i % 2], "answer_start": [r["passage"].index(a) for a in r["answers"][:i % 2]]}}
                 for i, r in enumerate(rows)]
-    found = demo_tasks.cloze()
+    found = demo.cloze()
     write(tmp_path / "data", "squad_v2", train=questions(found["train"][:64]), validation=questions(found["validation"][:60]),
           test=questions(found["test"][:60]))
     c = small("v2", tasks="squad_v2", seeds=(0,), lrs=(2e-3,), steps=2)
@@ -161,7 +160,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_trial_and_the_grid_goes_on(small,
     bad, good = found["trials/sst2/lr1e+30_sd0.json"], found["trials/sst2/lr1e-03_sd0.json"]
     assert bad["failed"] and "loss" in bad["why"] and not good["failed"]
     assert good == rows_of_alone(small)                 # weights come back whole after the ruin
-    table = report.trial_table(list(report.read_trials(c.out_dir).values()))
+    table = trial_table(list(read_trials(c.out_dir).values()))
     assert "| 1 | 1 | 0 |" in table                     # one seed, one failed, none missing
 
 
@@ -187,11 +186,11 @@ def test_pretrained_and_random_weights_causal_and_paper_are_told_apart(small, en
                     {"mode": "paper", "param_dtype": "bfloat16", "split": "encodeval", "out_dir": f"{run}/paper"}):
         finetune.main(small(**({"ckpt": run, "out_dir": "", "lrs": (1e-3,), "seeds": (0,), "steps": 3} | changes)))
     assert len(rows(path)) == len(rows(os.path.join(path, "random"))) == 1
-    table = report.trial_table(list(report.read_trials(run).values()))
+    table = trial_table(list(read_trials(run).values()))
     for model in ("clm_then_mlm-40 |", "clm_then_mlm-40-random |", "clm_then_mlm-40 (causal) |",
                   "clm_then_mlm-40 (paper, bfloat16 weights, encodeval split) |"):
         assert f"| sst2 | {model}" in table
-    scores = {r["test"]["score"] for r in report.read_trials(run).values()}
+    scores = {r["test"]["score"] for r in read_trials(run).values()}
     assert len(scores) >= 2
     # a later checkpoint of the run does not take the rows with it
     checkpoint.prune(run, 0, ())
@@ -238,7 +237,7 @@ def test_finished_trials_stay_and_other_settings_are_refused_by_name(small, tmp_
 
 
 def test_the_tasks_own_number_of_steps_is_the_papers_and_named_or_not_is_the_same(small, tmp_path):
-    rows_of = demo_tasks.case()
+    rows_of = demo.case()
     write(tmp_path / "data", "uner", train=rows_of["train"][:70], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
     c = small(tasks="uner", lrs=(1e-3,), seeds=(0,), steps=0)
     finetune.main(c)
@@ -310,7 +309,7 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero_and_decay_spares_ve
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    curve = trials.fit(ours, lambda step: [(step, 2), (step, 3)], lambda s: sum((p * (s + 1)).sin().sum() for p in ours) / 2, steps,
+    curve = fit(ours, lambda step: [(step, 2), (step, 3)], lambda s: sum((p * (s + 1)).sin().sum() for p in ours) / 2, steps,
                        0.01, c)
     assert [step for step, _ in curve][-1] == steps and len(curve) <= 10
     for a, b in zip(ours, theirs):
@@ -319,8 +318,8 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero_and_decay_spares_ve
 
 def test_a_gradient_that_is_not_finite_in_the_last_step_fails_though_all_losses_were_fine():
     p = [torch.nn.Parameter(torch.ones(3))]
-    with pytest.raises(trials.Diverged, match="loss 0.0, gradient norm nan"):
-        trials.fit(p, lambda step: [(step, 1)], lambda step: ((p[0] - p[0].detach()).abs().sqrt().sum() if step == 3 else p[0].sum() * 0), 4,
+    with pytest.raises(Diverged, match="loss 0.0, gradient norm nan"):
+        fit(p, lambda step: [(step, 1)], lambda step: ((p[0] - p[0].detach()).abs().sqrt().sum() if step == 3 else p[0].sum() * 0), 4,
                    1e-3, finetune.Config())
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import ROOT
 
-import bench_gpu
-import bench_summary
+from benchmarks import gpu as bench_gpu
+from benchmarks import summary as bench_summary
 
 TOY = ["--device=cpu", "--tiny=true"]
 

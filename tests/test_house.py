@@ -2,6 +2,8 @@
 import ast
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, rows, run_python
@@ -9,41 +11,113 @@ from conftest import ROOT, rows, run_python
 import report
 import train
 
-ENTRY_POINTS = {"prepare_fineweb", "train", "finetune", "eval_ir", "bench", "report", "hf", "sample", "study"}
-LAYERS = ["configurator", "files", "recipes", "system", "draws", "objectives", "tokenizer", "hf_tokenizer", "data", "hub_corpus", "file_shards", "kernels", "model", "checkpoint", "hf_model", "hf_import", "lineage", "metrics", "search", "trials", "demo_tasks", "tasks",
-          "encode", "families", "ir_data", "worker", "retriever", "hf_export", "jobs", "bench_summary", "bench_rows", "bench_data", "bench_kernels", "bench_finetune", "bench_search", "bench_train",
-          "bench_runs", "bench_gpu", "bench_tables",
-          "report_read", "report_scores", "report_tables", "report_stats", "report_figures", "entry"]   # low to high
+PROGRAMS = ("train", "finetune", "eval_ir", "prepare_fineweb", "sample", "hf", "study", "report", "bench")
+# what each folder, and each of the two files that are edited first, may import: {name: names}, and all that these may import
+MAY_IMPORT = {
+    "kernels": (),
+    "model": ("kernels",),
+    "core": ("model",),
+    "objectives": ("core",),
+    "corpus": ("core",),
+    "tasks": ("core",),
+    "huggingface": ("objectives",),
+    "pretraining": ("objectives", "corpus", "huggingface"),
+    "retrieval": ("tasks",),
+    "experiments": ("pretraining", "tasks"),
+    "reporting": ("experiments",),
+    "benchmarks": ("reporting", "retrieval"),
+}
+
+
+def below(name):
+    """Everything that a folder may import, by one step or several."""
+    names = set(MAY_IMPORT[name])
+    for other in MAY_IMPORT[name]:
+        names |= below(other)
+    return names
 
 
 def sources():
-    for folder in (ROOT, os.path.join(ROOT, "kernels")):
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".py"):
-                yield os.path.join(folder, name)
+    """The paths of the repository's Python files outside tests/ and config/."""
+    for name in (*PROGRAMS, "model", "objectives"):
+        yield os.path.join(ROOT, f"{name}.py")
+    for folder in MAY_IMPORT:
+        if os.path.isdir(os.path.join(ROOT, folder)):
+            for name in sorted(os.listdir(os.path.join(ROOT, folder))):
+                if name.endswith(".py"):
+                    yield os.path.join(ROOT, folder, name)
+
+
+def module_of(path):
+    """core/files.py -> "core.files", core/__init__.py -> "core", train.py -> "train"."""
+    name = os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, ".")
+    return name.removesuffix(".__init__")
 
 
 def imports(path):
-    tree, found = ast.parse(open(path).read()), set()
+    """The modules a file imports, anywhere in it: "torch", "core.files", ..."""
+    modules = {module_of(p) for p in sources()}
+    package = module_of(path).partition(".")[0]
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.partition(".")[0])
-    return found
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level == 1:
+                base = f"{package}.{base}".rstrip(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                names.add(full if full in modules else base)
+    return names
 
 
 def test_imports_go_down_only():
-    ours = {os.path.basename(p)[:-3] for p in sources()} | {"kernels"}
     for path in sources():
-        name = "kernels" if os.path.dirname(path) != ROOT else os.path.basename(path)[:-3]
-        used = (imports(path) & ours) - {name}
-        assert not used & ENTRY_POINTS, f"{path} imports an entry point"
-        level = LAYERS.index("entry" if name in ENTRY_POINTS else name)
-        assert all(LAYERS.index(u) < level for u in used), f"{path} imports {used}"
-        assert name.startswith("report") or not any(u.startswith("report_") for u in used), f"{path} imports a part of the report"
-    assert imports(os.path.join(ROOT, "configurator.py")) <= set(__import__("sys").stdlib_module_names)
-    assert "data" not in imports(os.path.join(ROOT, "model.py"))
+        here = module_of(path).partition(".")[0]
+        for name in imports(path):
+            there = name.partition(".")[0]
+            assert there not in PROGRAMS, f"{path} imports the program {there}"
+            if there in MAY_IMPORT and there != here:
+                assert here in PROGRAMS or there in below(here), f"{path}: {here} may not import {there}"
+    assert {name.partition(".")[0] for name in imports(os.path.join(ROOT, "core", "configurator.py"))} <= set(sys.stdlib_module_names)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {module_of(path): imports(path) for path in sources() if not path.endswith("__init__.py")}
+    seen, on_the_way = set(), []
+
+    def visit(name):
+        assert name not in on_the_way, f"a circle of imports: {' -> '.join([*on_the_way, name])}"
+        if name in seen or name not in graph:
+            return
+        on_the_way.append(name)
+        for other in graph[name]:
+            visit(other)
+        on_the_way.pop()
+        seen.add(name)
+    for name in graph:
+        visit(name)
+
+
+def test_the_root_holds_what_one_runs_and_the_two_files_one_edits_first():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    at_root = {name for name in tracked if "/" not in name}
+    documents = {"README.md", "LOG.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "ruff.toml", ".gitignore"}
+    assert at_root - documents == {f"{name}.py" for name in (*PROGRAMS, "model", "objectives")}
+
+
+@pytest.mark.parametrize("folder", [name for name in MAY_IMPORT if os.path.isdir(os.path.join(ROOT, name))])
+def test_each_folder_says_what_its_files_are(folder):
+    with open(os.path.join(ROOT, folder, "__init__.py"), encoding="utf-8") as f:
+        docstring = ast.get_docstring(ast.parse(f.read()))
+    for name in os.listdir(os.path.join(ROOT, folder)):
+        if name.endswith(".py") and name != "__init__.py":
+            assert re.search(rf"\b{name.removesuffix('.py')}\b", docstring), f"{folder}/__init__.py does not name {name}"
 
 
 def test_nothing_is_ever_unpickled():

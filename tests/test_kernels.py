@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import DEVICE, GPU, ROOT, losses, run_python
 
-import data
 import kernels
 import train
 from kernels import varlen
 from kernels.reference import attention as reference
 from kernels.sdpa import attention as sdpa
 from model import SIZES
+from pretraining import data
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed (it needs Linux)")
 T = kernels.triton_kernels

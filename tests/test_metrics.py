@@ -9,7 +9,7 @@ import seqeval.metrics
 from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score, f1_score, ndcg_score
 
-import metrics
+from tasks import metrics
 
 GOLD = ["B-PER", "I-PER", "O", "B-LOC"]
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import hf_model
 import kernels
+from huggingface import weights as hf_weights
 from kernels.reference import attention as reference
 from kernels.sdpa import sdpa, sdpa_backward
 from model import SIZES, Encoder, ModelConfig, SequenceHead, TokenHead, segment_mean
@@ -27,7 +27,7 @@ def encoder(attention="sdpa", tied=False, **size):
 
 
 def named_as_hugging_face(ours):
-    return hf_model.write_weights(ours.state_dict(), ours.config) | {"lm_head.weight": ours.lm_head.weight}
+    return hf_weights.write_weights(ours.state_dict(), ours.config) | {"lm_head.weight": ours.lm_head.weight}
 
 
 def copy_into(hf, ours):
@@ -37,7 +37,7 @@ def copy_into(hf, ours):
 
 
 def hf_config(kind, c, causal=False):
-    return kind.from_dict(hf_model.write_config(c, causal) | dict(bos_token_id=1, eos_token_id=2, pad_token_id=None), attn_implementation="sdpa")
+    return kind.from_dict(hf_weights.write_config(c, causal) | dict(bos_token_id=1, eos_token_id=2, pad_token_id=None), attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from conftest import rows as logged
 
-import data
 import objectives
 import train
-from configurator import UserError
+from core.configurator import UserError
+from pretraining import data
 
 
 @pytest.fixture(scope="module")

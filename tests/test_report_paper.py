@@ -9,7 +9,7 @@ from made_study import PAPER, draw
 
 import model
 import report
-import report_scores
+from reporting import scores as report_scores
 
 
 def test_every_family_average_of_the_paper_follows_from_its_data_sets():

@@ -14,12 +14,13 @@ from scipy import stats
 from test_report import OFFICIAL
 
 import report
-import report_figures
-import report_read
-import report_scores
-import report_stats
-import report_tables
-from configurator import UserError
+from core.configurator import UserError
+from reporting import figures as report_figures
+from reporting import read as report_read
+from reporting import scores as report_scores
+from reporting import stats as report_stats
+from reporting import tables as report_tables
+from reporting.page import MARK, page
 
 
 def read(folder):
@@ -28,11 +29,11 @@ def read(folder):
     return study, report_scores.Ours(study)
 
 
-def page(folder, drawn=()):
+def page_of(folder, drawn=()):
     """The page of a study's folder or rows.jsonl, without drawing."""
     study, ours = read(folder)
     study.tests = report_stats.paired_tests(ours, study.tests)
-    return report.page(ours, report_scores.Paper(PAPER), study.tests, drawn), study
+    return page(ours, report_scores.Paper(PAPER), study.tests, drawn), study
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
     root = small(names=names)
     for name in names[:5]:
         shutil.rmtree(os.path.dirname(row_of(root, name)))
-    found = {run_python(["-c", f"import report, report_scores, report_tables; study = report.read([{root!r}])[1]; "
+    found = {run_python(["-c", f"import report; from reporting import scores as report_scores, tables as report_tables; study = report.read([{root!r}])[1]; "
                                "print(*report_tables.warnings(study, report_scores.Ours(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
     assert len(found) == 1 and "on sst2; 210m-" in found.pop()
 
@@ -341,9 +342,9 @@ def test_a_users_own_files_are_never_written_over(small, tmp_path):
     for name, content in (("report.md", b"# my thoughts\n"), ("fig02_objectives_by_size.png", b"\x89PNG mine")):
         (out / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} was not written by report.py"):
-            report.write(str(out), {"report.md": report.MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+            report.write(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
         assert os.listdir(out) == [name] and (out / name).read_bytes() == content
         (out / name).unlink()
     for _ in range(2):          # its own are
-        report.write(str(out), {"report.md": report.MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+        report.write(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
     assert read(root)[0].plan == "toy"

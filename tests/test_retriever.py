@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from retrieval import collection
+from speech_collections import collection
 from test_eval_ir import worker
 
-import demo_tasks
-import encode
 import eval_ir
-import ir_data
-import retriever
-from configurator import UserError
-from files import find_files
+from core.configurator import UserError
+from core.files import find_files
+from retrieval import retriever
+from retrieval.mteb_adapter import ForMteb
+from retrieval.tokens import tokenized
+from tasks import demo, packing
 
 
 def spread(mine):
@@ -82,9 +82,9 @@ def test_without_the_cache_a_cut_batch_would_have_other_negatives(ir):
 def test_an_embedding_depends_on_its_text_alone(ir, encoder, corpus_dir, dtype, tolerance):
     """Not on the batch, its order, the packing or the budget; a text of eos alone and one as long as the context are among them."""
     mine = spread(worker(ir(dtype=dtype)))
-    short = sorted(demo_tasks.search()["queries"]["test"].values(), key=len)
+    short = sorted(demo.search()["queries"]["test"].values(), key=len)
     texts = [f"Query: {text}" for text in short[:200:10]] + ["", "so on " * 400]
-    arrays, cut = ir_data.tokenized(texts, mine.tokenizer, mine.max_length)
+    arrays, cut = tokenized(texts, mine.tokenizer, mine.max_length)
     assert cut == 1 and len(arrays[-2]) == 1 and len(arrays[-1]) == mine.max_length
     data = {"tokens": np.concatenate(arrays), "bounds": np.cumsum([0, *map(len, arrays)])}
     alone = torch.cat([mine.embed(data, [i]) for i in range(len(texts))])
@@ -101,7 +101,7 @@ def test_an_embedding_depends_on_its_text_alone(ir, encoder, corpus_dir, dtype, 
 
 def test_an_embedding_is_the_mean_over_all_tokens(ir):
     mine = worker(ir())
-    tokens, cu_seqlens = encode.pack(mine.pairs[0], [3, 50], "cpu")
+    tokens, cu_seqlens = packing.pack(mine.pairs[0], [3, 50], "cpu")
     with torch.no_grad():
         hidden = mine.encoder(tokens, cu_seqlens, causal=False)
         ours = mine.embed(mine.pairs[0], [3, 50])
@@ -115,7 +115,7 @@ def test_encoding_begins_with_the_longest_text_and_shares_are_all_of_it(ir):
     mine = worker(ir(eval_tokens=500))
     documents = mine.targets["one"].documents
     first, _ = next(mine.encode(documents, ""))
-    lengths = encode.lengths(documents)
+    lengths = packing.lengths(documents)
     assert lengths[first[0]] == lengths.max() and lengths[first].sum() <= 500
     shares = [torch.cat([indices for indices, _ in mine.encode(documents, "", rank, 3)]).tolist() for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(120)) and min(map(len, shares)) > 20
@@ -161,7 +161,7 @@ def test_mteb_scores_the_checkpoint_as_our_own_search_does(ir, monkeypatch, caps
                 "queries": Dataset.from_list([{"id": q, "text": found.queries[q]} for q in qrels]), "top_ranked": None}}}
             self.data_loaded = True
 
-    assert isinstance(retriever.ForMteb(mine), EncoderProtocol)
+    assert isinstance(ForMteb(mine), EncoderProtocol)
     with pytest.raises(UserError, match="mteb=NoSuchTask: .*NoSuchTask"):
         eval_ir.main(ir(mteb="NoSuchTask"))
     monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [Speeches() for name in tasks])

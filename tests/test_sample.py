@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import run_python
 
-import checkpoint
 import sample
-from configurator import UserError
+from core import checkpoint
+from core.configurator import UserError
 
 ARGS = dict(max_new_tokens=20, num_samples=3)
 

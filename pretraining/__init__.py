@@ -1,0 +1,5 @@
+"""Shards -> training.
+
+    data     rows, cuts and batches, each a pure function of (seed, epoch, index)
+    resume   where a run begins: from scratch, from its own checkpoint, as a branch, or from other weights
+"""

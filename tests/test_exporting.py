@@ -1,0 +1,207 @@
+"""A model leaves as one that everybody can load: a fresh process without this repository computes the same."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from safetensors.torch import load_file
+from test_eval_ir import worker
+
+import finetune
+import hf
+import sample
+import train
+from core import checkpoint, tokenizer
+from core.configurator import UserError
+from huggingface import exporting, importing
+from huggingface.model_card import auto_class
+from model import SIZES, Encoder, ModelConfig, SequenceHead, TokenHead
+from retrieval import tokens
+
+TEXTS = ["The state of the Union is strong.", "Peace!", "1 12 123 1234: naïve café — 中文\n\n\t x", ("We the people of the United States " * 9).strip()]
+FILL = "The state of [MASK] is strong, and the [MASK] of our people, too."
+ROPE3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+# more kinds of models than a run of train.py has; each leaves as an encoder and, but for the first, as a decoder
+SHAPES = {"gqa": dict(n_head=4, n_kv_head=2), "tied": dict(tied=True), "wide_heads": dict(head_dim=24, rope_theta=250_000.0),
+          "scaled": dict(rope_scaling=ROPE3, rope_theta=500_000.0), "biased": dict(qkv_bias=True, tied=True), "normed": dict(qk_norm=True)}
+
+
+def write_random(folder, tok, **shape):
+    """A run with one checkpoint of random weights that matter."""
+    torch.manual_seed(3)
+    model = Encoder(ModelConfig(**SIZES["tiny"] | shape, vocab_size=tok.vocab_size, block_size=128))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0 if p.ndim == 2 else 1.0).add_(0.2 * torch.randn_like(p) if p.ndim == 1 else 0.0)
+    os.makedirs(folder)
+    tokenizer.save(tok, folder)
+    return checkpoint.save(folder, 0, model, {"settings": {"tokenizer_hash": tok.hash.hex()}, "imported": {"causal": True, "source": "x", "revision": None}})
+
+
+def load_in_a_fresh_process(jobs, tmp):
+    """jobs for load_exported.py -> its results and tensors"""
+    out = str(tmp / "results.json")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "tests", "load_exported.py"), json.dumps(jobs), out], capture_output=True,
+                          text=True, timeout=300, cwd=str(tmp), env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.load(open(out)), load_file(out + ".safetensors")
+
+
+def ours_on(run, texts, causal, eos=True):
+    """-> the model, ids of each text, hidden states [T, C] and cu_seqlens of all of them packed"""
+    path = checkpoint.find(run)
+    model, tok = checkpoint.load_model(path), checkpoint.tokenizer_of(path)
+    ids = [tok.encode(text) + [tok.eos_id] * eos for text in texts]
+    cu = torch.tensor([0, *torch.tensor([len(i) for i in ids]).cumsum(0).tolist()], dtype=torch.int32)
+    with torch.no_grad():
+        return model, ids, model(torch.tensor(sum(ids, [])), cu, causal), cu
+
+
+def same(found, wanted, tolerance=1e-4):
+    assert found.shape == wanted.shape and wanted.abs().max() > 0.05 and (found - wanted).abs().max() <= tolerance
+
+
+def test_exported_models_have_our_logits_ids_answers_and_embeddings_in_a_fresh_process(encoder, ir, tmp_path):
+    """The trained encoder as all that it can be loaded as; random models of every shape, as encoder and as decoder."""
+    tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
+    runs, jobs = {"trained": encoder}, {}
+    for name, shape in SHAPES.items():
+        runs[name] = str(tmp_path / name)
+        write_random(runs[name], tok, **shape)
+    for name, run in runs.items():
+        for causal in (True, False):
+            if name == "normed" and not causal:
+                with pytest.raises(UserError, match="no native encoder with norms on q and k"):
+                    exporting.export(run, str(tmp_path / "no"), causal="false")
+                continue
+            folder = str(tmp_path / f"{name}_{causal}_exported")
+            exporting.export(run, folder, causal=str(causal).lower())
+            jobs[f"{name}.{causal}"] = {"folder": folder, "texts": TEXTS, "classes": ["AutoModelForCausalLM"] if causal else ["AutoModelForMaskedLM", "AutoModel"]}
+    whole = jobs["trained.False"]
+    whole["classes"] += ["AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+    whole |= {"fill": FILL, "sentences": [*TEXTS, "A text that is longer than the encoder's context. " * 30 + "So it is cut."]}
+    found, tensors = load_in_a_fresh_process(jobs, tmp_path)
+
+    for name, job in jobs.items():
+        run, causal = runs[name.split(".")[0]], name.endswith("True")
+        model, ids, hidden, cu = ours_on(run, TEXTS, causal, eos=not causal)
+        assert found[name]["ids"] == ids and found[name]["specials"] == [tok.eos_id, tok.eos_id, tok.mask_id]
+        expected = "Qwen3ForCausalLM" if name == "normed.True" else "LlamaForCausalLM" if causal else "EuroBertForMaskedLM"
+        main = found[name][job["classes"][0]]
+        assert (main["class"], main["missing"], main["unexpected"], main["theta"]) == (expected, [], [], model.config.rope_theta)
+        with torch.no_grad():
+            logits = model.logits(hidden)
+        for i, (s, e) in enumerate(zip(cu, cu[1:])):
+            same(tensors[f"{name}.{job['classes'][0]}.{i}"], logits[s:e])
+            same(tensors[f"{name}.{job['classes'][0]}"][i, :e - s], logits[s:e])          # in a padded batch, too
+            if not causal:
+                same(tensors[f"{name}.AutoModel.{i}"], hidden[s:e])
+                same(tensors[f"{name}.AutoModel"][i, :e - s], hidden[s:e])
+
+    heads = found["trained.False"]
+    assert heads["AutoModelForSequenceClassification"] | {"theta": 0, "unexpected": 0} == {
+        "class": "EuroBertForSequenceClassification", "missing": ["classifier.bias", "classifier.weight", "dense.bias", "dense.weight"], "unexpected": 0,
+        "labels": ["LABEL_0", "LABEL_1"], "theta": 0}
+    assert heads["AutoModelForTokenClassification"]["missing"] == ["classifier.bias", "classifier.weight"]
+
+    model, answers = checkpoint.load_model(encoder), heads["fill"]
+    for gap, ours in zip(answers, sample.fill(model, tok, FILL, 4, "cpu"), strict=True):
+        assert [tok.decode([i]) for i, _, _ in gap] == [text for text, _ in ours]
+        assert [p for _, _, p in gap] == pytest.approx([p for _, p in ours], abs=1e-5)
+
+    mine = worker(ir())
+    assert heads["max_seq_length"] == mine.max_length
+    for kind, prefix in (("query", "Query: "), ("document", "Document: "), ("plain", "")):
+        texts = [(i, prefix + text) for i, text in enumerate(whole["sentences"])]
+        encoded, _ = tokens.encoded("texts", lambda texts=texts: texts, tok, mine.max_length, (kind,), str(tmp_path / "cache"))
+        ours = mine.embeddings(encoded, "texts")
+        same(tensors[f"trained.False.sentences.{kind}"], ours, 1e-5)
+
+
+def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_path):
+    c = finetune.Config(ckpt=encoder, tasks="demo", out_dir=str(tmp_path / "out"), lrs=(3e-3,), seeds=(0,), steps=3, dtype="float32", device="cpu",
+                        keep=True, cache_dir=str(tmp_path / "cache"))
+    finetune.main(c)
+    jobs, kinds = {}, {"sotu_era": "Sequence", "sotu_case": "Token", "sotu_cloze": "Token"}
+    for task, kind in kinds.items():
+        folder = str(tmp_path / f"{task}_exported")
+        about, _ = exporting.export(f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", folder)
+        assert auto_class(about["architectures"][0]) == f"AutoModelFor{kind}Classification"
+        jobs[task] = {"folder": folder, "texts": TEXTS, "classes": [f"AutoModelFor{kind}Classification"]}
+        card = open(os.path.join(folder, "README.md")).read()
+        assert f"{task}: 3 steps, learning rate 0.003, seed 0" in card and "20 steps CLM, then 20 steps MLM at 40% masking" in card
+    with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder"):
+        exporting.export(f"{c.out_dir}/trials/sotu_era/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal="true")
+    causal = finetune.Config(**{**vars(c), "tasks": "sotu_case", "causal": True, "out_dir": str(tmp_path / "causal")})
+    finetune.main(causal)
+    for wish in ("auto", "false"):         # an encoder's class would give its head another mask than it was trained under
+        with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder, if it was one"):
+            exporting.export(f"{causal.out_dir}/trials/sotu_case/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal=wish)
+    found, tensors = load_in_a_fresh_process(jobs, tmp_path)
+    for task, kind in kinds.items():
+        run, name = f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", f"AutoModelFor{kind}Classification"
+        labels = checkpoint.read_state(checkpoint.find(run))["fine_tuned"]["labels"] or ["start", "end"]
+        assert found[task][name] | {"theta": 0} == {"class": f"EuroBertFor{kind}Classification", "missing": [], "unexpected": [], "labels": labels, "theta": 0}
+        model, _, hidden, cu = ours_on(run, TEXTS, False)
+        head = (SequenceHead if kind == "Sequence" else TokenHead)(model.config.n_embd, len(labels))
+        head.load_state_dict(load_file(os.path.join(checkpoint.find(run), "head.safetensors")))
+        with torch.no_grad():
+            logits = head(hidden, cu)
+        for i, (s, e) in enumerate(zip(cu, cu[1:])):
+            same(tensors[f"{task}.{name}"][i, :e - s] if kind == "Token" else tensors[f"{task}.{name}"][i], logits[s:e] if kind == "Token" else logits[i], 1e-5)
+
+
+def test_what_leaves_comes_back_as_it_was(encoder, tmp_path):
+    """Weights to the bit, ids, and the mask token; also a bias that an encoder of theirs has on the attention's output and ours has not."""
+    tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
+    write_random(str(tmp_path / "biased"), tok, qkv_bias=True, tied=True)
+    for run in (encoder, str(tmp_path / "biased")):
+        folder = str(tmp_path / f"{os.path.basename(run)}_exported")
+        exporting.export(run, folder, causal="false")
+        back = importing.read(folder)
+        before = checkpoint.load_model(run)
+        assert back.config == before.config and all(torch.equal(back.weights[k], v) for k, v in before.state_dict().items())
+        assert (back.tokenizer.mask_id, back.tokenizer.eos_id, back.facts["mask"]) == (tok.mask_id, tok.eos_id, "the model's own")
+        assert all(back.tokenizer.encode(text) == tok.encode(text) for text in TEXTS)
+
+
+def test_the_mean_of_checkpoints_is_their_mean(encoder, tiny, tmp_path):
+    train.main(tiny("run", save_interval=5))
+    run = str(tmp_path / "run")
+    steps = [checkpoint.step_of(path) for path in checkpoint.all_of(run)]
+    assert steps == [5, 10, 12, 15, 16, 20]                # with the swap of objectives and the start of the decay
+    done = run_python(["hf.py", "export", run, str(tmp_path / "mean"), "--average", "3"])
+    assert done.returncode == 0 and "mean of steps 15, 16, 20" in done.stdout, done.stderr
+    parts = [load_file(os.path.join(run, f"step_{s:07d}", "model.safetensors")) for s in steps[-3:]]
+    found = importing.read(str(tmp_path / "mean"), weights_only=True).weights
+    assert all(torch.allclose(found[k], sum(p[k] for p in parts) / 3, atol=1e-7) for k in parts[0])
+    assert "mean of the checkpoints of steps 15, 16, 20" in open(tmp_path / "mean" / "README.md").read()
+    with pytest.raises(UserError, match="has 4 checkpoints up to step_0000015"):
+        exporting.export(os.path.join(run, "step_0000015"), str(tmp_path / "too_many"), average=5)
+
+
+def test_a_checkpoint_leaves_under_the_mask_it_was_trained_under_last(tiny, tmp_path):
+    train.main(tiny("run"))
+    assert exporting.export(str(tmp_path / "run"), str(tmp_path / "newest"))[0]["model_type"] == "eurobert"
+    assert exporting.export(str(tmp_path / "run" / "step_0000012"), str(tmp_path / "trunk"))[0]["model_type"] == "llama"     # CLM until then
+
+
+def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all my work")
+    done = run_python(["hf.py", "export", encoder, str(tmp_path / "mine")])
+    assert done.returncode == 2 and "is there already: choose another folder" in done.stderr and done.stderr.count("\n") == 1
+    for c, says in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"), (hf.Config(args=("publish", encoder, "x")), "what to do?"),
+                    (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
+                    (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):
+        with pytest.raises(UserError, match=re.escape(says)):
+            hf.main(c)
+    assert sorted(os.listdir(tmp_path / "mine")) == ["thesis.txt"] and not os.path.exists(tmp_path / "y")
+    done = run_python(["hf.py", "export", encoder, str(tmp_path / "out")])
+    card = open(tmp_path / "out" / "README.md").read()
+    assert done.returncode == 0 and "20 steps CLM, then 20 steps MLM at 40% masking" in card and "validation loss | CLM" in card and "pipeline_tag: fill-mask" in card
+    assert not any(name.endswith((".bin", ".pt", ".py")) for _, _, files in os.walk(tmp_path / "out") for name in files)

@@ -1,0 +1,127 @@
+"""Any number of workers share a grid: each trial has one row, and a killed worker costs the trial it was in. Real processes."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from tasks import queue
+
+GRID = [{"task": "t", "lr": lr, "seed": seed} for lr in (1e-5, 2e-5, 5e-4) for seed in range(4)]
+WORKER = """
+import json, os, sys, time
+from tasks import queue
+folder, seconds = sys.argv[1], float(sys.argv[2])
+grid = json.loads(sys.argv[3])
+
+def run(trial):
+    with open(os.path.join(folder, "starts"), "a") as f:          # short appends to a local file do not mix
+        f.write(f"{trial['lr']:.0e} {trial['seed']} {os.getpid()}\\n")
+    time.sleep(seconds)
+    return trial | {"score": trial["lr"] * 1e5 + trial["seed"]}
+print("ran", queue.work(grid, folder, run, poll=0.05))
+"""
+
+
+def start(folder, seconds=0.05):
+    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(seconds), json.dumps(GRID)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def rows(folder):
+    found = {}
+    for trial in GRID:
+        with open(queue.path_of(str(folder), trial)) as f:
+            found[trial["lr"], trial["seed"]] = json.load(f)
+    return found
+
+
+def starts(folder):
+    with open(os.path.join(str(folder), "starts")) as f:
+        return [tuple(line.split()) for line in f]
+
+
+EXPECTED = {(t["lr"], t["seed"]): t | {"score": t["lr"] * 1e5 + t["seed"]} for t in GRID}
+
+
+def leftovers(folder):
+    return [name for _, _, names in os.walk(str(folder)) for name in names if not name.endswith(".json") and name != "starts"]
+
+
+def test_four_workers_run_every_trial_once(tmp_path):
+    workers = [start(tmp_path) for _ in range(4)]
+    ran = [int(w.communicate(timeout=60)[0].split()[-1]) for w in workers]
+    assert all(w.returncode == 0 for w in workers) and sum(ran) == len(GRID)
+    assert rows(tmp_path) == EXPECTED and len(starts(tmp_path)) == len(GRID) and not leftovers(tmp_path)
+
+
+def test_after_kill_9_two_new_workers_leave_the_rows_of_an_uninterrupted_grid(tmp_path):
+    first = start(tmp_path, seconds=0.3)
+    while not os.path.exists(tmp_path / "starts") or len(starts(tmp_path)) < 3:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    done_before = len([name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".json")])
+    assert 0 < done_before < len(GRID) and leftovers(tmp_path)            # the claim of the trial it was in
+    workers = [start(tmp_path) for _ in range(2)]
+    assert all(w.communicate(timeout=60) and w.returncode == 0 for w in workers)
+    assert rows(tmp_path) == EXPECTED and not leftovers(tmp_path)
+    assert len(starts(tmp_path)) == len(GRID) + 1                         # the killed trial twice, no other
+
+
+def test_an_interrupted_worker_gives_its_trial_back_at_once(tmp_path):
+    worker = start(tmp_path, seconds=30)
+    while not os.path.exists(tmp_path / "starts"):
+        time.sleep(0.02)
+    worker.send_signal(signal.SIGINT)
+    worker.communicate(timeout=20)
+    assert worker.returncode != 0 and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("owner, age, stale", [
+    ({"host": "elsewhere", "pid": 1}, 5, False), ({"host": "elsewhere", "pid": 1}, 61, True), ({"pid": "self"}, 5, False),
+    ({"pid": "dead"}, 0, True), (None, 0, False), (None, 61, True)])
+def test_a_claim_is_stale_when_its_process_is_gone_or_its_heartbeat_has_stopped(tmp_path, owner, age, stale):
+    if owner and owner["pid"] == "dead":
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        owner = {"pid": gone.pid}
+    elif owner and owner["pid"] == "self":
+        owner = {"pid": os.getpid()}
+    path = tmp_path / "x.claim"
+    path.write_text(json.dumps({"host": socket.gethostname()} | owner) if owner else "")
+    os.utime(path, (time.time() - age,) * 2)
+    assert queue.is_stale(str(path)) == stale
+    assert queue.claim(str(path)) == stale                              # only a stale one can be taken ...
+    if stale:
+        assert json.loads(path.read_text())["pid"] == os.getpid() and not queue.claim(str(path))      # ... and is ours then
+    assert [p.name for p in tmp_path.iterdir()] == ["x.claim"]
+
+
+def test_a_heartbeat_keeps_a_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "HEARTBEAT", 0.05)
+    ages = []
+
+    def run(trial):
+        claimed = queue.path_of(str(tmp_path), trial, "claim")
+        os.utime(claimed, (0, 0))
+        time.sleep(0.3)
+        ages.append(time.time() - os.stat(claimed).st_mtime)
+        return trial
+    assert queue.work(GRID[:1], str(tmp_path), run) == 1
+    assert ages[0] < 0.25
+
+
+def test_the_first_row_of_a_trial_stays_and_every_learning_rate_has_its_own(tmp_path):
+    path = queue.path_of(str(tmp_path), GRID[0])
+    os.makedirs(os.path.dirname(path))
+    queue.finish(path, {"score": 1})
+    queue.finish(path, {"score": 2})
+    assert json.load(open(path)) == {"score": 1} and os.listdir(os.path.dirname(path)) == ["lr1e-05_sd0.json"]
+    names = {queue.path_of("", {"task": "t", "lr": lr, "seed": 0}) for lr in (1e-5, 1.5e-5, 2e-5, 1.25e-4)}
+    assert len(names) == 4
