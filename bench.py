@@ -25,7 +25,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -188,8 +187,7 @@ def loading(c):
     corpus = data.Corpus(c.data_dir)
     print(f"{describe('cpu')}, one core; {c.data_dir}: {corpus.n_tokens:,} tokens\n\n| batches | tokens/s |\n|---|---|")
     for block_size in (256, 2048):
-        settings = SimpleNamespace(block_size=block_size, batch_rows=24_576 // block_size, seed=42, first_row=0, random_length=True,
-                                   document_mask=False, mask_rate=c.mask_rate, mask_replace=(1.0, 0.0, 0.0))
+        settings = data.DataSettings(block_size, 24_576 // block_size, mask_rate=c.mask_rate)
         for objective in ("clm", "mlm"):
             rates = []
             for _ in range(c.rounds + 1):

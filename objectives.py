@@ -1,99 +1,150 @@
-"""What a step learns: the objectives that `phases` of train.py names, each a function of a few lines.
+"""What a training step hides from the model, and what it asks for: the objectives that `phases` of
+train.py names.
 
-    clm       every token predicts the next one, under the causal mask
-    mlm       each ordinary token is hidden with probability mask_rate and predicted in place, under the full mask
-    mntp      masked next-token prediction: inputs and mask as in mlm, but a hidden token is read one position earlier, as in clm
-              (LLM2Vec, arXiv 2404.05961): the LM head keeps the habit a decoder taught it
-    cmlm      mlm under the causal mask: what is the attention mask worth, and what the objective?
+    clm     every token predicts the next one, under the causal mask
+    mlm     each ordinary token is hidden with probability mask_rate and predicted in its place
+    mntp    masked next-token prediction: inputs and mask as in mlm, but a hidden token is predicted
+            one position earlier, as in clm (LLM2Vec, arXiv 2404.05961)
+    cmlm    mlm under the causal mask: is it the attention mask that matters, or the objective?
 
-A number behind the name is a rate in percent: mlm20 hides 20 % whatever mask_rate is, so phases with several rates are a schedule
-(("mlm50", 1000), ("mlm20", 1000)); clm40 has a loss at 40 % of its positions, as many as mlm40.
-To add one: write a function (rows, corpus, c, rate) -> inputs [T], is a target asked for here [T] bool, its id [T], causal mask?
-and name it in OBJECTIVES. rows: data.Rows; c: mask_rate, mask_replace, seed; rate: the name's, or None.
+A number after the name is a rate in percent. mlm20 hides 20 % of the tokens whatever mask_rate is, so
+several phases make a schedule: (("mlm50", 1000), ("mlm20", 1000)). clm40 has a loss at 40 % of its
+positions, as many as mlm40.
+
+To add an objective, write a function and add one entry to OBJECTIVES at the end of this file.
 """
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from core.rng import MASK, REPLACE, hashed, mix, threshold
 
 
-def clm(rows, corpus, c, rate=None):
-    """Causal language modelling: every token but a sequence's last predicts the next one; with a rate, that share of them does."""
-    wanted = np.ones(len(rows.tokens), bool)
-    wanted[rows.cu_seqlens[1:] - 1] = False
+@dataclass(frozen=True)
+class Objective:
+    """An objective, and everything that the rest of the program needs to know about it."""
+    # (rows, corpus, settings, rate) -> the input ids [T] int64, which positions have a target [T] bool,
+    # and the id to predict at each position [T] int64. rows: pretraining.data.Rows; settings:
+    # pretraining.data.DataSettings; rate: the number after the name as a share, or None
+    prepare: Callable
+    is_causal: bool        # the attention mask it trains under
+    hides_tokens: bool     # does it replace tokens of the input?
+    # (number of tokens, least number of sequences, rate, settings) -> the most targets to expect.
+    # Every batch gets room for so many, so that shapes stay the same under torch.compile
+    most_targets: Callable
+
+
+def clm(rows, corpus, settings, rate=None):
+    """Causal language modelling: every token but a sequence's last predicts the next one.
+
+    With a rate, only that share of them does.
+    """
+    has_target = np.ones(len(rows.tokens), bool)
+    last_tokens = rows.cu_seqlens[1:] - 1
+    has_target[last_tokens] = False
     if rate is not None:
-        wanted &= hashed(rows.position, c.seed, rows.epoch, MASK) < threshold(rate)
-    return rows.tokens, wanted, np.roll(rows.tokens, -1), True
+        has_target &= is_drawn(rows, settings, rate)
+    return rows.tokens, has_target, np.roll(rows.tokens, -1)
 
 
-def mlm(rows, corpus, c, rate=None):
-    """Masked language modelling: each ordinary token is hidden with probability mask_rate and predicted in place.
+def mlm(rows, corpus, settings, rate=None):
+    """Masked language modelling: each ordinary token is hidden with probability mask_rate.
 
-    mask_replace = (mask, random, keep): shares of the hidden tokens that become the mask id, a random id, or stay; the
-    paper uses (1, 0, 0), BERT (0.8, 0.1, 0.1).
+    mask_replace has the shares of the hidden tokens that become the mask id, become a random id, or
+    stay. The paper uses (1, 0, 0), BERT used (0.8, 0.1, 0.1).
     """
     ids = rows.tokens
-    special = (ids >= corpus.special_start) | (ids == corpus.eos_id) | (ids == corpus.mask_id)
-    hidden = (hashed(rows.position, c.seed, rows.epoch, MASK) < threshold(rate or c.mask_rate)) & ~special
-    inputs = np.where(hidden, corpus.mask_id, ids)
-    if c.mask_replace[0] < 1.0:
-        draw = hashed(rows.position, c.seed, rows.epoch, REPLACE)
-        kind = (draw >> np.uint64(11)).astype(np.float64) / 2.0 ** 53
-        random_id = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
-        keep = kind >= c.mask_replace[0] + c.mask_replace[1]
-        inputs = np.where(hidden & (kind >= c.mask_replace[0]), np.where(keep, ids, random_id), inputs)
-    return inputs, hidden, ids, False
+    is_special = (ids >= corpus.special_start) | (ids == corpus.eos_id) | (ids == corpus.mask_id)
+    is_hidden = is_drawn(rows, settings, rate or settings.mask_rate) & ~is_special
+    inputs = np.where(is_hidden, corpus.mask_id, ids)
+    share_masked, share_random, _ = settings.mask_replace
+    if share_masked < 1.0:
+        draw = hashed(rows.position, settings.seed, rows.epoch, REPLACE)
+        number = (draw >> np.uint64(11)).astype(np.float64) / 2.0 ** 53               # in [0, 1)
+        random_ids = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
+        becomes_random = is_hidden & (number >= share_masked)
+        stays = is_hidden & (number >= share_masked + share_random)
+        inputs = np.where(becomes_random, random_ids, inputs)
+        inputs = np.where(stays, ids, inputs)
+    return inputs, is_hidden, ids
 
 
-def mntp(rows, corpus, c, rate=None):
-    """Masked next-token prediction: the token before a hidden one predicts it. A sequence's first token has none before it."""
-    inputs, hidden, ids, causal = mlm(rows, corpus, c, rate)
-    wanted = np.roll(hidden, -1)
-    wanted[rows.cu_seqlens[1:] - 1] = False
-    return inputs, wanted, np.roll(ids, -1), causal
+def mntp(rows, corpus, settings, rate=None):
+    """Masked next-token prediction: the token before a hidden one predicts it.
+
+    A sequence's first token has none before it, so it is never predicted.
+    """
+    inputs, is_hidden, ids = mlm(rows, corpus, settings, rate)
+    has_target = np.roll(is_hidden, -1)
+    last_tokens = rows.cu_seqlens[1:] - 1
+    has_target[last_tokens] = False
+    return inputs, has_target, np.roll(ids, -1)
 
 
-def cmlm(rows, corpus, c, rate=None):
-    """Masked language modelling under the causal mask."""
-    return *mlm(rows, corpus, c, rate)[:3], True
+def is_drawn(rows, settings, rate):
+    """True for a random share `rate` of the positions: the same ones for every run with this seed. [T] bool"""
+    return hashed(rows.position, settings.seed, rows.epoch, MASK) < threshold(rate)
 
 
-OBJECTIVES = {"clm": clm, "mlm": mlm, "mntp": mntp, "cmlm": cmlm}
+def all_but_the_last(n_tokens, n_sequences, rate, settings):
+    """Every token but the last of a sequence has a target; with a rate, a share of them has."""
+    if rate is None:
+        return n_tokens - n_sequences
+    return a_share(n_tokens, n_sequences, rate, settings)
 
 
-def kind_and_rate(objective):
-    """"mlm40" -> ("mlm", 0.4); "clm" -> ("clm", None). Raises ValueError, naming all."""
-    kind, percent = re.fullmatch(r"(.*?)(\d*)", str(objective)).groups()
-    if kind not in OBJECTIVES or percent and not 0 < int(percent) <= 100:
-        raise ValueError(f"objectives are {', '.join(OBJECTIVES)}, each alone or with a rate of 1 to 100 % behind it, as in mlm40")
-    return kind, int(percent) / 100 if percent else None
+def a_share(n_tokens, n_sequences, rate, settings):
+    """A random share of the tokens has a target: the expected number and six standard deviations."""
+    rate = rate or settings.mask_rate
+    six_sigmas = 6 * (n_tokens * rate * (1 - rate)) ** 0.5
+    most = int(n_tokens * rate + six_sigmas)
+    in_whole_64s = -(-most // 64) * 64
+    return min(n_tokens, in_whole_64s)
 
 
-def hides(objective):
-    """Does it hide tokens?"""
-    return kind_and_rate(objective)[0] != "clm"
+OBJECTIVES = {
+    "clm": Objective(clm, is_causal=True, hides_tokens=False, most_targets=all_but_the_last),
+    "mlm": Objective(mlm, is_causal=False, hides_tokens=True, most_targets=a_share),
+    "mntp": Objective(mntp, is_causal=False, hides_tokens=True, most_targets=a_share),
+    "cmlm": Objective(mlm, is_causal=True, hides_tokens=True, most_targets=a_share),
+}
 
 
-def is_causal(objective):
-    """Does it train under the causal mask?"""
-    return kind_and_rate(objective)[0] in ("clm", "cmlm")
+def split_name(name):
+    """"mlm40" -> ("mlm", 0.4); "clm" -> ("clm", None).
+
+    Raises ValueError, naming all objectives, for a name that is not one.
+    """
+    kind, percent = re.fullmatch(r"(.*?)(\d*)", str(name)).groups()
+    is_rate = percent == "" or 0 < int(percent) <= 100
+    if kind not in OBJECTIVES or not is_rate:
+        raise ValueError(f"objectives are {', '.join(OBJECTIVES)}, each alone or with a rate of 1 to 100 % "
+                         "after its name, as in mlm40")
+    rate = int(percent) / 100 if percent else None
+    return kind, rate
+
+
+def parse(name):
+    """"mlm40" -> (OBJECTIVES["mlm"], 0.4). Raises ValueError, see split_name."""
+    kind, rate = split_name(name)
+    return OBJECTIVES[kind], rate
+
+
+def facts_of(phases):
+    """What a checkpoint records about the objectives of its run. -> {name: {"is_causal", "hides_tokens", "rate"}}"""
+    facts = {}
+    for name, _ in phases:
+        objective, rate = parse(name)
+        facts[name] = {"is_causal": objective.is_causal, "hides_tokens": objective.hides_tokens, "rate": rate}
+    return facts
 
 
 def objective_at(step, phases):
-    """The objective of step `step`, counted from 0, in ((objective, steps), ...); past the end, the last one."""
-    for objective, steps in phases:
+    """The objective of step `step`, counted from 0, in ((objective, steps), ...); after the end, the last one."""
+    for name, steps in phases:
         if step < steps:
-            return objective
+            return name
         step -= steps
     return phases[-1][0]
-
-
-def capacity(objective, rows, c):
-    """Static number of head positions: all but the certain gaps for whole CLM, else the rate plus six sigmas."""
-    T, (kind, rate) = len(rows.tokens), kind_and_rate(objective)
-    if kind == "clm" and rate is None:
-        return T - len(rows.filler) * (2 if c.random_length else 1)
-    rate = rate or c.mask_rate
-    spread = 6 * (T * rate * (1 - rate)) ** 0.5
-    return min(T, -(-int(T * rate + spread) // 64) * 64)

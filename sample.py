@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from core import checkpoint
 from core.configurator import UserError, run
-from core.device import pick_device
-from kernels import resolve
+from core.device import pick_attention, pick_device
 
 
 @dataclass
@@ -106,10 +105,7 @@ def main(c):
     paths, found = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)], []
     for path in paths:
         tok, config = checkpoint.tokenizer_of(path), checkpoint.config_of(path)
-        try:
-            resolve(c.attention, device.partition(":")[0], torch.float32, config.head_dim, config.n_head, config.n_kv_head)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here
         model = checkpoint.load_model(path, device, c.attention)
         if c.fill:
             gaps = fill(model, tok, c.fill, min(c.show, config.vocab_size), device)

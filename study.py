@@ -62,7 +62,7 @@ def check(r, scale):
         raise UserError(f"{r.name}: no size {r.size} in model.SIZES ({', '.join(SIZES)})")
     for objective, _ in r.stages:
         try:
-            objectives.kind_and_rate(objective)
+            objectives.parse(objective)
         except ValueError as error:
             raise UserError(f"{r.name}: {error}") from None
 

@@ -19,21 +19,22 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import objectives
 from core import checkpoint, tokenizer
 from core.configurator import RunError, UserError, run
-from core.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype, why_not_compile
+from core.device import keep_freed_memory, peak_flops, peak_memory, pick_attention, pick_device, pick_dtype, why_not_compile
 from core.distributed import all_sum, start_processes
 from core.files import write_whole
-from kernels import ATTENTION, linear_cross_entropy, resolve
+from kernels import ATTENTION, linear_cross_entropy
 from model import SIZES, Encoder
-from objectives import kind_and_rate, objective_at
+from objectives import objective_at
 from pretraining import data, resume
+from pretraining.data import DataSettings
 
 
 @dataclass
@@ -91,7 +92,7 @@ def check(c, world_size):
         if type(phase) is not tuple or len(phase) != 2 or type(phase[1]) is not int or phase[1] < 1:
             raise UserError(f"phases={c.phases}: expected (objective, steps) pairs")
         try:
-            kind_and_rate(phase[0])
+            objectives.parse(phase[0])
         except ValueError as error:
             raise UserError(f"phases={c.phases}: {error}") from None
     steps = sum(n for _, n in c.phases)
@@ -154,11 +155,7 @@ def train(c, device, processes):
     if step >= max_steps:
         return say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
     config = resume.model_config(c, start, corpus.vocab_size)
-    try:
-        attention = resolve(c.attention, device.partition(":")[0], getattr(torch, dtype), config.head_dim, config.n_head,
-                            config.n_kv_head)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    attention = pick_attention(c.attention, device, dtype, config)
     # "auto" goes by times on a GPU, which may differ between ranks: all take what rank 0 found
     names = list(ATTENTION)
     of_rank_0 = all_sum([names.index(attention) if processes.first else 0], processes)
@@ -206,10 +203,12 @@ def train(c, device, processes):
                                name=os.path.basename(c.out_dir))
 
     # ---- data: this rank's micro-batches of each step, made in the background
-    of_data = SimpleNamespace(**asdict(c), first_row=start.first_row)
+    data_settings = DataSettings(c.block_size, c.batch_rows, c.random_length, c.document_mask, c.mask_rate, c.mask_replace,
+                                 c.seed, start.first_row)
+    eval_settings = data.validation_settings(data_settings, c.eval_mask_rate)
 
     def make(step):
-        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), of_data, processes.rank,
+        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), data_settings, processes.rank,
                                      processes.world_size, c.micro_rows)
         return [b.pin() for b in batches] if device.startswith("cuda") else batches
 
@@ -227,7 +226,8 @@ def train(c, device, processes):
         row = {"step": step, "phase": objective_at(step, c.phases)} | totals
         for objective in ("clm", "mlm"):
             loss = targets = 0.0
-            for b in data.validation_batches(val_corpus, objective, c, processes.rank, processes.world_size, c.micro_rows):
+            for b in data.validation_batches(val_corpus, objective, eval_settings, c.eval_rows, processes.rank,
+                                             processes.world_size, c.micro_rows):
                 with torch.no_grad():
                     loss, targets = loss + float(loss_of(b)), targets + b.num_targets
             loss, targets = all_sum([loss, targets], processes)
@@ -298,7 +298,8 @@ def train(c, device, processes):
         if step > begin and (step % c.save_interval == 0 or step in keep or stopping):
             flush()
             if processes.first:
-                state = {"settings": settings, "totals": totals, "first_row": start.first_row}
+                state = {"settings": settings, "totals": totals, "first_row": start.first_row,
+                         "objectives": objectives.facts_of(c.phases)}
                 checkpoint.save(c.out_dir, step, model, state, optimizer)
                 checkpoint.prune(c.out_dir, c.keep_last, keep)
             clock = time.time()

@@ -10,7 +10,6 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -97,8 +96,7 @@ def write_corpus(c, folder):
 def batches(c, objective, device, layout=lambda batch: batch):
     """The batches train.py would get on one device, each laid out by `layout`, made in the background, without end."""
     corpus = data.Corpus(c.data_dir)
-    settings = SimpleNamespace(block_size=c.block_size, batch_rows=c.rows, seed=42, first_row=0, random_length=c.random_length,
-                               document_mask=False, mask_rate=c.mask_rate, mask_replace=(1.0, 0.0, 0.0))
+    settings = data.DataSettings(c.block_size, c.rows, c.random_length, mask_rate=c.mask_rate)
 
     def make(step):
         batch, = data.micro_batches(corpus, step, objective, settings, 0, 1, c.rows)

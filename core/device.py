@@ -9,6 +9,7 @@ import sysconfig
 import torch
 
 from core.configurator import UserError
+from kernels import resolve
 
 try:
     import resource
@@ -54,6 +55,18 @@ def pick_dtype(name, device):
         return name
     fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else device == "cpu" and fast_bf16_on_cpu()
     return "bfloat16" if fast else "float32"
+
+
+def pick_attention(name, device, dtype, config):
+    """The attention implementation that runs: `name`, or what "auto" comes to for this device and model.
+
+    dtype: "bfloat16" or "float32"; config: a ModelConfig. Raises UserError for a name that is not
+    known, or that cannot run here.
+    """
+    try:
+        return resolve(name, device.partition(":")[0], getattr(torch, dtype), config.head_dim, config.n_head, config.n_kv_head)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def why_not_compile(device):

@@ -22,11 +22,11 @@ def flops_of_a_row(size, objective, vocab_size, block_size):
     """FLOPs of training on one row: averaged over 64 places where train.py may cut it."""
     with torch.device("meta"):
         model = Encoder(ModelConfig(**SIZES[size], vocab_size=vocab_size))
-    kind, rate = objectives.kind_and_rate(objective)
-    targets = block_size * (rate or (1 if kind == "clm" else 0.4))
+    parsed, rate = objectives.parse(objective)
+    share_of_targets = rate or (0.4 if parsed.hides_tokens else 1)
+    targets = block_size * share_of_targets
     cuts = [12 + (block_size - 24) * i // 63 for i in range(64)]
-    causal = objectives.is_causal(objective)
-    return sum(model.flops([cut, block_size - cut], targets, causal) for cut in cuts) / len(cuts)
+    return sum(model.flops([cut, block_size - cut], targets, parsed.is_causal) for cut in cuts) / len(cuts)
 
 
 def cost(r, c):

@@ -16,7 +16,7 @@ from core.tokenizer import DOCUMENT, QUERY
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.model_card import model_card
-from objectives import is_causal, objective_at
+from objectives import facts_of, objective_at
 
 
 def export(ckpt, out, average=1, causal="auto"):
@@ -67,7 +67,9 @@ def was_causal(state):
     if "fine_tuned" in state:
         return bool(state["fine_tuned"].get("causal"))
     if "phases" in state["settings"]:
-        return is_causal(objective_at(max(0, state["step"] - 1), state["settings"]["phases"]))
+        phases = state["settings"]["phases"]
+        facts = state.get("objectives") or facts_of(phases)
+        return facts[objective_at(max(0, state["step"] - 1), phases)]["is_causal"]
     known = state.get("imported", {}).get("causal")
     if known is None:
         raise UserError("this checkpoint does not say whether it is a decoder or an encoder: --causal=true or --causal=false")

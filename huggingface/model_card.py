@@ -4,7 +4,7 @@ import os
 
 from core import checkpoint
 from core.files import table_cell
-from objectives import hides, kind_and_rate
+from objectives import facts_of
 
 # ---- the model card: facts of the checkpoint and of those it comes from, none made up
 
@@ -55,9 +55,14 @@ def pretraining(state, path):
     s = state["settings"]
     if "phases" not in s:
         return []
-    rates = [kind_and_rate(objective)[1] or s["mask_rate"] for objective, _ in s["phases"]]
-    phases = ", then ".join(f"{n:,} steps {kind_and_rate(objective)[0].upper()}" + f" at {rate:.0%} masking" * hides(objective)
-                            for (objective, n), rate in zip(s["phases"], rates))
+    facts = state.get("objectives") or facts_of(s["phases"])
+    parts = []
+    for objective, n in s["phases"]:
+        part = f"{n:,} steps {objective.rstrip('0123456789').upper()}"
+        if facts[objective]["hides_tokens"]:
+            part += f" at {facts[objective]['rate'] or s['mask_rate']:.0%} masking"
+        parts.append(part)
+    phases = ", then ".join(parts)
     found = [("pretraining", f"{phases}; this is step {state['step']:,}"), ("tokens seen", f"{state['totals']['tokens']:,}"),
              ("a step", f"{s['batch_rows']:,} rows x {s['block_size']:,} tokens"),
              ("training FLOPs", f"{state['totals']['flops']:.3g}"),

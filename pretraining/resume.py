@@ -11,13 +11,14 @@ import os
 import shlex
 from dataclasses import dataclass, field, replace
 
+import objectives
 from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
 from core.distributed import all_sum
 from core.files import is_new, write_whole
 from huggingface import importing
 from model import SIZES, ModelConfig
-from objectives import hides, kind_and_rate, objective_at
+from objectives import objective_at
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval", "log_interval",
@@ -119,9 +120,16 @@ def new_schedule(source, c, settings, say):
 def check_trunk(state, c, settings, path):
     """A branch equals one long run only if the trunk did what this run would have done so far. Raises UserError."""
     theirs, step = state["settings"], state["step"]
-    had = {objective_at(s, theirs["phases"]) for s in range(step)}       # what it was, decides which masking mattered
-    free = {"mask_replace": not any(map(hides, had)), "mask_rate": not any(hides(o) and kind_and_rate(o)[1] is None for o in had)}
-    changed = differences(theirs, settings, BRANCH | {key for key, is_free in free.items() if is_free})
+    # Which masking settings mattered to the trunk? Checkpoints before 2026-11-26 do not record it.
+    facts = state.get("objectives") or objectives.facts_of(theirs["phases"])
+    trained_with = {objective_at(s, theirs["phases"]) for s in range(step)}
+    hidden_with = [facts[name] for name in trained_with if facts[name]["hides_tokens"]]
+    free = set(BRANCH)
+    if not hidden_with:
+        free.add("mask_replace")
+    if all(fact["rate"] is not None for fact in hidden_with):
+        free.add("mask_rate")
+    changed = differences(theirs, settings, free)
     if changed:
         raise UserError(f"{path} was trained otherwise ({'; '.join(changed)}); --init_from starts anew from its weights")
     decay = sum(n for _, n in theirs["phases"]) - theirs["decay_steps"]

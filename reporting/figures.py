@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter  # noqa: E402
 
 from experiments import recipes
-from objectives import kind_and_rate
+from objectives import split_name
 from reporting.scores import AXES, CLM, IN_WORDS, MLM, Ours, sections, select, size_of
 
 matplotlib.use("Agg")
@@ -354,7 +354,7 @@ FIGURES = {"fig02_objectives_by_size": figure_2, "fig03_masking_rate": figure_3,
 # ---- runs without trials
 
 def colour(r):
-    kinds = {kind_and_rate(objective)[0] for objective, _ in r["settings"]["phases"]}
+    kinds = {split_name(objective)[0] for objective, _ in r["settings"]["phases"]}
     return {"mlm": MLM_BLUE, "clm": CLM_RED}.get(kinds.pop(), BOTH) if len(kinds) == 1 else BOTH
 
 

@@ -13,9 +13,8 @@ import torch
 
 from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
-from core.device import pick_device, pick_dtype
+from core.device import pick_attention, pick_device, pick_dtype
 from core.files import ROOT, unique
-from kernels import resolve
 from model import Encoder, ModelConfig
 from tasks import queue
 
@@ -36,11 +35,7 @@ class Worker:
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else pick_dtype(c.dtype, self.device)
         state, self.tokenizer = checkpoint.read_state(path), checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
-        try:
-            resolve(c.attention, self.device.partition(":")[0], getattr(torch, self.dtype), config.head_dim, config.n_head,
-                    config.n_kv_head)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        pick_attention(c.attention, self.device, self.dtype, config)      # raises if it cannot run here
         if self.tokenizer.vocab_size != config.vocab_size:
             raise UserError(f"{path} has {config.vocab_size:,} rows of vocabulary, and the tokenizer beside it "
                             f"{self.tokenizer.vocab_size:,}: they do not belong together")

@@ -15,8 +15,7 @@ from pretraining import data
 
 
 def settings(**changes):
-    return SimpleNamespace(**(dict(block_size=64, batch_rows=16, seed=7, first_row=0, random_length=True, document_mask=False, mask_rate=0.4,
-                                   mask_replace=(1.0, 0.0, 0.0), eval_rows=10, eval_mask_rate=0.4) | changes))
+    return data.DataSettings(**(dict(block_size=64, batch_rows=16, seed=7) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,9 @@ def test_measured_masking_rate_is_the_rate_and_specials_are_never_masked(corpus,
     ordinary = hidden = 0
     for first in range(0, 1024, 16):
         rows = data.read_rows(corpus, np.arange(first, first + 16), np.zeros(16, int), c)
-        inputs, wanted, ids, causal = objectives.mlm(rows, corpus, c)
+        inputs, wanted, ids = objectives.mlm(rows, corpus, c)
         special = ids >= corpus.special_start
-        assert not causal and not (wanted & special).any() and np.array_equal(inputs[special], ids[special])
+        assert not (wanted & special).any() and np.array_equal(inputs[special], ids[special])
         assert np.array_equal(wanted, inputs == corpus.mask_id) and np.array_equal(inputs[~wanted], ids[~wanted])
         ordinary, hidden = ordinary + (~special).sum(), hidden + wanted.sum()
     assert ordinary > 500_000 and ordinary < 64 * 16 * 512       # there were specials to spare
@@ -97,7 +96,7 @@ def test_measured_masking_rate_is_the_rate_and_specials_are_never_masked(corpus,
 def test_80_10_10_replacement(corpus):
     c = settings(block_size=512, mask_replace=(0.8, 0.1, 0.1))
     rows = data.read_rows(corpus, np.arange(512), np.zeros(512, int), c)
-    inputs, wanted, ids, _ = objectives.mlm(rows, corpus, c)
+    inputs, wanted, ids = objectives.mlm(rows, corpus, c)
     assert np.array_equal(wanted, objectives.mlm(rows, corpus, settings(block_size=512))[1])       # the same targets as pure masking
     n = wanted.sum()
     masked, kept = (inputs == corpus.mask_id)[wanted].mean(), (inputs == ids)[wanted].mean()
@@ -177,7 +176,7 @@ def test_validation_is_the_same_set_for_any_world_size_and_run(corpus_dir):
     def targets(world, micro, **changes):
         found = []
         for rank in range(world):
-            for b in data.validation_batches(val, "mlm", settings(**changes), rank, world, micro):
+            for b in data.validation_batches(val, "mlm", data.validation_settings(settings(**changes), 0.4), 10, rank, world, micro):
                 assert len(b.tokens) == micro * 64
                 found += b.targets[b.targets >= 0].tolist()
         return sorted(found)
@@ -238,7 +237,7 @@ def test_block_size_larger_than_the_corpus_is_refused(corpus, corpus_dir):
     with pytest.raises(UserError, match="block_size=99999999"):
         data.rows_of_step(corpus, 0, settings(block_size=99_999_999))
     with pytest.raises(UserError, match="val_fraction"):
-        next(data.validation_batches(data.Corpus(corpus_dir, "val"), "clm", settings(block_size=99_999_999), 0, 1, 1))
+        next(data.validation_batches(data.Corpus(corpus_dir, "val"), "clm", settings(block_size=99_999_999), 10, 0, 1, 1))
     with pytest.raises(UserError, match="too small"):
         data.rows_of_step(corpus, 0, settings(block_size=16))
 

@@ -1,5 +1,5 @@
 """Objectives: what each hides, asks for and lets see; a rate in a name is its own; they train, and a branch knows them."""
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from pretraining import data
 
 @pytest.fixture(scope="module")
 def rows(corpus_dir):
-    c = SimpleNamespace(block_size=64, seed=3, random_length=True, document_mask=False, mask_rate=0.4, mask_replace=(1.0, 0.0, 0.0))
+    c = data.DataSettings(block_size=64, batch_rows=16, seed=3)
     corpus = data.Corpus(corpus_dir)
     return data.read_rows(corpus, np.arange(400), np.zeros(400, int), c), corpus, c
 
 
 def test_mntp_hides_what_mlm_hides_and_asks_one_position_earlier_under_the_full_mask(rows):
     mlm, mntp = objectives.mlm(*rows), objectives.mntp(*rows)
-    assert np.array_equal(mlm[0], mntp[0]) and mntp[3] is mlm[3] is False
+    assert np.array_equal(mlm[0], mntp[0]) and not objectives.OBJECTIVES["mntp"].is_causal and not objectives.OBJECTIVES["mlm"].is_causal
     first = np.zeros(len(mlm[0]), bool)
     first[rows[0].cu_seqlens[:-1]] = True
     hidden = np.flatnonzero(mlm[1] & ~first)                     # a sequence's first token has nobody to predict it
@@ -29,21 +29,20 @@ def test_mntp_hides_what_mlm_hides_and_asks_one_position_earlier_under_the_full_
 
 
 def test_cmlm_is_mlm_under_the_causal_mask_and_clm40_is_clm_with_as_many_targets_as_mlm40(rows):
-    mlm, cmlm, clm, clm40 = objectives.mlm(*rows), objectives.cmlm(*rows), objectives.clm(*rows), objectives.clm(*rows, 0.4)
-    assert all(np.array_equal(a, b) for a, b in zip(mlm[:3], cmlm[:3])) and cmlm[3] is True
-    assert np.array_equal(clm[0], clm40[0]) and np.array_equal(clm[2], clm40[2]) and clm[3] is clm40[3] is True
+    cmlm = objectives.OBJECTIVES["cmlm"]
+    assert cmlm.prepare is objectives.mlm and cmlm.is_causal and cmlm.hides_tokens
+    clm, clm40 = objectives.clm(*rows), objectives.clm(*rows, 0.4)
+    assert np.array_equal(clm[0], clm40[0]) and np.array_equal(clm[2], clm40[2]) and objectives.OBJECTIVES["clm"].is_causal
     assert (clm40[1] <= clm[1]).all() and abs(clm40[1].sum() / clm[1].sum() - 0.4) < 4 * (0.24 / clm[1].sum()) ** 0.5
 
 
 def test_a_rate_in_the_name_is_its_own(rows):
     _, corpus, c = rows
     def batch(objective, rate):
-        c.mask_rate = rate
-        return data.make_batch(corpus, np.arange(16), np.zeros(16, int), objective, c)
+        return data.make_batch(corpus, np.arange(16), np.zeros(16, int), objective, replace(c, mask_rate=rate))
     assert batch("mlm", 0.2).num_targets == batch("mlm20", 0.4).num_targets < batch("mlm50", 0.4).num_targets
     assert len(batch("mlm20", 0.4).positions) == len(batch("mlm", 0.2).positions)          # the static shape, too
     assert batch("clm", 0.4).num_targets == batch("clm100", 0.1).num_targets == 16 * 62
-    c.mask_rate = 0.4
 
 
 @pytest.mark.parametrize("phases", [(("mntp40", 6), ("cmlm", 6)), (("clm40", 4), ("mlm50", 4), ("mlm20", 4)), tuple((o, 3) for o in ("clm", "mlm40") * 2)])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +131,8 @@ def test_continued_pretraining_starts_a_new_schedule_on_unseen_rows(tiny, tmp_pa
     assert state["first_row"] == 20 * 8                                   # right behind the rows the base run read
     assert [r["lr"] for r in rows(new.out_dir)][:6] == [new.learning_rate] * 6 and rows(new.out_dir)[-1]["lr"] == new.learning_rate / 4
     assert rows(new.out_dir)[0]["tokens"] == 21 * 8 * 64                  # the ancestor's tokens count
-    model, c = checkpoint.load_model(base.out_dir), SimpleNamespace(**vars(new), first_row=20 * 8)
+    model = checkpoint.load_model(base.out_dir)
+    c = data.DataSettings(new.block_size, new.batch_rows, seed=new.seed, first_row=20 * 8)
     batch, = data.micro_batches(data.Corpus(new.data_dir), 0, "mlm", c, 0, 1, 8)
     loss = dense(model(batch.tokens, batch.cu_seqlens, False)[batch.positions], model.lm_head.weight, batch.targets)
     assert rows(new.out_dir)[0]["loss"] == pytest.approx(loss.item() / batch.num_targets, abs=1e-5)
