@@ -134,12 +134,26 @@ def as_tuple(value):
 
 
 def help_text(config_class):
-    """The script's docstring, then every key with its default and its comment, under the block's own headings."""
+    """The script's docstring, then every key with its default and its comment, under the block's own headings.
+
+    The settings of a base class come before those of the class that inherits them.
+    """
+    lines = [(sys.modules[config_class.__module__].__doc__ or "").strip()]
+    for layer in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(layer):
+            lines += lines_of_settings(layer)
+    return "\n".join(lines)
+
+
+def lines_of_settings(config_class):
+    """The lines of --help for the settings that stand in this class's own source."""
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     source = inspect.getsource(config_class)
-    comments = {token.start[0]: token.string.lstrip("# ")     # line number -> comment; a # inside a string is none
-                for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
-    lines = [(sys.modules[config_class.__module__].__doc__ or "").strip()]
+    comments = {}        # line number -> comment; tokenize knows that a # inside a string is none
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    lines = []
     for number, line in enumerate(source.splitlines(), start=1):
         name = line.partition(":")[0].strip()
         if line.lstrip().startswith("#"):
@@ -148,7 +162,7 @@ def help_text(config_class):
             default = fields[name].default
             shown = f"--{name}={str(default).lower() if isinstance(default, bool) else default}"
             lines.append(f"  {shown:<34} {comments.get(number, '')}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def differences(old, new, free):

@@ -93,6 +93,19 @@ def test_help_lists_every_key_with_default_and_comment(script):
             assert len(comment) > 3, f"{script}: {field.name} has no comment: {line}"
 
 
+@dataclass
+class MoreConfig(Config):
+    # another heading
+    place: str = "here"        # where
+
+
+def test_help_lists_the_settings_of_a_base_class_first():
+    lines = configurator.help_text(MoreConfig).splitlines()
+    keys = [line.split("=")[0].strip() for line in lines if line.strip().startswith("--")]
+    assert keys == ["--size", "--steps", "--rate", "--fast", "--phases", "--place"]
+    assert lines.index("a heading:") < lines.index("another heading:")
+
+
 def test_a_mistake_is_one_line_and_exit_code_2():
     done = run_python(["train.py", "--learning_rat=1"])
     assert done.returncode == 2 and done.stdout == ""
