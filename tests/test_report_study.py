@@ -71,7 +71,7 @@ def test_the_official_rows_of_a_model_give_its_published_number_in_a_study(tmp_p
             path = os.path.join(root, made.folder_of("610m-clm-42k"), "trials", "mldr_en", f"lr{lr:.0e}_sd{seed}.json")
             made.dump(path, {"model": "m", "task": "mldr_en", "kind": "retrieval", "lr": lr, "seed": seed,
                              "validation": {"score": validation}, "test": {"score": test}})
-    text, _ = page(root)
+    text, _ = page_of(root)
     assert "| 610m-clm-42k | paper | 5 fine-tuning | 53.16 ± 0.42 | **53.16 ± 0.42** | 53.16 ± 0.42 | **76.20 ± 0.54** |" in text
     assert "| 610m-clm-42k | standard | 5 fine-tuning | 53.14 ± 0.56 |" in text
 
@@ -109,7 +109,7 @@ def test_the_command_writes_a_page_with_pictures(small):
 
 def test_a_report_drawn_from_its_own_rows_is_the_same(whole, tmp_path):
     _, out = whole
-    text, study = page(out, set(report_figures.FIGURES))
+    text, study = page_of(out, set(report_figures.FIGURES))
     assert text == open(f"{out}/report.md").read()
     assert "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study)) == open(f"{out}/rows.jsonl").read()
     ours = report_scores.Ours(study)
@@ -148,7 +148,7 @@ def test_a_cell_of_other_seeds_than_its_line_says_so(small):
     for lr in made.LRS:
         for seed in made.SEEDS:
             os.remove(row_of(root, "610m-clm-42k-seed43", "sotu_era", lr, seed))
-    line = next(line for line in page(root)[0].splitlines() if line.startswith("| 610m-clm-42k | standard"))
+    line = next(line for line in page_of(root)[0].splitlines() if line.startswith("| 610m-clm-42k | standard"))
     assert "| 2 fine-tuning |" in line and line.count("(2 pretraining)") == 1
 
 
@@ -157,7 +157,7 @@ def test_a_task_that_some_models_lack_is_shown_but_not_averaged(small):
     for lr in made.LRS:
         for seed in made.SEEDS:
             os.remove(row_of(root, made.BOTH[0], "sotu_era", lr, seed))
-    text, _ = page(root)
+    text, _ = page_of(root)
     assert "SC is the mean of sst2 (left out, because not every model here has it: sotu_era)." in text
     cells = next(line for line in text.splitlines() if line.startswith("| 610m-mlm40-42k | standard")).split(" | ")
     assert cells[5] == f"**{cells[3]}**" != f"**{cells[4]}**"
@@ -188,7 +188,7 @@ def test_a_claim_is_confirmed_by_examples_and_pretraining_seeds_both(small):
     for names, wanted, p in ((three, "confirmed", ability), (made.BOTH, "confirmed for these checkpoints", ability),
                              (three, "the other way round", lambda r, k: ability(r, k, -0.2)), (three, "not separated", lambda r, k: 0.5)):
         root = small(wanted.replace(" ", "") + str(len(names)), names=names, tasks=("sst2",), ability=p)
-        text, study = page(root)
+        text, study = page_of(root)
         test, = study.tests
         assert (test["ordering"], test["better"], test["verdict"]) == (3, "610m-mlm40-42k", wanted)
         assert f"| 3 | {report_stats.ORDERINGS[3]} | {wanted} (1 of 1) |" in text and "| no rows |" in text
@@ -206,13 +206,13 @@ def test_where_examples_are_missing_or_others_it_says_so(small):
     for lr in made.LRS:
         for seed in made.SEEDS:
             change(row_of(root, made.BOTH[0], lr=lr, seed=seed), data="of another version")
-    _, study = page(root)
+    _, study = page_of(root)
     assert study.tests[0]["why"] == "pretraining seeds of different test sets" and study.tests[0]["p"] is None
     root = small("t", tasks=("sst2",))
     for file in os.listdir(os.path.dirname(row_of(root, made.BOTH[0]))):
         if file.endswith(".npz"):
             os.remove(os.path.join(os.path.dirname(row_of(root, made.BOTH[0])), file))
-    text, study = page(root)
+    text, study = page_of(root)
     assert study.tests[0]["verdict"] == "not tested" and "| no .npz of its examples' scores | – | – | not tested |" in text
 
 
@@ -247,20 +247,20 @@ def test_the_claims_are_the_papers_and_hold_in_its_own_tables():
 ])
 def test_every_irregularity_has_its_warning(small, words, says, provoke):
     root = small()
-    assert "## Warnings\n\nNone.\n" in page(root)[0]
+    assert "## Warnings\n\nNone.\n" in page_of(root)[0]
     provoke(row_of(root, "610m-clm-42k"))
-    warnings = page(root)[0].split("## How to read it")[0]
+    warnings = page_of(root)[0].split("## How to read it")[0]
     assert f"* **{words}" in warnings and says in warnings
     study = read(root)[0]
     report.write(f"{root}/again", {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study))}, {})
-    assert page(f"{root}/again")[0].split("## How to read it")[0] == warnings
+    assert page_of(f"{root}/again")[0].split("## How to read it")[0] == warnings
 
 
 def test_models_without_trials_or_seeds_are_named(small):
     root = small(names=[*made.BOTH, "610m-clm-42k-seed43", "610m-mlm20-42k"])
     shutil.rmtree(os.path.join(root, "610m-mlm20-42k"))
     shutil.rmtree(os.path.dirname(row_of(root, "610m-clm-42k-seed43")))
-    warnings = page(root)[0].split("## How to read it")[0]
+    warnings = page_of(root)[0].split("## How to read it")[0]
     assert "**No trial yet**: 610m-mlm20-42k." in warnings and "**No trial of a task that other models have**: 610m-clm-42k-seed43 on sst2." in warnings
     assert "**Fewer pretraining seeds than others in the same tables**: 610m-mlm40-42k, 1 of 2." in warnings
 
@@ -282,7 +282,7 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small
     lines = open(path).read().splitlines(keepends=True)
     with open(path, "w") as f:
         f.writelines([*lines[:-1], lines[-1][:40]])
-    text, study = page(path)
+    text, study = page_of(path)
     assert len(study.trials) == 23 and f"* {path}: its torn last line was dropped" in text and "**Missing trials" in text
     with open(path, "w") as f:
         f.writelines([*lines[:4], lines[4][:40] + "\n", *lines[5:]])
