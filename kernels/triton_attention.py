@@ -111,8 +111,8 @@ TABLE = {
     # Data-centre Blackwell. Every product has 128 rows (queries, in dkdv keys): 64 would fill half of
     # the 128 lanes of tensor memory. In forward and in dq at 64 two programs share its 512 columns.
     # dkdv at 96 and 128 spills 36 instructions, all outside its inner loop; 64 keys would not spill.
-    # Use Triton 3.7 or newer: what 3.6 makes of some loops like these has a race between warps
-    # (triton-lang/triton#9871).
+    # why_not refuses Triton older than 3.7 here: what 3.6 makes of some loops like these has a race
+    # between warps (triton-lang/triton#9871, #9235).
     (100, "forward", 64): Blocks(128, 64, 4, 3, True),
     (100, "forward", 128): Blocks(128, 64, 4, 2, True),
     (100, "dkdv", 64): Blocks(64, 128, 8, 2, True),
@@ -417,7 +417,17 @@ def why_not(device_type, dtype, head_dim):
         return f"Triton's interpreter takes float32 and float16, not {dtype} (it multiplies bfloat16 wrongly)"
     if not INTERPRETED and dtype not in (torch.bfloat16, torch.float16):
         return f"the Triton kernels take bfloat16 and float16 on a GPU, not {dtype}"
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] == 10 and triton_version() < (3, 7):
+        return (
+            f"Triton {triton.__version__} miscompiles some loops on this GPU "
+            "(triton-lang/triton#9871): install Triton 3.7 or newer"
+        )
     return None
+
+
+def triton_version():
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def attention(q, k, v, cu_seqlens, causal):

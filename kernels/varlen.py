@@ -2,9 +2,9 @@
 FlashAttention-2 over cu_seqlens.
 
 This is what `--attention=auto` takes on a GPU when our Triton kernels cannot run there (a head dim
-they do not have, an old Triton, a compiler fault) or are slower. It is one call for all sequences,
-without a host synchronisation. Its one drawback: the gradient of q is summed with atomic additions,
-so two runs of a training differ in their last bits.
+they do not have, an old Triton, a compiler fault) or are slower. It is one call for all sequences.
+Two drawbacks: the gradient of q is summed with atomic additions, so two runs of a training differ
+in their last bits; and the host waits for the device once per batch, see longest_sequence.
 
 varlen_attn takes the length of the longest sequence as a Python int. Inside torch.compile that
 would be a constant, and every batch would compile again. So the call is hidden in a custom operator
@@ -14,6 +14,7 @@ of our own, which looks the length up when it runs.
 import inspect
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from torch.nn.attention import varlen as torch_varlen
@@ -23,6 +24,9 @@ except ImportError:  # a PyTorch built without it
 PARAMETERS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
 # torch 2.13 reads a KV head for each group of query heads; 2.11 needs as many heads in k and v as in q
 TAKES_GROUPS = "enable_gqa" in PARAMETERS
+
+# {cu_seqlens: tokens in its longest sequence}. An entry disappears together with its tensor.
+LONGEST = WeakTensorKeyDictionary()
 
 
 def why_not(device_type, dtype, head_dim):
@@ -45,12 +49,13 @@ def why_not(device_type, dtype, head_dim):
 def longest_sequence(cu_seqlens):
     """Tokens in the longest sequence.
 
-    On a GPU a look at cu_seqlens is a synchronisation. So the answer is kept on the tensor: the
-    other layers and the backward pass find it there, and data.Batch.to writes it down beforehand.
+    On a GPU the host waits for the device to read this number. It does so once per batch: the
+    answer is remembered for as long as the tensor lives, and the other layers and the backward
+    pass find it again. So do not write into a cu_seqlens that attention has seen.
     """
-    if not hasattr(cu_seqlens, "longest"):
-        cu_seqlens.longest = int(cu_seqlens.diff().max())
-    return cu_seqlens.longest
+    if cu_seqlens not in LONGEST:
+        LONGEST[cu_seqlens] = int(cu_seqlens.diff().max())
+    return LONGEST[cu_seqlens]
 
 
 def window(causal):

@@ -136,8 +136,4 @@ def pack(encoded, indices, device):
     """-> tokens [T] int64, cu_seqlens [S + 1] int32 of these sequences"""
     tokens = torch.from_numpy(rows(encoded, "tokens", indices).astype(np.int64))
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths(encoded, indices)]).astype(np.int32))
-    tokens, cu_seqlens = tokens.to(device), cu_seqlens.to(device)
-    # kernels.attention needs no look at the values then, which on a GPU is a synchronisation
-    cu_seqlens.checked_for = len(tokens)
-    cu_seqlens.longest = int(max(lengths(encoded, indices), default=0))
-    return tokens, cu_seqlens
+    return tokens.to(device), cu_seqlens.to(device)
