@@ -29,37 +29,19 @@ from tasks.training import Diverged, fit
 
 
 @dataclass
-class Config:
+class Config(worker.GridSettings):
     # what
-    ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
     tasks: str = "demo"             # names with commas between them, all (the paper's nine) or demo
     data_dir: str = ""              # local data instead of the hub: data_dir/<task>/{train,validation,test}.jsonl
-    out_dir: str = ""               # where trials/ is written; the checkpoint's folder if empty
-    lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
     seeds: tuple = (0, 1, 2, 3, 4)  # of the new head and of the order of the data, and of nothing else
-    random_weights: bool = False    # the same model from random weights: what pretraining is worth
     keep: bool = False              # keep each trial's encoder and head as a checkpoint beside its row
     # how
     mode: str = "standard"          # standard: entity F1, answers as spans; paper: the paper's labels, heads and scores
     split: str = "hash"             # how validation is cut from train: hash (of the text) or encodeval (the paper's, by row)
     steps: int = 0                  # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
-    batch: int = 32                 # examples in a step
-    warmup: float = 0.1             # share of the steps
-    beta1: float = 0.9              # AdamW
-    beta2: float = 0.95             # AdamW
-    adam_eps: float = 1e-5          # AdamW
-    weight_decay: float = 0.1       # on matrices, not on norms and biases
-    grad_clip: float = 1.0          # global norm; 0: no clipping
-    max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
-    causal: bool = False            # keep the causal mask, as an ablation
-    param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates
     # system
-    device: str = "auto"            # cuda where there is one, else cpu
-    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
-    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
     micro_tokens: int = 16_384      # tokens in a forward and backward pass; a step is cut to fit
     eval_tokens: int = 8_192        # tokens in a forward pass of evaluation; more fall out of a CPU's caches
-    cache_dir: str = "data/tasks"   # tokenized data sets
 
 
 # ---- one worker

@@ -8,10 +8,11 @@
 
     python train.py config/demo_mlm.py --mask_rate=0.3
 
---key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`.
-A config file is Python that assigns plain values to these names, so it can do arithmetic in the open. Both layers are
-strict: an unknown key anywhere is an error that names the nearest one, and a value must have its field's type.
-`run(main, Config)` also turns expected trouble into one line and an exit code, without a traceback.
+--key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`. A
+config file is Python that assigns plain values to these names, so it can do arithmetic in the open.
+Both layers are strict: an unknown key anywhere is an error that names the nearest one, and a value
+must have its field's type. `run(main, Config)` also turns expected trouble into one line and an
+exit code, without a traceback.
 """
 import ast
 import dataclasses
@@ -29,11 +30,13 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on (a full disk, a loss that is not finite); the message says what is safe. Exit code 1."""
+    """A run that cannot go on (a full disk, a loss that is not finite); the message says what is
+    safe. Exit code 1."""
 
 
 def run(main, config_class):
-    """Call main(config) with the command line's settings; print an expected error as one line and exit with its code."""
+    """Call main(config) with the command line's settings; print an expected error as one line and
+    exit with its code."""
     try:
         main(configure(config_class))
     except (UserError, RunError, OSError) as error:      # OSError: a full disk, a folder that may not be written
@@ -46,10 +49,12 @@ def run(main, config_class):
 
 
 def configure(config_class, argv=None):
-    """Build config_class from its defaults, then the .py files, then the --key=value words of argv (default sys.argv[1:]).
+    """Build config_class from its defaults, then the .py files, then the --key=value words of argv
+    (default sys.argv[1:]).
 
-    Files are read before the command line, wherever they stand on it. Words that are neither go to the field `args`
-    (a tuple), if the class has one. Raises UserError; prints the help and exits 0 on --help.
+    Files are read before the command line, wherever they stand on it. Words that are neither go to
+    the field `args` (a tuple), if the class has one. Raises UserError; prints the help and exits 0
+    on --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -84,7 +89,8 @@ def configure(config_class, argv=None):
 
 
 def read_file(path):
-    """Run a config file in an empty namespace -> {name: value}, without names that start with an underscore."""
+    """Run a config file in an empty namespace -> {name: value}, without names that start with an
+    underscore."""
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist")
     try:
@@ -102,7 +108,8 @@ def find(key, fields, where):
 
 
 def parse(text, kind):
-    """A command-line word as the field's type would have it written; text that is no literal stays text for check()."""
+    """A command-line word as the field's type would have it written; text that is no literal stays
+    text for check()."""
     if kind is str:
         return text
     if kind is bool:
@@ -114,7 +121,8 @@ def parse(text, kind):
 
 
 def check(key, value, fields, where):
-    """The value, with int widened to float and list to tuple; UserError if the key or the type is wrong."""
+    """The value, with int widened to float and list to tuple; UserError if the key or the type is
+    wrong."""
     find(key, fields, where)
     kind = fields[key].type
     if kind is float and type(value) is int:
@@ -129,40 +137,57 @@ def check(key, value, fields, where):
 
 
 def as_tuple(value):
-    """Lists to tuples at every depth, so that a config file's list equals a command line's tuple and JSON's list."""
+    """Lists to tuples at every depth, so that a config file's list equals a command line's tuple
+    and JSON's list."""
     return tuple(as_tuple(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def help_text(config_class):
-    """The script's docstring, then every key with its default and its comment, under the block's own headings.
+    """The script's docstring, then every key with its default and its comment, under the block's
+    own headings.
 
-    The settings of a base class come before those of the class that inherits them.
+    Inherited settings are listed too. A setting that the subclass writes again has the subclass's
+    comment, and a new setting stands after the one that is above it in the subclass.
     """
-    lines = [(sys.modules[config_class.__module__].__doc__ or "").strip()]
+    order, comments = [], {}
     for layer in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(layer):
-            lines += lines_of_settings(layer)
+            place = len(order)
+            for name, comment in commented_lines(layer):
+                if name not in comments:
+                    # a new heading comes last, a new setting after the line above it
+                    place = len(order) if name.startswith("#") else place
+                    order.insert(place, name)
+                place = order.index(name) + 1
+                comments[name] = comment
+
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    lines = [(sys.modules[config_class.__module__].__doc__ or "").strip()]
+    for name in order:
+        if name.startswith("#"):
+            lines.append(f"\n{comments[name]}:")
+        else:
+            default = defaults[name]
+            shown = f"--{name}={str(default).lower() if isinstance(default, bool) else default}"
+            lines.append(f"  {shown:<34} {comments[name]}".rstrip())
     return "\n".join(lines)
 
 
-def lines_of_settings(config_class):
-    """The lines of --help for the settings that stand in this class's own source."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+def commented_lines(config_class):
+    """Yields (name, comment) of the settings and headings in a class's own source; "# what" is the
+    name of a heading."""
+    fields = {f.name for f in dataclasses.fields(config_class) if f.name != "args"}
     source = inspect.getsource(config_class)
-    comments = {}        # line number -> comment; tokenize knows that a # inside a string is none
+    comments = {}        # line number -> comment; tokenize knows that a # inside a string is not a comment
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# ")
-    lines = []
     for number, line in enumerate(source.splitlines(), start=1):
-        name = line.partition(":")[0].strip()
+        setting = line.partition(":")[0].strip()
         if line.lstrip().startswith("#"):
-            lines.append(f"\n{comments[number]}:")
-        elif name in fields and name != "args":
-            default = fields[name].default
-            shown = f"--{name}={str(default).lower() if isinstance(default, bool) else default}"
-            lines.append(f"  {shown:<34} {comments.get(number, '')}".rstrip())
-    return lines
+            yield line.strip(), comments[number]
+        elif setting in fields:
+            yield setting, comments.get(number, "")
 
 
 def differences(old, new, free):

@@ -1,12 +1,14 @@
-"""One process of a grid of fine-tuning trials: the encoder, a copy of its weights, and what every row says about them.
+"""One process of a grid of fine-tuning trials: the encoder, a copy of its weights, and the facts
+that every row records.
 
-finetune.py and eval_ir.py each make a Worker of their own of it; the queue it takes trials from is in trials.py.
+finetune.py and eval_ir.py each derive their own Worker from this one. Loading a checkpoint takes
+longer than resetting it, so a worker loads it once and copies the weights back before each trial.
+tasks/queue.py hands out the trials.
 """
-import json
 import os
 import subprocess
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -14,93 +16,221 @@ import torch
 from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
 from core.device import pick_attention, pick_device, pick_dtype
-from core.files import ROOT, unique
+from core.files import ROOT, read_json, unique
 from model import Encoder, ModelConfig
 from tasks import queue
 
-# what may differ between processes that share a grid: where and how it runs, and how much of it
-FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens", "eval_tokens", "cache_dir",
-        "keep")
+
+@dataclass
+class GridSettings:
+    """The settings that finetune.py and eval_ir.py share.
+
+    Each program adds its own, and writes a shared one again where it has more to say about it.
+    """
+    # what
+    ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
+    tasks: str = "demo"             # names with commas between them, all (the paper's) or demo
+    data_dir: str = ""              # local data instead of the hub
+    out_dir: str = ""               # where trials/ is written; the checkpoint's folder if empty
+    lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
+    seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the data, and of a new head
+    random_weights: bool = False    # the same model from random weights: what pretraining is worth
+    keep: bool = False              # keep each trial's encoder as a checkpoint beside its row
+    # how
+    mode: str = "standard"          # standard, or paper: the labels, heads and scores of the paper's code
+    steps: int = 0                  # of each trial; 0: the paper's
+    batch: int = 32                 # examples in a step
+    warmup: float = 0.1             # share of the steps
+    beta1: float = 0.9              # AdamW
+    beta2: float = 0.95             # AdamW
+    adam_eps: float = 1e-5          # AdamW
+    weight_decay: float = 0.1       # on matrices, not on norms and biases
+    grad_clip: float = 1.0          # global norm; 0: no clipping
+    max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
+    causal: bool = False            # keep the causal mask, as an ablation
+    param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates
+    # system
+    device: str = "auto"            # cuda where there is one, else cpu
+    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
+    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
+    micro_tokens: int = 16_384      # tokens in a forward and backward pass
+    eval_tokens: int = 8_192        # tokens in a forward pass of evaluation
+    cache_dir: str = "data/tasks"   # tokenized data sets
+
+
+# Settings that may differ between processes that share a grid: where and how it runs, and how much
+# of it.
+FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens",
+        "eval_tokens", "cache_dir", "keep")
+
+
+def split_names(text):
+    """The names in "sst2, my task" -> ("sst2", "my task"). Your own task has its folder's name,
+    which may contain spaces."""
+    names = [name.strip() for name in text.split(",")]
+    return tuple(name for name in names if name)
+
+
+def check(c, every, demo):
+    """Returns the names of the tasks. Raises UserError if a setting is wrong, whatever the
+    checkpoint.
+
+    c: GridSettings. every, demo: the names that --tasks=all and --tasks=demo stand for.
+    """
+    if not c.ckpt:
+        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
+    if c.tasks == "all":
+        names = every
+    elif c.tasks == "demo":
+        names = demo
+    else:
+        names = split_names(c.tasks)
+    wrong_lrs = [lr for lr in c.lrs if type(lr) is not float or not 0 < lr < float("inf")]
+    if not names or not c.lrs or wrong_lrs:
+        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
+    wrong_seeds = [seed for seed in c.seeds if type(seed) is not int or seed < 0]
+    if not c.seeds or wrong_seeds:
+        raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
+    if c.mode not in ("standard", "paper"):
+        raise UserError(f"mode={c.mode}: expected standard or paper")
+    if c.param_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"param_dtype={c.param_dtype}: expected float32 or bfloat16")
+    if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
+        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
+    if not c.grad_clip >= 0:      # also refuses NaN
+        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no clipping")
+    return tuple(dict.fromkeys(names))
 
 
 class Worker:
-    """Holds what trials share. c: the settings of finetune.py or eval_ir.py; path: a checkpoint. Raises UserError."""
+    """Holds what all trials of a process share.
+
+    c: GridSettings. path: the checkpoint's folder. free: settings that processes of one grid need
+    not agree on. Raises UserError if the checkpoint and the settings do not fit together.
+    """
 
     def __init__(self, c, path, free=FREE):
         self.c = c
-        self.device = pick_device(c.device)
-        if self.device == "cuda":
-            self.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"      # workers may share one
-            torch.cuda.set_device(self.device)      # kernels start on the current one
+        self.device = local_device(c.device)
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else pick_dtype(c.dtype, self.device)
-        state, self.tokenizer = checkpoint.read_state(path), checkpoint.tokenizer_of(path)
+        state = checkpoint.read_state(path)
+        self.tokenizer = checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
         pick_attention(c.attention, self.device, self.dtype, config)      # raises if it cannot run here
         if self.tokenizer.vocab_size != config.vocab_size:
-            raise UserError(f"{path} has {config.vocab_size:,} rows of vocabulary, and the tokenizer beside it "
+            raise UserError(f"{path} has a vocabulary of {config.vocab_size:,}, but the tokenizer beside it has "
                             f"{self.tokenizer.vocab_size:,}: they do not belong together")
         self.max_length = c.max_length or round(0.99 * config.block_size)
         if self.max_length < 16:
             raise UserError(f"max_length={c.max_length}: expected at least 16 tokens")
+
+        # the encoder, and a copy of its weights that every trial starts from
         torch.manual_seed(0)
-        self.encoder = Encoder(config, c.attention).to(self.device) if c.random_weights else \
-            checkpoint.load_model(path, self.device, c.attention)
+        if c.random_weights:
+            self.encoder = Encoder(config, c.attention).to(self.device)
+            self.parent = {}
+        else:
+            self.encoder = checkpoint.load_model(path, self.device, c.attention)
+            self.parent = {key: value for key, value in state.items() if key != "model"}
         self.encoder.to(getattr(torch, c.param_dtype))
-        self.weights = {k: v.clone() for k, v in self.encoder.state_dict().items()}
-        self.parent = {} if c.random_weights else {k: v for k, v in state.items() if k != "model"}
-        run_name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
-            sums = {name: digest for digest, name in map(str.split, f)}
-        device = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
-        self.facts = {"v": 1, "model": f"{run_name}-{state['step']}" + "-random" * c.random_weights,
-                      "step": state["step"], "ckpt_sha": sums["model.safetensors"][:16], "mode": c.mode,
-                      "param_dtype": c.param_dtype, "dtype": self.dtype, "causal": c.causal, "max_length": self.max_length,
-                      "device": device, "torch": torch.__version__, "code": code()}
-        self.settings = {k: v for k, v in asdict(c).items() if k not in free} | {k: self.facts[k] for k in (
-            "ckpt_sha", "dtype", "max_length")}
+        self.weights = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
+
+        # what every row says, and what all rows of a folder must agree on
+        self.facts = self.describe(path, state["step"])
+        self.settings = {key: value for key, value in asdict(c).items() if key not in free}
+        self.settings |= {key: self.facts[key] for key in ("ckpt_sha", "dtype", "max_length")}
         if not c.steps:
-            del self.settings["steps"]      # each task's own
+            del self.settings["steps"]      # each task has its own number
+
+    def describe(self, path, step):
+        """The facts about encoder, settings and machine that every row records."""
+        name = f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}-{step}"
+        if self.c.random_weights:
+            name += "-random"
+        device_name = "cpu"
+        if self.device.startswith("cuda"):
+            device_name = torch.cuda.get_device_name(self.device)
+        return {"v": 1, "model": name, "step": step, "ckpt_sha": weights_digest(path)[:16], "mode": self.c.mode,
+                "param_dtype": self.c.param_dtype, "dtype": self.dtype, "causal": self.c.causal,
+                "max_length": self.max_length, "device": device_name, "torch": torch.__version__, "code": code()}
 
     def autocast(self):
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+        """The context that forward passes run in."""
+        if self.dtype == "bfloat16":
+            return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
+        return nullcontext()
 
     def restore(self, seed):
-        """The encoder as it was before any trial, and the seed of this one."""
+        """Give the encoder its pretrained weights back, and set the trial's seed."""
         self.encoder.load_state_dict(self.weights)
         torch.manual_seed(seed)
 
     def parameters(self):
-        """What a trial trains of the encoder: all but the LM head."""
-        return [p for k, p in self.encoder.named_parameters() if not k.startswith("lm_head")]
+        """The parameters of the encoder that a trial trains: all but the LM head."""
+        return [p for name, p in self.encoder.named_parameters() if not name.startswith("lm_head")]
 
     def keep(self, folder, trial, row, head=None):
-        """Keep a trial's encoder, and its head, beside its row: a run folder that --ckpt and `hf.py export` take.
-        row: what its state.json says of the fine-tuning"""
+        """Save a trial's encoder, and its head, beside its row: a run folder that --ckpt and `hf.py
+        export` accept.
+
+        row: recorded in state.json under "fine_tuned".
+        """
         folder = queue.path_of(folder, trial, "encoder")
         os.makedirs(folder, exist_ok=True)
         tokenizer.save(self.tokenizer, folder)
-        row = {k: v for k, v in row.items() if k not in ("train_loss", "per_item", "secs")}
+        row = {key: value for key, value in row.items() if key not in ("train_loss", "per_item", "secs")}
         state = {"settings": {"tokenizer_hash": self.tokenizer.hash.hex()}, "parent": self.parent, "fine_tuned": row}
         checkpoint.save(folder, row["steps"], self.encoder.float(), state, head=head)
         self.encoder.to(getattr(torch, self.c.param_dtype))
 
     def settle(self, folder, name, facts, keys=("data", "steps")):
-        """Write down, once, with which settings and facts a folder's trials of a task are run; refuse others."""
+        """Write settings.json of a task's trials if they have none; raise UserError if it says
+        something else."""
         path = settings_path(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        settings = self.settings | {k: facts[k] for k in keys}
-        queue.finish(path, settings)       # unless it is there
+        settings = self.settings | {key: facts[key] for key in keys}
+        queue.finish(path, settings)       # an existing file stays
         same_settings(path, settings)
 
-    def refuse_other_settings(self, folder, known):
-        """The same before anything is read, also where all trials are done. known: {name: what is known of its facts}"""
-        for name, facts in known.items():
+    def refuse_other_settings(self, folder, facts_of_tasks):
+        """Raise UserError if trials of a task have other settings, before any data is read.
+
+        facts_of_tasks: {name: the facts about its trials that are known without its data}
+        """
+        for name, facts in facts_of_tasks.items():
             if os.path.isfile(settings_path(folder, name)):
                 same_settings(settings_path(folder, name), self.settings | facts)
 
 
+def local_device(name):
+    """The device of this process: of several GPUs the one that torchrun's LOCAL_RANK names.
+    Processes may share a GPU."""
+    device = pick_device(name)
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)      # kernels start on the current device
+    return device
+
+
+def weights_digest(path):
+    """The SHA-256 of a checkpoint's weights, 64 hex digits, as its SHA256SUMS says."""
+    with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
+        for line in f:
+            digest, name = line.split()
+            if name == "model.safetensors":
+                return digest
+    raise UserError(f"{path} is damaged: {checkpoint.SUMS} does not list model.safetensors")
+
+
+def code():
+    """The commit of this repository, or None outside of a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def keep_items(folder, trial, **arrays):
-    """Write each example's own score beside a trial's row. -> the file's name, for the row"""
+    """Write each example's own score to an .npz beside a trial's row. Returns the file's name, for
+    the row."""
     path = queue.path_of(folder, trial, "npz")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(unique(path), "wb") as f:
@@ -109,49 +239,15 @@ def keep_items(folder, trial, **arrays):
     return os.path.basename(path)
 
 
-def code():
-    """The commit of this repository, or None outside of one."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
 def settings_path(folder, name):
     return os.path.join(folder, "trials", name, "settings.json")
 
 
 def same_settings(path, settings):
-    """Raises UserError if the trials beside path were run with other settings."""
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    changed = differences(old, {k: v for k, v in settings.items() if k in old}, free=())
+    """Raise UserError if the trials beside path were run with other settings."""
+    old = read_json(path)
+    shared = {key: value for key, value in settings.items() if key in old}
+    changed = differences(old, shared, free=())
     if changed:
-        raise UserError(f"{os.path.dirname(path)} holds trials of other settings ({'; '.join(changed)}): choose another --out_dir, "
-                        "or delete that folder")
-
-
-def split_names(text):
-    """"sst2, my task" -> ("sst2", "my task"): a task of one's own is called as its folder, which may have spaces in its name."""
-    names = [name.strip() for name in text.split(",")]
-    return tuple(name for name in names if name)
-
-
-def check(c, every, demo):
-    """Raises UserError for what is wrong with the settings alone. every, demo: what --tasks=all and --tasks=demo mean.
-    -> names of the tasks"""
-    if not c.ckpt:
-        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
-    names = {"all": every, "demo": demo}.get(c.tasks) or split_names(c.tasks)
-    if not names or not c.lrs or any(type(lr) is not float or not 0 < lr < float("inf") for lr in c.lrs):
-        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
-    if not c.seeds or any(type(seed) is not int or seed < 0 for seed in c.seeds):
-        raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
-    known = {"mode": ("standard", "paper"), "param_dtype": ("float32", "bfloat16")}
-    for key, allowed in known.items():
-        if getattr(c, key) not in allowed:
-            raise UserError(f"{key}={getattr(c, key)}: expected {' or '.join(allowed)}")
-    if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
-        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
-    if not c.grad_clip >= 0:      # NaN fails, too
-        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no clipping")
-    return tuple(dict.fromkeys(names))
+        raise UserError(f"{os.path.dirname(path)} holds trials of other settings ({'; '.join(changed)}): "
+                        "choose another --out_dir, or delete that folder")

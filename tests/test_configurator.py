@@ -95,15 +95,18 @@ def test_help_lists_every_key_with_default_and_comment(script):
 
 @dataclass
 class MoreConfig(Config):
-    # another heading
+    # a heading
+    steps: int = 20            # of each trial
     place: str = "here"        # where
+    # another heading
+    time: str = "now"          # when
 
 
-def test_help_lists_the_settings_of_a_base_class_first():
+def test_help_merges_the_settings_of_a_subclass_into_those_of_its_base_class():
     lines = configurator.help_text(MoreConfig).splitlines()
     keys = [line.split("=")[0].strip() for line in lines if line.strip().startswith("--")]
-    assert keys == ["--size", "--steps", "--rate", "--fast", "--phases", "--place"]
-    assert lines.index("a heading:") < lines.index("another heading:")
+    assert keys == ["--size", "--steps", "--place", "--rate", "--fast", "--phases", "--time"]
+    assert lines.index("a heading:") < lines.index("another heading:") and "of each trial" in "".join(lines)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
