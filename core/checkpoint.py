@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or not there: safetensors, JSON and SHA-256 sums; nothing is ever unpickled.
+"""Checkpoints that are complete or absent: safetensors, JSON and SHA-256 sums. Nothing is ever unpickled.
 
-    out_dir/step_0010000/model.safetensors       weights, fp32, plain parameter names
-                         optimizer.safetensors   AdamW's moments: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
-                         head.safetensors        a fine-tuned encoder's: its task's head
+    out_dir/step_0010000/model.safetensors       weights, fp32, under the parameters' names
+                         optimizer.safetensors   optimizer state: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+                         head.safetensors        of a fine-tuned encoder: its task's head
                          state.json              model dimensions, step, settings and counters of the run
                          SHA256SUMS              of these files, as `sha256sum -c` reads it
 
-A checkpoint is written to a hidden temporary folder, synced to disk and renamed, so a kill or a full disk at any moment
-leaves the ones before it as they were.
+A checkpoint is written to a hidden temporary folder, synced to disk and renamed. So a kill or a full
+disk at any moment leaves the checkpoints before it unchanged.
 """
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from core import tokenizer
 from core.configurator import RunError, UserError
-from core.files import find_files
+from core.files import find_files, read_json
 from model import Encoder, ModelConfig
 
 SUMS = "SHA256SUMS"
@@ -61,35 +62,43 @@ def sync(path):
 
 
 def save(out_dir, step, model, state, optimizer=None, head=None):
-    """Write out_dir/step_NNNNNNN with the model, its optimizer or its task's head, and `state` (JSON values; gains model and step).
+    """Write out_dir/step_NNNNNNN and return its path.
 
-    Raises RunError if the disk does not take it; what was there before is untouched then. -> the checkpoint's path
+    state: JSON values about the run; the model's dimensions and the step are added. optimizer, head: an
+    optimizer whose state is saved, or the head of a fine-tuned encoder. Raises RunError if the disk does
+    not take it; earlier checkpoints are unchanged then.
     """
-    path, temporary = path_of(out_dir, step), os.path.join(out_dir, f".writing_{step:07d}")
+    path = path_of(out_dir, step)
+    temporary = os.path.join(out_dir, f".writing_{step:07d}")
     shutil.rmtree(temporary, ignore_errors=True)
-    weights = model.state_dict()
+    tensors = {"model.safetensors": model.state_dict()}
     if model.config.tied:
-        del weights["lm_head.weight"]      # safetensors stores a tensor once
+        del tensors["model.safetensors"]["lm_head.weight"]      # safetensors stores a tensor once
+    if optimizer is not None:
+        tensors["optimizer.safetensors"] = optimizer_state(model, optimizer)
+    if head is not None:
+        tensors["head.safetensors"] = {name: value.float() for name, value in head.state_dict().items()}
     try:
         os.makedirs(temporary)
-        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, os.path.join(temporary, "model.safetensors"))
-        if optimizer is not None:
-            save_file(moments(model, optimizer), os.path.join(temporary, "optimizer.safetensors"))
-        if head is not None:
-            save_file({k: v.float().cpu() for k, v in head.state_dict().items()}, os.path.join(temporary, "head.safetensors"))
+        for file_name, values in tensors.items():
+            on_cpu = {name: value.contiguous().cpu() for name, value in values.items()}
+            save_file(on_cpu, os.path.join(temporary, file_name))
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(state | {"model": dataclasses.asdict(model.config), "step": step}, f, indent=1)
-        names = sorted(os.listdir(temporary))
+        file_names = sorted(os.listdir(temporary))
         with open(os.path.join(temporary, SUMS), "w", encoding="utf-8") as f:
-            f.writelines(f"{sha256(os.path.join(temporary, name))}  {name}\n" for name in names)
-        for name in [*names, SUMS, ""]:
+            for name in file_names:
+                f.write(f"{sha256(os.path.join(temporary, name))}  {name}\n")
+        for name in [*file_names, SUMS, ""]:
             sync(os.path.join(temporary, name))
-        if results(path):          # a damaged one of the same step that was fine-tuned: its results stay where they are
-            for name in [*names, SUMS]:
+
+        # Only a damaged checkpoint can stand at `path`. If it was fine-tuned, its results stay there.
+        if results(path):
+            for name in [*file_names, SUMS]:
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
             os.rmdir(temporary)
         else:
-            shutil.rmtree(path, ignore_errors=True)    # only a damaged one can stand there
+            shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
         sync(out_dir)
     except (OSError, SafetensorError) as error:
@@ -99,17 +108,21 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     return path
 
 
-def moments(model, optimizer):
-    """AdamW's state by parameter name, as safetensors can store it."""
-    return {f"{key}.{name}": value.contiguous().cpu() for name, p in model.named_parameters()
-            for key, value in optimizer.state[p].items()}
+def optimizer_state(model, optimizer):
+    """The state of any optimizer of torch's kind, by parameter name. -> {"KEY.PARAMETER": tensor}"""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    return tensors
 
 
 def verify(path):
     """Check every file against SHA256SUMS. Raises Damaged."""
     try:
         with open(os.path.join(path, SUMS), encoding="utf-8") as f:
-            sums = dict(reversed(line.split(maxsplit=1)) for line in f.read().splitlines())
+            lines = [line.split(maxsplit=1) for line in f.read().splitlines()]
+        sums = {name: digest for digest, name in lines}
         if not {"model.safetensors", "state.json"} <= sums.keys():
             raise Damaged(f"{path} is damaged: {SUMS} is not complete")
         for name, expected in sums.items():
@@ -120,7 +133,7 @@ def verify(path):
 
 
 def latest(out_dir, say=print):
-    """The newest intact checkpoint of out_dir, or None; `say`s which damaged ones it passed over."""
+    """The path of the newest intact checkpoint of out_dir, or None. Says which damaged ones it passed over."""
     for path in reversed(all_of(out_dir)):
         try:
             verify(path)
@@ -131,45 +144,50 @@ def latest(out_dir, say=print):
 
 
 def prune(out_dir, keep_last, milestones):
-    """Delete old checkpoints. What stays: the newest `keep_last`, the milestones (steps kept for good), checkpoints that
-    somebody has fine-tuned, whose results lie in them, and symbolic links, which lead to a folder that is not ours."""
-    ordinary = []
+    """Delete all but the newest `keep_last` checkpoints.
+
+    Milestones (steps that are kept for good) stay, and checkpoints that were fine-tuned, whose results
+    lie in them, and symbolic links, which lead to a folder that is not ours.
+    """
+    deletable = []
     for path in all_of(out_dir):
         if step_of(path) not in milestones and not results(path) and not os.path.islink(path):
-            ordinary.append(path)
-    for path in ordinary[:-keep_last or None]:
+            deletable.append(path)
+    for path in deletable[:-keep_last or None]:
         delete(path, out_dir)
 
 
 def delete(path, out_dir):
-    """Remove the checkpoint `path` of the run `out_dir`. Raises RunError, removing nothing, for a path that is not its own."""
+    """Remove the checkpoint `path` of the run `out_dir`.
+
+    Raises RunError, and removes nothing, for a path that does not belong to the run.
+    """
     if os.path.realpath(os.path.dirname(path)) != os.path.realpath(out_dir) or os.path.islink(path):
         raise RunError(f"{path} is not a checkpoint of the run {out_dir}: it was not deleted")
     shutil.rmtree(path)
 
 
 def results(path):
-    """What finetune.py and eval_ir.py have put into a checkpoint's folder: not ours to delete."""
+    """The folders that finetune.py and eval_ir.py have put into a checkpoint's: they are not ours to delete."""
     return [name for name in ("trials", "random", "mteb") if os.path.isdir(os.path.join(path, name))]
 
 
 def find(path):
-    """A checkpoint from its own path or its run's: checked. Raises UserError."""
+    """The path of a checkpoint, given its own path or its run's, checked against its sums. Raises UserError."""
     if os.path.isfile(os.path.join(path, "state.json")):
         try:
             verify(path)
             return path
         except Damaged as error:
             raise UserError(f"{error}: choose another checkpoint") from None
-    found = latest(path)
-    if found is None:
+    newest = latest(path)
+    if newest is None:
         raise UserError(f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one")
-    return found
+    return newest
 
 
 def read_state(path):
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-        return json.load(f)
+    return read_json(os.path.join(path, "state.json"))
 
 
 def config_of(path):
@@ -177,46 +195,70 @@ def config_of(path):
     return ModelConfig(**read_state(path)["model"])
 
 
-def same_model(there, here, path):
+def same_model(stored, expected, path):
     """Raises UserError if two ModelConfigs differ in more than the length of their sequences."""
-    there, here = dataclasses.asdict(there), dataclasses.asdict(here)
-    different = [f"{k} is {there[k]} there and {v} here" for k, v in here.items() if k != "block_size" and there[k] != v]
+    stored = dataclasses.asdict(stored)
+    different = []
+    for key, value in dataclasses.asdict(expected).items():
+        if key != "block_size" and stored[key] != value:
+            different.append(f"{key} is {stored[key]} there and {value} here")
     if different:
-        raise UserError(f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a checkpoint")
+        raise UserError(f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a "
+                        "checkpoint")
 
 
 def tokenizer_of(path):
     """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises UserError."""
-    found = tokenizer.load(os.path.dirname(os.path.abspath(path)))
-    if found.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
-        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own tokenizer.tiktoken and "
-                        "tokenizer_info.json back")
-    return found
+    stored = tokenizer.load(os.path.dirname(os.path.abspath(path)))
+    if stored.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
+        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own "
+                        "tokenizer.tiktoken and tokenizer_info.json back")
+    return stored
 
 
 def load(path, model, optimizer=None):
-    """Copy weights, and moments if an optimizer is given, from a checked checkpoint. -> its state
+    """Copy weights, and optimizer state if an optimizer is given, from a checked checkpoint. -> its state.json
 
-    Raises UserError if it belongs to a model of other dimensions, or has no moments to give.
+    Raises UserError if it belongs to another model, or has no optimizer state.
     """
     state = read_state(path)
     same_model(config_of(path), model.config, path)
     weights = load_file(os.path.join(path, "model.safetensors"))
     if model.config.tied:
         weights["lm_head.weight"] = weights["embedding.weight"]
+    names = model.state_dict().keys()
+    for problem, tensors in (("lacks", names - weights.keys()), ("has", weights.keys() - names)):
+        if tensors:
+            raise UserError(f"{path} {problem} {min(tensors)}, and the model here {'has' if problem == 'lacks' else 'lacks'}"
+                            f" it ({len(tensors)} such tensors): model.py is not the one it was trained with")
     model.load_state_dict(weights)
     if optimizer is not None:
         stored = os.path.join(path, "optimizer.safetensors")
         if not os.path.isfile(stored):
-            raise UserError(f"{path} has no optimizer.safetensors, so training cannot go on from it exactly")
-        load_moments(model, optimizer, load_file(stored))
+            raise UserError(f"{path} has no optimizer.safetensors, so training cannot continue from it exactly")
+        load_optimizer_state(model, optimizer, load_file(stored))
     return state
 
 
-def load_moments(model, optimizer, stored):
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device, copy=True)      # copied out of the mapped file
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
+def load_optimizer_state(model, optimizer, tensors):
+    """Put what optimizer_state() made into an optimizer of the same kind.
+
+    The optimizer's own load_state_dict decides on which device each tensor belongs.
+    """
+    values_of = defaultdict(dict)
+    for key, value in tensors.items():
+        state_key, _, name = key.partition(".")
+        values_of[name][state_key] = value.clone()      # out of the mapped file
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    state = {}
+    for index, parameter in enumerate(parameters):
+        values = values_of.get(name_of[id(parameter)])
+        if values:
+            state[index] = values
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_model(path, device="cpu", attention="auto"):

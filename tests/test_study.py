@@ -86,7 +86,7 @@ def test_sigterm_lets_training_finish_its_step_and_save(corpus_dir, tmp_path):
         time.sleep(0.01)
     process.terminate()
     assert process.wait(60) == 143
-    assert "stopped at step" in log.read_text().splitlines()[-1] and "goes on from here" in log.read_text()
+    assert "stopped at step" in log.read_text().splitlines()[-1] and "run the same command to resume" in log.read_text()
 
 
 def test_study_json_names_every_checkpoint_and_the_same_command_has_nothing_to_do(undisturbed, corpus_dir):

@@ -289,7 +289,7 @@ def test_a_finished_run_says_so_and_a_changed_setting_is_refused_by_name(tiny, c
     assert changed.returncode == 2
     assert "(mask_rate: 0.4 then, 0.3 now; learning_rate: 0.003 then, 0.001 now)" in changed.stderr
     refused = run_python(command(resume=False))
-    assert refused.returncode == 2 and "holds a run already" in refused.stderr
+    assert refused.returncode == 2 and "already holds a run" in refused.stderr
     assert run_python(command(save_interval=5, micro_rows=4)).returncode == 0     # how it runs may change
     assert files(checkpoint.path_of(c.out_dir, 20)) == before
 
