@@ -23,7 +23,7 @@ from reporting import figures as report_figures
 from reporting import stats as report_stats
 from reporting.page import MARK, page
 from reporting.read import Study, lines_of, read_rows, read_run, read_study, read_trials
-from reporting.scores import Ours, Paper
+from reporting.scores import PaperResults, StudyResults
 from reporting.tables import retrieval_table, table, trial_table
 
 PAPER = os.path.join(ROOT, "results", "paper.csv")
@@ -40,13 +40,13 @@ class Config:
 # ---- the folder
 
 def read(args):
-    """-> run folders, Study, Paper or None. Raises UserError."""
+    """-> run folders, Study, PaperResults or None. Raises UserError."""
     study, paper, folders, plain = Study(), None, [], {}
     for arg in args:
         if arg.endswith((".csv", ".jsonl")) and not os.path.isfile(arg):
             raise UserError(f"{arg} is no file")
         if arg.endswith(".csv"):
-            paper = Paper(arg)
+            paper = PaperResults(arg)
         elif arg.endswith(".jsonl"):
             study.take(read_rows(arg), arg)
         elif os.path.isfile(os.path.join(arg, "study.json")):
@@ -107,9 +107,9 @@ def main(c):
     if runs:
         pictures["loss_curves.png"] = report_figures.loss_curves(runs)
     if study.models or paper:
-        ours = Ours(study) if study.models else None
+        ours = StudyResults(study) if study.models else None
         if ours:
-            paper = paper or (Paper(PAPER) if os.path.isfile(PAPER) else None)
+            paper = paper or (PaperResults(PAPER) if os.path.isfile(PAPER) else None)
             study.tests = report_stats.paired_tests(ours, study.tests)
         found = {name: draw([s for s in (ours, paper) if s]) for name, draw in report_figures.FIGURES.items()}
         pictures |= {f"{name}.png": figure for name, figure in found.items() if figure}

@@ -16,7 +16,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter  # noqa: E
 
 from experiments import recipes
 from objectives import split_name
-from reporting.scores import AXES, CLM, IN_WORDS, MLM, Ours, sections, select, size_of
+from reporting.scores import AXES, IN_WORDS, StudyResults, select_trials
+from reporting.sections import CLM, MLM, sections, size_of
 
 matplotlib.use("Agg")
 
@@ -38,7 +39,7 @@ def frame(sources, names, ylabel=None):
     for source, row in zip(sources, axes):
         for family, axis in zip(IN_WORDS, row):
             columns = source.common(names[source], family)
-            title = f"{family}, {UNITS[family]}" if source.what == "paper" else f"{family}: {', '.join(columns)}"
+            title = f"{family}, {UNITS[family]}" if source.is_paper else f"{family}: {', '.join(columns)}"
             axis.set_title(textwrap.fill(title, 30), fontsize=10)
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=9)
@@ -142,7 +143,7 @@ def figure_2(sources):
 
 
 def paper_rule(source):
-    return "paper" if source.what == "paper" else RULE
+    return "paper" if source.is_paper else RULE
 
 
 def lines_figure(sources, wanted, key, x, xlabel, look, log=False, ticks=None):
@@ -199,7 +200,7 @@ def figure_4(axis):
                 for size, o in sorted(keys, key=lambda k: (size_of(k[0]), k[1] != MLM))}
     return lambda sources: lines_figure(
         sources, lambda parts: [n for n, r in parts["steps"].items() if objective(r) in (MLM, CLM)],
-        lambda r: [(r.size, objective(r))], lambda source, name: source.x(name, axis), AXES[axis], look, log=True)
+        lambda r: [(r.size, objective(r))], lambda source, name: source.amount(name, axis), AXES[axis], look, log=True)
 
 
 def figure_6(sources):
@@ -240,9 +241,9 @@ def added(source, name):
     recipe = recipes.parse(name)
     if not recipe.start:
         return 0
-    if source.what == "paper":
+    if source.is_paper:
         return recipe.steps - recipe.start
-    whole, start = source.x(name, "steps"), source.x(recipe.parent().name, "steps")
+    whole, start = source.amount(name, "steps"), source.amount(recipe.parent().name, "steps")
     return whole - start if whole and start else None
 
 
@@ -281,7 +282,7 @@ def spread_figure(series):
 def figure_5(sources):
     """How far scores lie from their mean over learning rates and seeds, MLM and CLM, at the largest size that has both."""
     found = {}
-    for source in (s for s in sources if isinstance(s, Ours)):
+    for source in (s for s in sources if isinstance(s, StudyResults)):
         base = {(r.size, objective(r)): n for n in sections(source.names)["base"] for r in [recipes.parse(n)]}
         sizes = sorted({size for size, _ in base if (size, MLM) in base and (size, CLM) in base}, key=size_of)
         for family, column in ((f, c) for f in IN_WORDS for c in source.columns.get(f, ())):
@@ -310,11 +311,11 @@ def figure_7(sources):
             for family, column in ((f, c) for f in IN_WORDS for c in source.columns.get(f, ())):
                 values = []
                 for name in group if len(group) > 1 else ():
-                    if source.what == "paper":
+                    if source.is_paper:
                         values.append(source.score(name, [column], "paper").mean)
                     else:
-                        picked = [select(rows, "paper") for rows in source.rows[name, column].values()]
-                        values += [100 * r["test"]["score"] for p in picked if p for r in p["rows"]]
+                        picked = [select_trials(rows, "paper") for rows in source.rows[name, column].values()]
+                        values += [100 * r["test"]["score"] for p in picked if p for r in p.rows]
                 if len(values) > 1:
                     found.setdefault(source, {}).setdefault((family, column), {})[label] = values
     return spread_figure(found) if sources[0] in found else None
@@ -323,7 +324,7 @@ def figure_7(sources):
 def figure_12(sources):
     """Losses of pretraining and its continuation, a panel a budget: training (thin, own objective) and validation (MLM)."""
     curves = {}
-    for source in (s for s in sources if isinstance(s, Ours)):
+    for source in (s for s in sources if isinstance(s, StudyResults)):
         for name, facts in sorted(source.study.models.items()):
             r = recipes.parse(name)
             if r.start and facts.get("curve", {}).get("train"):

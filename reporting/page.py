@@ -3,7 +3,8 @@ import numpy as np
 
 from reporting import stats as report_stats
 from reporting import tables as report_tables
-from reporting.scores import IN_WORDS, interval, sections
+from reporting.scores import IN_WORDS, interval
+from reporting.sections import sections
 
 MARK = "<!-- written by nanoEncoder's report.py, which may write it again -->"
 

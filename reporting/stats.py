@@ -1,18 +1,23 @@
-"""Does A beat B? Paired tests over a task's examples, Holm's correction, and differences by pretraining seed.
+"""Does A beat B? The paper's claims, and tests of them.
 
-The claims are the orderings that a reproduction of the paper should show. Only report.py imports this file.
+The claims are the orderings of models that a reproduction of the paper should show. Each is tested in
+two ways:
 
-A test over examples asks whether these two checkpoints differ on examples like these. It does not see that another pretraining
-run would have been another checkpoint; where both models have two pretraining seeds or more, the difference by seed does.
+* over test examples, with a sign-flip permutation test and Holm's correction: do these two
+  checkpoints differ on examples like these? This does not see that another pretraining run would
+  have given another checkpoint.
+* over pretraining seeds, with a t interval, where both models have two pretraining seeds or more.
 """
 import os
 import zipfile
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
 from experiments import recipes
-from reporting.scores import CLM, IN_WORDS, MLM, interval, sections, select, size_of
+from reporting.scores import IN_WORDS, interval, select_trials
+from reporting.sections import CLM, MLM, first_objective, sections, size_of
 
 RESAMPLES = 9_999
 ALPHA = 0.05
@@ -25,9 +30,11 @@ ORDERINGS = {
     6: "Retrieval wants a masking rate of 50 %, question answering (210M, 610M) of 20 %"}
 
 
+# ---- the claims
+
 @dataclass(frozen=True)
 class Claim:
-    """`better` beats `worse` on the tasks of these families."""
+    """`better` beats `worse` on the tasks of these families. ordering: a key of ORDERINGS"""
     ordering: int
     better: str
     worse: str
@@ -35,161 +42,317 @@ class Claim:
 
 
 def claims(names):
-    """The orderings' claims on models that are there, names without pretraining seeds -> [Claim]"""
-    parts = {k: {n: recipes.parse(n) for n in found} for k, found in sections(names).items()}
-    found, every = [], tuple(IN_WORDS)
+    """All claims about these models (names without pretraining seeds), sorted by ordering."""
+    groups = sections(names)
+    found_claims = [*early_claims(groups["steps"]),
+                    *final_claims(groups["base"]),
+                    *share_claims(groups["shares"]),
+                    *continued_claims(groups["continued"]),
+                    *masking_rate_claims(groups["base"])]
+    return sorted(found_claims, key=lambda claim: claim.ordering)
 
-    def pairs(part, key, of):
-        """{key(recipe): {of(recipe): name}} of a section, by size."""
-        out = {}
-        for n, r in sorted(parts[part].items(), key=lambda item: size_of(item[1].size)):
-            out.setdefault(key(r), {})[of(r)] = n
-        return out
 
-    for (_, _, step), pair in sorted(pairs("steps", lambda r: (r.size, r.steps, r.step), lambda r: r.stages[0][0]).items()):
-        if {CLM, MLM} <= pair.keys():
-            families = every if step <= 5_000 else ("TC", "IR") if step <= 10_000 else ("TC",)
-            found.append(Claim(1, pair[CLM], pair[MLM], families))
-    base = pairs("base", lambda r: r.size, lambda r: r.stages[0][0])
-    for pair in base.values():
-        if {CLM, MLM} <= pair.keys():
-            found += [Claim(2, pair[MLM], pair[CLM], ("QA",)), Claim(3, pair[MLM], pair[CLM], ("SC",))]
-    for shares in pairs("shares", lambda r: (r.size, r.steps, r.stages[-1][0]), lambda r: r.clm_share()).values():
-        mixed = sorted((abs(share - 0.25), share) for share in shares if 0.15 < share < 0.35)
-        if mixed and 0 in shares:
-            found.append(Claim(4, shares[mixed[0][1]], shares[0], every))
-    for (_, more), pair in pairs("continued", lambda r: (r.size, r.steps - r.start), lambda r: r.start and r.stages[0][0]).items():
-        if {CLM, MLM} <= pair.keys():
-            found += {22_000: [Claim(5, pair[CLM], pair[MLM], ("SC", "TC", "IR")), Claim(5, pair[MLM], pair[CLM], ("QA",))],
-                      2_000: [Claim(5, pair[MLM], pair[CLM], ("SC", "QA", "IR"))]}.get(more, [])
-    for size, pair in base.items():
-        if {"mlm20", "mlm50"} <= pair.keys():
-            found.append(Claim(6, pair["mlm50"], pair["mlm20"], ("IR",)))
-            found += [Claim(6, pair["mlm20"], pair["mlm50"], ("QA",))] * (size != "1b")
-    return sorted(found, key=lambda c: c.ordering)
+def grouped(names, group_key, member_key):
+    """The models to compare with each other, by size: {group_key(recipe): {member_key(recipe): name}}"""
+    all_recipes = [(name, recipes.parse(name)) for name in names]
+    all_recipes.sort(key=lambda pair: size_of(pair[1].size))
+    groups = defaultdict(dict)
+    for name, recipe in all_recipes:
+        groups[group_key(recipe)][member_key(recipe)] = name
+    return groups
 
+
+def early_claims(names):
+    """Ordering 1, of checkpoints on the way."""
+    checkpoints = grouped(names, lambda r: (r.size, r.steps, r.step), first_objective)
+    for (_, _, step), models in sorted(checkpoints.items()):
+        if step <= 5_000:
+            families = tuple(IN_WORDS)
+        elif step <= 10_000:
+            families = ("TC", "IR")
+        else:
+            families = ("TC",)
+        if CLM in models and MLM in models:
+            yield Claim(1, models[CLM], models[MLM], families)
+
+
+def final_claims(names):
+    """Orderings 2 and 3, of the models of one objective."""
+    for models in grouped(names, lambda r: r.size, first_objective).values():
+        if CLM in models and MLM in models:
+            yield Claim(2, models[MLM], models[CLM], ("QA",))
+            yield Claim(3, models[MLM], models[CLM], ("SC",))
+
+
+def share_claims(names):
+    """Ordering 4: about a quarter of CLM against none, under the same budget."""
+    budgets = grouped(names, lambda r: (r.size, r.steps, r.stages[-1][0]), lambda r: r.clm_share())
+    for models in budgets.values():             # {share of CLM: name}
+        quarters = [share for share in models if 0.15 < share < 0.35]
+        if quarters and 0 in models:
+            nearest = min(quarters, key=lambda share: (abs(share - 0.25), share))
+            yield Claim(4, models[nearest], models[0], tuple(IN_WORDS))
+
+
+def continued_claims(names):
+    """Ordering 5: the same number of MLM steps after a CLM start and after an MLM start."""
+
+    def start(recipe):
+        """The objective of the start; 0 for a model that is a start itself."""
+        return recipe.start and first_objective(recipe)
+
+    lengths = grouped(names, lambda r: (r.size, r.steps - r.start), start)
+    for (_, added_steps), models in lengths.items():
+        if CLM not in models or MLM not in models:
+            continue
+        if added_steps == 22_000:
+            yield Claim(5, models[CLM], models[MLM], ("SC", "TC", "IR"))
+            yield Claim(5, models[MLM], models[CLM], ("QA",))
+        elif added_steps == 2_000:
+            yield Claim(5, models[MLM], models[CLM], ("SC", "QA", "IR"))
+
+
+def masking_rate_claims(names):
+    """Ordering 6, of the models of one objective."""
+    for size, models in grouped(names, lambda r: r.size, first_objective).items():
+        if "mlm20" in models and "mlm50" in models:
+            yield Claim(6, models["mlm50"], models["mlm20"], ("IR",))
+            if size != "1b":
+                yield Claim(6, models["mlm20"], models["mlm50"], ("QA",))
+
+
+# ---- statistics
 
 def sign_flip(differences, resamples=RESAMPLES, seed=0):
-    """Two-sided p that the mean of paired differences is 0, under which each sign is as likely as the other: all sign patterns
-    where they are no more than resamples, else so many random ones and the observed. differences: [n]"""
+    """Two-sided p value that the mean of paired differences is 0. differences: [n]
+
+    If it were 0, each difference could as well have the other sign. The p value is the share of sign
+    patterns whose sum is at least as far from 0 as the observed one: of all patterns where there are
+    no more than `resamples`, else of that many random ones and the observed.
+    """
     d = np.asarray(differences, np.float64)
-    observed = abs(d.sum()) * (1 - 1e-9)         # sums in another order must still count as equal
+    observed = abs(d.sum())
+    # the same sum in another order of addition may differ in the last bits, and must count as equal
+    threshold = observed * (1 - 1e-9)
     if not d.any():
         return 1.0
+
     if 2 ** len(d) <= resamples:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-        return float(np.mean(np.abs(signs @ d) >= observed))
-    rng, d = np.random.default_rng(seed), d[d != 0]         # a sign of zero changes nothing
-    extreme, block = 0, max(1, 4_000_000 // len(d))
+        # all patterns: bit i of a pattern's number is the sign of difference i
+        patterns = np.arange(2 ** len(d))[:, None]                              # [2^n, 1]
+        bits = (patterns >> np.arange(len(d))) & 1                              # [2^n, n]
+        signs = 1 - 2 * bits
+        return float(np.mean(np.abs(signs @ d) >= threshold))
+
+    # random patterns, in blocks that fit into memory; flipping a zero changes nothing
+    rng = np.random.default_rng(seed)
+    d = d[d != 0]
+    bytes_per_pattern = -(-len(d) // 8)
+    block = max(1, 4_000_000 // len(d))
+    n_extreme = 0
     for begin in range(0, resamples, block):
-        k = min(block, resamples - begin)
-        bits = np.unpackbits(rng.integers(0, 256, (k, -(-len(d) // 8)), np.uint8), axis=1, count=len(d))
-        extreme += int((np.abs(d.sum() - 2 * (bits @ d)) >= observed).sum())
-    return (1 + extreme) / (1 + resamples)
+        n_patterns = min(block, resamples - begin)
+        random_bytes = rng.integers(0, 256, (n_patterns, bytes_per_pattern), np.uint8)
+        is_flipped = np.unpackbits(random_bytes, axis=1, count=len(d))          # [patterns, n]
+        sums = d.sum() - 2 * (is_flipped @ d)                                   # [patterns]
+        n_extreme += int((np.abs(sums) >= threshold).sum())
+    return (1 + n_extreme) / (1 + resamples)
 
 
-def holm(ps):
-    """Holm's adjusted p values, in the order given: at most a share ALPHA of such tables has any false rejection."""
-    adjusted, highest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+def holm(p_values):
+    """Holm's adjusted p values, in the order given.
+
+    Rejecting where they are below ALPHA gives any false rejection in at most a share ALPHA of tables.
+    """
+    adjusted = [0.0] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    highest = 0.0
+    for rank, i in enumerate(order):
+        n_remaining = len(p_values) - rank
+        highest = max(highest, min(1.0, n_remaining * p_values[i]))
         adjusted[i] = highest
     return adjusted
 
 
-def items_of(ours, name, column, seeds):
-    """Each test example's score: the mean over the seeds of the selected learning rate (rule standard), then over these
-    pretraining seeds. -> array [examples], what the examples are; or None, why not"""
-    means, data = [], set()
+# ---- a model's scores, by example and by pretraining seed
+
+class NoExampleScores(Exception):
+    """Its text says why a model's scores on single examples cannot be compared."""
+
+
+def example_scores(results, name, column, seeds):
+    """A model's score on each test example, and which version of the data the examples are of.
+
+    A score is the mean over the fine-tuning seeds that the rule "standard" selects, then over these
+    pretraining seeds. Raises NoExampleScores.
+    -> array [examples], the trials' "data"
+    """
+    means = []              # one array [examples] per pretraining seed
+    versions = set()
     for seed in seeds:
-        found, items = select(ours.rows[name, column].get(seed, ()), "standard"), []
-        for row in found["rows"] if found else ():
-            data.add(row.get("data"))
-            path = os.path.join(os.path.dirname(row.get("path", "")), row.get("per_item") or "")
-            if not row.get("per_item") or not row.get("path") or not os.path.isfile(path):
-                return None, "no .npz of its examples' scores"
-            try:
-                with np.load(path) as file:
-                    items.append(file["test"].astype(np.float64))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                return None, "an .npz that cannot be read"
-        if found:
-            if len({len(i) for i in items}) > 1:
-                return None, "seeds of different test sets"
-            means.append(np.mean(items, axis=0))
-    if not means or len({len(m) for m in means}) > 1 or len(data) > 1:
-        return None, "no scores" if not means else "pretraining seeds of different test sets"
-    return np.mean(means, axis=0), data.pop()
+        selection = select_trials(results.rows[name, column].get(seed, ()), "standard")
+        if selection is None:
+            continue
+        scores = [load_example_scores(row) for row in selection.rows]
+        versions |= {row.get("data") for row in selection.rows}
+        if len({len(s) for s in scores}) > 1:
+            raise NoExampleScores("seeds of different test sets")
+        means.append(np.mean(scores, axis=0))
+    if not means:
+        raise NoExampleScores("no scores")
+    if len({len(mean) for mean in means}) > 1 or len(versions) > 1:
+        raise NoExampleScores("pretraining seeds of different test sets")
+    return np.mean(means, axis=0), versions.pop()
 
 
-def by_seed(ours, claim, column):
-    """{pretraining seed that both models have: difference of their selected test scores, in points}"""
-    scores = []
-    for name in (claim.better, claim.worse):
-        found = {seed: select(rows, "standard") for seed, rows in ours.rows[name, column].items()}
-        scores.append({seed: 100 * f["mean"] for seed, f in found.items() if f})
-    return {s: scores[0][s] - scores[1][s] for s in sorted(scores[0].keys() & scores[1].keys())}
+def load_example_scores(row):
+    """The .npz beside a trial's file: its score on each test example. [examples] Raises NoExampleScores."""
+    if not row.get("per_item") or not row.get("path"):
+        raise NoExampleScores("no .npz of its examples' scores")
+    path = os.path.join(os.path.dirname(row["path"]), row["per_item"])
+    if not os.path.isfile(path):
+        raise NoExampleScores("no .npz of its examples' scores")
+    try:
+        with np.load(path) as file:
+            return file["test"].astype(np.float64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise NoExampleScores("an .npz that cannot be read") from None
 
 
-def paired_tests(ours, known=()):
-    """A test a claim and task that both models share a pretraining seed of, as dicts for JSON, differences in points.
+def differences_by_seed(results, claim, column):
+    """{pretraining seed that both models have: better minus worse, in points of the selected test score}"""
+    better = means_by_seed(results, claim.better, column)
+    worse = means_by_seed(results, claim.worse, column)
+    return {seed: better[seed] - worse[seed] for seed in sorted(better) if seed in worse}
 
-    {"ordering", "better", "worse", "family", "task", "by_seed" (of selected scores), "items" (their number), "difference" (of their
-    means), "half_width" (1.96 standard errors over examples), "p", "why" there is none, "holm" (corrected p), "verdict"}.
-    known: tests of an earlier report, for rows whose examples are not here."""
-    earlier = {(t["better"], t["worse"], t["task"]): t for t in known if t["p"] is not None}
-    found = []
-    for claim in claims(ours.names):
-        for family, column in ((f, c) for f in claim.families for c in ours.columns.get(f, ())):
-            seeds = by_seed(ours, claim, column)
-            if not seeds:
-                continue
-            test = {"ordering": claim.ordering, "better": claim.better, "worse": claim.worse, "family": family, "task": column,
-                    "by_seed": list(seeds.values()), "items": 0, "difference": None, "half_width": None, "p": None}
-            (a, of_a), (b, of_b) = (items_of(ours, name, column, seeds) for name in (claim.better, claim.worse))
-            if a is None or b is None:
-                test["why"] = of_a if a is None else of_b
-            elif len(a) != len(b) or of_a != of_b:
-                test["why"] = "different test sets"
-            else:
-                d = 100 * (a - b)
-                test |= {"items": len(d), "difference": float(d.mean()), "p": sign_flip(d),
-                         "half_width": float(1.96 * d.std(ddof=1) / len(d) ** 0.5) if len(d) > 1 else None}
-            found.append(earlier.get((claim.better, claim.worse, column), test) if test["p"] is None else test)
-    tested = [t for t in found if t["p"] is not None]
-    for test, p in zip(tested, holm([t["p"] for t in tested])):
+
+def means_by_seed(results, name, column):
+    """{pretraining seed: selected test score in percent}, by the rule "standard"."""
+    means = {}
+    for seed, rows in results.rows[name, column].items():
+        selection = select_trials(rows, "standard")
+        if selection is not None:
+            means[seed] = 100 * selection.mean
+    return means
+
+
+# ---- the tests
+
+def paired_tests(results, earlier_tests=()):
+    """Tests every claim on every task where both models share a pretraining seed.
+
+    -> a list of dicts as rows.jsonl has them, differences in points:
+        ordering, better, worse, family, task
+        by_seed         differences of the selected test scores, one per pretraining seed
+        items           number of examples, 0 if there is no test over examples; "why" says why not
+        difference      mean over the examples
+        half_width      1.96 standard errors of it
+        p, holm         the p value over examples, and Holm's correction over all tests
+        verdict         see verdict()
+
+    earlier_tests: tests of an earlier report. They replace tests over examples that cannot be
+    repeated, because a report's rows.jsonl has no scores of examples.
+    """
+    earlier = {}
+    for test in earlier_tests:
+        if test["p"] is not None:
+            earlier[test["better"], test["worse"], test["task"]] = test
+
+    tests = []
+    for claim in claims(results.names):
+        for family in claim.families:
+            for column in results.columns.get(family, ()):
+                by_seed = differences_by_seed(results, claim, column)
+                if not by_seed:
+                    continue
+                test = paired_test(results, claim, family, column, by_seed)
+                if test["p"] is None:
+                    test = earlier.get((claim.better, claim.worse, column), test)
+                tests.append(test)
+
+    with_p = [test for test in tests if test["p"] is not None]
+    adjusted = holm([test["p"] for test in with_p])
+    for test, p in zip(with_p, adjusted):
         test["holm"] = p
-    for test in found:
+    for test in tests:
         test["verdict"] = verdict(test)
-    return found
+    return tests
+
+
+def paired_test(results, claim, family, column, by_seed):
+    """One test of paired_tests, before the correction. by_seed: {pretraining seed: difference}"""
+    test = {"ordering": claim.ordering, "better": claim.better, "worse": claim.worse,
+            "family": family, "task": column, "by_seed": list(by_seed.values()),
+            "items": 0, "difference": None, "half_width": None, "p": None}
+    try:
+        better, data_of_better = example_scores(results, claim.better, column, by_seed)
+        worse, data_of_worse = example_scores(results, claim.worse, column, by_seed)
+    except NoExampleScores as error:
+        test["why"] = str(error)
+        return test
+    if len(better) != len(worse) or data_of_better != data_of_worse:
+        test["why"] = "different test sets"
+        return test
+    differences = 100 * (better - worse)                                        # [examples], points
+    test["items"] = len(differences)
+    test["difference"] = float(differences.mean())
+    test["p"] = sign_flip(differences)
+    if len(differences) > 1:
+        test["half_width"] = float(1.96 * differences.std(ddof=1) / len(differences) ** 0.5)
+    return test
 
 
 def verdict(test):
-    """Of one test. "confirmed" wants both: examples (Holm's p below ALPHA), and pretraining seeds (a 95 % t interval on the claim's
-    side of 0). With examples alone it holds for these checkpoints; not where the task's own score says the opposite."""
-    seeds = test["by_seed"]
-    mean, half = (float(np.mean(seeds)), interval(seeds, "standard")) if len(seeds) > 1 else (0.0, float("nan"))
-    of_seeds = 1 if mean - half > 0 else -1 if mean + half < 0 else 0
+    """What a test says about its claim, in words.
+
+    "confirmed" needs both: the examples (Holm's p below ALPHA) and the pretraining seeds (a 95 % t
+    interval on the claim's side of 0). With the examples alone the claim holds "for these
+    checkpoints". Where the task's own score says the opposite of the examples, nothing is confirmed.
+    """
+    by_seed = test["by_seed"]
+    side_of_seeds = side_of_zero(by_seed)
     if test["p"] is None:
-        return {1: "confirmed by pretraining seeds alone", -1: "the other way round by pretraining seeds alone"}.get(
-            of_seeds, "not separated by pretraining seeds" if len(seeds) > 1 else "not tested")
+        if side_of_seeds > 0:
+            return "confirmed by pretraining seeds alone"
+        if side_of_seeds < 0:
+            return "the other way round by pretraining seeds alone"
+        return "not separated by pretraining seeds" if len(by_seed) > 1 else "not tested"
     if test["holm"] >= ALPHA:
         return "not separated"
-    side = 1 if test["difference"] > 0 else -1
-    if np.mean(seeds) * side < 0:      # entity F1 of a set and macro F1 of its sentences can
+    side_of_examples = 1 if test["difference"] > 0 else -1
+    if np.mean(by_seed) * side_of_examples < 0:
+        # e.g. the entity F1 of a test set falls while the mean of its sentences' macro F1 rises
         return "examples and score disagree"
-    return ("confirmed" if side > 0 else "the other way round") + " for these checkpoints" * (of_seeds != side)
+    words = "confirmed" if side_of_examples > 0 else "the other way round"
+    if side_of_seeds != side_of_examples:
+        words += " for these checkpoints"
+    return words
+
+
+def side_of_zero(values):
+    """1 or -1 if the 95 % t interval of the mean lies above or below 0, else 0."""
+    if len(values) < 2:
+        return 0
+    mean = float(np.mean(values))
+    half_width = interval(values, "standard")
+    if mean - half_width > 0:
+        return 1
+    if mean + half_width < 0:
+        return -1
+    return 0
 
 
 def summary(tests):
-    """{ordering: verdict in words} of the orderings that rows speak to."""
-    found = {}
-    for ordering in sorted({t["ordering"] for t in tests}):
-        counts = {}
-        for t in tests:
-            if t["ordering"] == ordering:
-                counts[t["verdict"]] = counts.get(t["verdict"], 0) + 1
-        n = sum(counts.values())
-        found[ordering] = next(iter(counts)) + f" ({n} of {n})" if len(counts) == 1 else ", ".join(
-            f"{k} of {n} {word}" for word, k in sorted(counts.items(), key=lambda c: -c[1]))
-    return found
+    """{ordering: its tests' verdicts in words}, of the orderings that were tested."""
+    verdicts = defaultdict(list)
+    for test in tests:
+        verdicts[test["ordering"]].append(test["verdict"])
+    texts = {}
+    for ordering in sorted(verdicts):
+        n = len(verdicts[ordering])
+        counts = Counter(verdicts[ordering]).most_common()
+        if len(counts) == 1:
+            texts[ordering] = f"{counts[0][0]} ({n} of {n})"
+        else:
+            texts[ordering] = ", ".join(f"{count} of {n} {words}" for words, count in counts)
+    return texts

@@ -6,7 +6,8 @@ import numpy as np
 from scipy import stats
 
 from core.files import table_cell
-from reporting.scores import DATASETS, IN_WORDS, column_of, interval, one_seed, sections, select, task_of
+from reporting.scores import DATASETS, IN_WORDS, column_of, interval, select_trials, split_seed, task_of
+from reporting.sections import sections
 
 RULES = ("paper", "standard")
 SECTIONS = {    # heading, number of the paper's first table, its figures
@@ -41,9 +42,9 @@ def in_words(found, lrs):
         return "no trial succeeded"
     edge = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
     chosen = ", ".join(f"{lr_in_words(lr)}{f' x {k}' if k > 1 else ''}{'†' if lr in edge else ''}"
-                       for lr, k in sorted(Counter(found["lrs"]).items()))
-    interval = "" if math.isnan(found["half_width"]) else f" ± {100 * found['half_width']:.2f}"
-    return f"{100 * found['mean']:.2f}{interval} ({chosen})"
+                       for lr, k in sorted(Counter(found.lrs).items()))
+    interval = "" if math.isnan(found.half_width) else f" ± {100 * found.half_width:.2f}"
+    return f"{100 * found.mean:.2f}{interval} ({chosen})"
 
 
 def named(row):
@@ -68,7 +69,7 @@ def trial_table(rows):
         lrs, seeds = ({r[k] for r in rows if task_of(r) == task} for k in ("lr", "seed"))
         baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
         missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})
-        by_rule = [in_words(select(group, rule), lrs) for rule in RULES]
+        by_rule = [in_words(select_trials(group, rule), lrs) for rule in RULES]
         cells = [table_cell(task), table_cell(model), *by_rule, baseline, len({r["seed"] for r in group}),
                  sum(r["failed"] for r in group), missing]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -84,10 +85,10 @@ def retrieval_table(rows):
         if r.get("kind") == "retrieval":
             groups[task_of(r), named(r)].append(r)
     for (task, model), group in sorted(groups.items()):
-        found = select(group, "standard")
+        found = select_trials(group, "standard")
         if found is not None:
-            means = [f"{100 * np.mean([r['test'][key] for r in found['rows']]):.2f}" for key in keys]
-            first = found["rows"][0]
+            means = [f"{100 * np.mean([r['test'][key] for r in found.rows]):.2f}" for key in keys]
+            first = found.rows[0]
             lines.append(f"| {table_cell(task)} | {table_cell(model)} | {first['documents']:,} | {first['test']['n']:,} "
                          f"| {' | '.join(means)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
@@ -128,7 +129,7 @@ def table_of(source, names, family, paper=None):
         return ""
     beside = [DATASETS[source.columns[family][c]] for c in columns if source.columns[family][c] in DATASETS] if paper else []
     known = [n for n in names if paper and n in paper.names]
-    if source.what == "paper":
+    if source.is_paper:
         whole = {n: [source.score(n, columns, rule) for rule in RULES] for n in names}
         return markdown(["model", *columns, f"**{family}**", f"{family}, t interval"], [
             [n, *(cell(source.score(n, [c], "paper")) for c in columns), f"**{cell(a)}**", cell(b)] for n, (a, b) in whole.items()])
@@ -160,8 +161,8 @@ def coverage(n):
 
 def deviation(paper):
     """How far a family's mean of its data sets is from the printed average, at most."""
-    return max(abs(paper.score(n, list(paper.columns[f]), "paper").mean - paper.published(n, f))
-               for n in paper.names for f in paper.columns if paper.published(n, f) is not None)
+    return max(abs(paper.score(n, list(paper.columns[f]), "paper").mean - paper.printed_average(n, f))
+               for n in paper.names for f in paper.columns if paper.printed_average(n, f) is not None)
 
 
 def lr_in_words(lr):
@@ -173,7 +174,7 @@ def models_table(ours):
     """What each model was trained for, the mean of its pretraining seeds, counted from the first ancestor's first step."""
     lines = []
     for name in ours.names:
-        x = {axis: ours.x(name, axis) for axis in ("steps", "tokens", "targets", "flops", "seconds")}
+        x = {axis: ours.amount(name, axis) for axis in ("steps", "tokens", "targets", "flops", "seconds")}
         lines.append([name, ", ".join(map(str, sorted(ours.seeds[name]))),
                       *("–" if x[k] is None else f"{x[k]:.3g}" if k == "flops" else f"{x[k]:,.0f}" for k in x),
                       *(loss_in_words(ours.losses(name, objective)) for objective in ("mlm", "clm"))])
@@ -242,16 +243,16 @@ def warnings(study, ours):
         failed += [f"{name} on {column}, {len(broken)} (lr {rates})"] * bool(broken)
         good = {r["seed"] for r in group if not r["failed"]}
         fewer += [f"{name} on {column}, {len(good)} of {len(seeds)}"] * (len(good) < len(seeds))
-        best = select(group, "standard")
-        if best and len(lrs) > 1 and best["lrs"][0] in (min(lrs), max(lrs)):
-            edges.append(f"{name} on {column} ({best['lrs'][0]:g})")
+        best = select_trials(group, "standard")
+        if best and len(lrs) > 1 and best.lrs[0] in (min(lrs), max(lrs)):
+            edges.append(f"{name} on {column} ({best.lrs[0]:g})")
         baseline = next((r["baseline"] for r in group if r.get("baseline")), None)
-        if best and baseline and best["mean"] <= baseline["score"]:
-            floor.append(f"{name} on {column} ({100 * best['mean']:.2f}, {baseline['name']} {100 * baseline['score']:.2f})")
+        if best and baseline and best.mean <= baseline["score"]:
+            floor.append(f"{name} on {column} ({100 * best.mean:.2f}, {baseline['name']} {100 * baseline['score']:.2f})")
     absent = [f"{name} on {column}" for name in tried for column in grids if (name, column) not in by_model]
     singles = []
     for names in (sections(ours.names).values() if ours else ()):
-        counts = {n: len({one_seed(t)[1] for t in tried if one_seed(t)[0] == n}) for n in names}
+        counts = {n: len({split_seed(t)[1] for t in tried if split_seed(t)[0] == n}) for n in names}
         most = max(counts.values(), default=0)
         singles += [f"{n}, {k} of {most}" for n, k in counts.items() if 0 < k < most and f"{n}, {k} of {most}" not in singles]
     found += [f"**{what}**: {some(items)}." for what, items in (

@@ -10,16 +10,17 @@ from made_study import PAPER, draw
 import model
 import report
 from reporting import scores as report_scores
+from reporting.sections import sections
 
 
 def test_every_family_average_of_the_paper_follows_from_its_data_sets():
-    paper = report_scores.Paper(PAPER)
+    paper = report_scores.PaperResults(PAPER)
     assert len(paper.names) == 46 and sum(len(v) for v in paper.columns.values()) == 12       # four of the 50 stand in two groups of tables
     for name in paper.names:
         for family, columns in paper.columns.items():
             found = paper.score(name, list(columns), "paper")
-            assert abs(found.mean - paper.published(name, family)) < 0.01
-            assert found.half_width == paper.cells[name, family, "average"][1]
+            assert abs(found.mean - paper.printed_average(name, family)) < 0.01
+            assert found.half_width == paper.cells[name, family, "average"].half_width
             assert paper.score(name, list(columns), "standard").half_width == pytest.approx(found.half_width * 2.776 / 1.96, rel=1e-3)
 
 
@@ -27,14 +28,14 @@ def test_the_papers_models_fall_into_the_papers_groups_of_tables():
     lines = [line.split(",") for line in open(PAPER).read().splitlines()[1:]]
     groups = {e: {re.sub(r" @(\d+)k", r"-\g<1>000", name.removesuffix(" (base)")) for experiment, name, *_ in lines if experiment == e}
               for e in ("BASE", "STEP", "PFS", "CPT")}
-    found = report_scores.sections(report_scores.Paper(PAPER).names)
+    found = sections(report_scores.PaperResults(PAPER).names)
     assert [set(part) for part in found.values()] == [*groups.values(), set()]
 
 
 def test_the_papers_axes_are_its_tokens_and_the_flops_of_its_sizes():
-    paper = report_scores.Paper(PAPER)
-    assert paper.x("610m-mlm40-42k-1000", "tokens") == 2_359_296_000 and paper.x("610m-mlm40-42k-1000", "targets") == 943_718_400
-    assert paper.x("610m-clm-10k-mlm40-42k", "targets") == 2_359_296 * (10_000 + 0.4 * 32_000)
+    paper = report_scores.PaperResults(PAPER)
+    assert paper.amount("610m-mlm40-42k-1000", "tokens") == 2_359_296_000 and paper.amount("610m-mlm40-42k-1000", "targets") == 943_718_400
+    assert paper.amount("610m-clm-10k-mlm40-42k", "targets") == 2_359_296 * (10_000 + 0.4 * 32_000)
     for size, (body, head, attention) in report_scores.PAPER_GFLOPS.items():
         c = model.ModelConfig(**model.SIZES[size], vocab_size=128_256)
         weights = c.n_layer * (c.n_embd * (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_head * c.head_dim * c.n_embd

@@ -24,16 +24,16 @@ from reporting.page import MARK, page
 
 
 def read(folder):
-    """-> Study, Ours"""
+    """-> Study, StudyResults"""
     study = report.read([str(folder)])[1]
-    return study, report_scores.Ours(study)
+    return study, report_scores.StudyResults(study)
 
 
 def page_of(folder, drawn=()):
     """The page of a study's folder or rows.jsonl, without drawing."""
     study, ours = read(folder)
     study.tests = report_stats.paired_tests(ours, study.tests)
-    return page(ours, report_scores.Paper(PAPER), study.tests, drawn), study
+    return page(ours, report_scores.PaperResults(PAPER), study.tests, drawn), study
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_study_has_all_tables_and_all_figures_and_ours_beside_the_papers(whole
     rows = [json.load(open(row_of(root, "610m-mlm20-42k", task, lr, seed))) | {"failed": False}
             for task in ("sst2", "sotu_era") for lr in made.LRS for seed in made.SEEDS]
     for rule, factor in (("paper", 1.96), ("standard", 12.706)):
-        found = [report_scores.select([r for r in rows if r["task"] == task], rule) for task in ("sst2", "sotu_era")]
-        cells = [f"{100 * f['mean']:.2f} ± {100 * f['half_width']:.2f}" for f in found]
-        by_seed = [50 * (found[0]["rows"][s]["test"]["score"] + found[1]["rows"][s]["test"]["score"]) for s in (0, 1)]
+        found = [report_scores.select_trials([r for r in rows if r["task"] == task], rule) for task in ("sst2", "sotu_era")]
+        cells = [f"{100 * f.mean:.2f} ± {100 * f.half_width:.2f}" for f in found]
+        by_seed = [50 * (found[0].rows[s]["test"]["score"] + found[1].rows[s]["test"]["score"]) for s in (0, 1)]
         both = f"**{np.mean(by_seed):.2f} ± {factor * abs(by_seed[0] - by_seed[1]) / 2:.2f}**"
         assert f"| 610m-mlm20-42k | {rule} | 2 fine-tuning | {cells[0]} | {cells[1]} | {both} | 92.61 ± " in text
 
@@ -112,15 +112,15 @@ def test_a_report_drawn_from_its_own_rows_is_the_same(whole, tmp_path):
     text, study = page_of(out, set(report_figures.FIGURES))
     assert text == open(f"{out}/report.md").read()
     assert "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study)) == open(f"{out}/rows.jsonl").read()
-    ours = report_scores.Ours(study)
+    ours = report_scores.StudyResults(study)
     assert all(plt.close(draw([ours])) is None for name, draw in report_figures.FIGURES.items() if name[3:5] in ("05", "12"))
     assert len(open(f"{out}/rows.jsonl").read().splitlines()) > 900 and "train_loss" not in open(f"{out}/rows.jsonl").read()
 
 
 def test_axes_count_from_the_first_ancestor(whole):
     study, ours = read(whole[0])
-    assert ours.x("610m-mlm40-42k", "steps") == 840 and ours.x("610m-clm-dec42k-mlm40-64k", "steps") == 1280
-    assert ours.x("610m-clm-42k-1000", "targets") == 20 * made.PER_STEP == ours.x("610m-mlm40-42k-1000", "targets") / 0.4
+    assert ours.amount("610m-mlm40-42k", "steps") == 840 and ours.amount("610m-clm-dec42k-mlm40-64k", "steps") == 1280
+    assert ours.amount("610m-clm-42k-1000", "targets") == 20 * made.PER_STEP == ours.amount("610m-mlm40-42k-1000", "targets") / 0.4
     assert report_figures.added(ours, "610m-clm-dec42k-mlm40-64k") == 440 and report_figures.added(ours, "610m-clm-42k") == 0
     curve = study.models["610m-clm-dec42k-mlm40-64k"]["curve"]
     steps, phases = [r[0] for r in curve["train"]], [r[2] for r in curve["train"]]
@@ -135,7 +135,7 @@ def test_pretraining_seeds_are_the_values_that_an_interval_is_over(whole):
         means = []
         for name in ("610m-clm-42k", "610m-clm-42k-seed43", "610m-clm-42k-seed44"):
             rows = [json.load(open(row_of(whole[0], name, lr=lr, seed=s))) for lr in made.LRS for s in made.SEEDS]
-            means.append(100 * report_scores.select(rows, rule)["mean"])
+            means.append(100 * report_scores.select_trials(rows, rule).mean)
         assert found.values == pytest.approx(means) and (found.over, found.n, found.fine) == ("pretraining", 3, (2, 2))
         assert found.mean == pytest.approx(np.mean(means)) and found.half_width == pytest.approx(quantile * np.std(means, ddof=1) / 3 ** 0.5)
     assert report_tables.seeds_of(found) == "3 pretraining (2 fine-tuning each)"
@@ -217,7 +217,7 @@ def test_where_examples_are_missing_or_others_it_says_so(small):
 
 
 def test_the_claims_are_the_papers_and_hold_in_its_own_tables():
-    paper = report_scores.Paper(PAPER)
+    paper = report_scores.PaperResults(PAPER)
     found = report_stats.claims(paper.names)
     assert {c.ordering for c in found} == set(report_stats.ORDERINGS)
     wrong = [(c.ordering, c.better, f) for c in found for f in c.families
@@ -271,7 +271,7 @@ def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
     for name in names[:5]:
         shutil.rmtree(os.path.dirname(row_of(root, name)))
     found = {run_python(["-c", f"import report; from reporting import scores as report_scores, tables as report_tables; study = report.read([{root!r}])[1]; "
-                               "print(*report_tables.warnings(study, report_scores.Ours(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
+                               "print(*report_tables.warnings(study, report_scores.StudyResults(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
     assert len(found) == 1 and "on sst2; 210m-" in found.pop()
 
 
@@ -328,8 +328,8 @@ def test_two_plans_are_never_one_report(small):
 @pytest.mark.parametrize("name, content, says", [
     ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is no study.json"),
     ("study.json", '{"plan": "x", "models": {"bert": {"folder": "bert"}}}', "'bert' is no model of a study"),
-    ("t.csv", "a,b\n1,2\n", "line 2 is no published result"), ("t.csv", "", "holds no published result"),
-    ("t.csv", report_scores.COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is no published result")])
+    ("t.csv", "a,b\n1,2\n", "line 2 is not a published result"), ("t.csv", "", "holds no published result"),
+    ("t.csv", report_scores.COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is not a published result")])
 def test_what_is_no_study_and_no_table_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(says)):
