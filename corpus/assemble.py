@@ -1,8 +1,13 @@
-"""Prepared files -> one corpus: duplicates dropped, the stop found, shards numbered in the order of the source."""
-import math
+"""Prepared files -> one corpus.
+
+build_corpus() prepares the files that are missing (parallel.py), drops documents whose id came
+before, in the order of files and rows, stops at the document that reaches --tokens, and moves the
+shards of file 7 to OUT/train_00007_000.bin, ... Only shards that lose a document are written again.
+"""
 import os
 import shutil
 from bisect import bisect_left
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -16,112 +21,192 @@ from corpus.shards import HEADER_BYTES, ShardWriter, read_header, shard_facts
 MERGE_AT_ONCE = 1 << 22    # records in memory while duplicates are looked for
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# all files
-def records_of(out, index):
+@dataclass
+class Selection:
+    """Which documents of the prepared files make the corpus."""
+
+    files: dict       # {index: PreparedFile}, in order
+    dropped: dict     # {index: sorted rows that are duplicates}, only of files that have any
+    last_row: int     # the row of the last file that reaches the limit; None if there is no limit
+
+    def rows_of(self, index):
+        """How many rows of a file count."""
+        if self.last_row is not None and index == max(self.files):
+            return self.last_row + 1
+        return self.files[index].rows
+
+
+def build_corpus(job):
+    """Write the shards of a corpus. -> what its manifest says of them
+
+    After an interruption it continues where it stopped: a shard that is in its place stays.
+    """
+    selection = select_documents(job)
+    tok = tokenizers.load(job.out)
+    totals = {}
+    for split in SPLITS:
+        for unit in ("documents", "tokens", "characters"):
+            totals[f"{split}_{unit}"] = 0
+    totals |= {"duplicates": 0, "blank_documents": 0, "files_read": len(selection.files)}
+
+    shards = {}
+    for index in tqdm(selection.files, desc="putting together", unit=" files", mininterval=1.0):
+        records, is_kept = in_row_order(job.out, index, selection.dropped)
+        rows = selection.rows_of(index)
+        is_before_stop = records["row"] < rows
+        totals["duplicates"] += int((is_before_stop & ~is_kept).sum())
+        totals["blank_documents"] += rows - int(is_before_stop.sum())
+        is_kept &= is_before_stop
+        for split in SPLITS:
+            is_of_split = records["val"] == (split == "val")
+            kept = records[is_of_split & is_kept]
+            totals[f"{split}_documents"] += len(kept)
+            totals[f"{split}_tokens"] += int(kept["tokens"].sum())
+            totals[f"{split}_characters"] += int(kept["characters"].sum())
+            lengths = records["tokens"][is_of_split]
+            documents = selection.files[index].shards
+            shards |= place_split(
+                job.out, index, split, documents, lengths, is_kept[is_of_split], tok
+            )
+
+    remove_unused_files(job.out, max(selection.files))
+    return totals | {"shards": shards}
+
+
+# -------------------------------------------------------------------------------------------------
+# which documents
+def select_documents(job):
+    """Prepare every file that the stop at job.tokens needs. -> Selection"""
+    enough = job.limit
+    while True:
+        files = prepare_files(job, range(len(job.urls)), enough, enough)
+        dropped = find_duplicates(job.out, list(files))
+
+        # Walk over the files until their training tokens, duplicates aside, reach the limit.
+        missing = job.limit
+        lost = 0
+        for index, file in files.items():
+            tokens = file.train_tokens
+            if index in dropped:
+                tokens = int(kept_train_tokens(job.out, index, dropped)[1].sum())
+                lost += file.train_tokens - tokens
+            if tokens >= missing:
+                rows, row_tokens = kept_train_tokens(job.out, index, dropped)
+                last_row = int(rows[np.searchsorted(np.cumsum(row_tokens), missing)])
+                used = {i: prepared for i, prepared in files.items() if i <= index}
+                return Selection(used, dropped, last_row)
+            missing -= tokens
+
+        # All of the source was read. Else duplicates took some tokens: read as many more.
+        if len(files) == len(job.urls) and all(file.is_complete for file in files.values()):
+            return Selection(files, dropped, None)
+        enough = job.tokens + lost
+
+
+def find_duplicates(out, indices):
+    """The rows whose id an earlier file or row has. -> {index: sorted rows}, only of files with any
+
+    The records of a file are sorted by the hash of the id. The range of hashes is walked in slices.
+    Only the records of one slice, of all files, are in memory, so that it does not grow with the
+    corpus.
+    """
+    files = [read_records(out, index) for index in indices]
+    n_slices = sum(len(file) for file in files) // MERGE_AT_ONCE + 1
+    duplicates = {}      # {index: [rows of one slice, ...]}
+    begins = [0] * len(files)
+    for number in range(1, n_slices + 1):
+        if number == n_slices:
+            ends = [len(file) for file in files]
+        else:
+            bound = (number << 64) // n_slices
+            ends = [bisect_left(file["id"], bound, lo=begin) for file, begin in zip(files, begins)]
+        records = np.concatenate([file[begin:end] for file, begin, end in zip(files, begins, ends)])
+        file_of = np.repeat(np.arange(len(files)), np.subtract(ends, begins))     # of each record
+
+        # Sorted by id, then file, then row, a record is a duplicate if the one before has its id.
+        order = np.lexsort((records["row"], file_of, records["id"]))
+        ids = records["id"][order]
+        repeated = order[1:][ids[1:] == ids[:-1]]
+        for i in np.unique(file_of[repeated]):
+            rows = records["row"][repeated[file_of[repeated] == i]]
+            duplicates.setdefault(indices[i], []).append(rows)
+        begins = ends
+    return {index: np.sort(np.concatenate(rows)) for index, rows in duplicates.items()}
+
+
+def read_records(out, index):
+    """The records of a prepared file, sorted by id and memory-mapped. -> DOCUMENT [n]"""
     path = os.path.join(folder_of(out, index), "documents.bin")
-    return np.memmap(path, DOCUMENT, "r") if os.path.getsize(path) else np.empty(0, DOCUMENT)
-
-
-def duplicates(out, indices):
-    """The rows whose id an earlier file or row has. The files' hashes are merged a range of them at a time, so memory does
-    not grow with the corpus. -> {index: sorted rows}, only files that have any"""
-    files = [records_of(out, index) for index in indices]
-    ranges = sum(map(len, files)) // MERGE_AT_ONCE + 1
-    found = {}
-    begin = [0] * len(files)
-    for r in range(1, ranges + 1):
-        end = [len(f) if r == ranges else bisect_left(f["id"], (r << 64) // ranges, lo=b) for f, b in zip(files, begin)]
-        part = np.concatenate([f[b:e] for f, b, e in zip(files, begin, end)])
-        file = np.repeat(np.arange(len(files)), np.subtract(end, begin))
-        order = np.lexsort((part["row"], file, part["id"]))
-        again = order[1:][part["id"][order[1:]] == part["id"][order[:-1]]]
-        for i in np.unique(file[again]):
-            found.setdefault(indices[i], []).append(part["row"][again[file[again] == i]])
-        begin = end
-    return {index: np.sort(np.concatenate(rows)) for index, rows in found.items()}
+    if os.path.getsize(path) == 0:
+        return np.empty(0, DOCUMENT)
+    return np.memmap(path, DOCUMENT, "r")
 
 
 def in_row_order(out, index, dropped):
-    """The records of a file in the order of its rows, and which of them are kept. -> [n] DOCUMENT, [n] bool"""
-    records = np.sort(np.array(records_of(out, index)), order="row")
-    return records, ~np.isin(records["row"], dropped.get(index, []))
+    """The records of a file sorted by row, and which of them are kept. -> DOCUMENT [n], bool [n]"""
+    records = np.sort(np.array(read_records(out, index)), order="row")
+    is_duplicate = np.isin(records["row"], dropped.get(index, []))
+    return records, ~is_duplicate
 
 
-def prepare_all(c, made, urls, sizes):
-    """Every file that the stop at c.tokens needs. -> facts, {index: rows to drop}, the last row of the last file or None"""
-    enough = c.tokens or math.inf
-    while True:
-        facts = prepare_files(c, made, urls, sizes, range(len(urls)), enough, enough)
-        dropped = duplicates(c.out, list(facts))
-        lost, missing = 0, c.tokens or math.inf
-        for index in facts:
-            tokens = facts[index]["train"]["tokens"]
-            if index in dropped:
-                records, kept = in_row_order(c.out, index, dropped)
-                lost += int(records["tokens"][~kept & ~records["val"]].sum())
-                tokens = int(records["tokens"][kept & ~records["val"]].sum())
-            if tokens >= missing:
-                records, kept = in_row_order(c.out, index, dropped)
-                ends = np.cumsum(np.where(kept & ~records["val"], records["tokens"], 0))
-                last = int(records["row"][np.searchsorted(ends, missing)])
-                return {i: f for i, f in facts.items() if i <= index}, dropped, last
-            missing -= tokens
-        if len(facts) == len(urls) and all(f["whole"] for f in facts.values()):
-            return facts, dropped, None
-        enough = c.tokens + lost     # duplicates took some: read on by as many
+def kept_train_tokens(out, index, dropped):
+    """The rows of a file, and the training tokens that each gives the corpus. -> [n], [n]"""
+    records, is_kept = in_row_order(out, index, dropped)
+    tokens = np.where(is_kept & ~records["val"], records["tokens"], 0)
+    return records["row"], tokens
 
 
-def finish(c, made, urls, sizes):
-    """Prepare what is missing, drop duplicates, stop, and put the shards in their places. -> what the manifest says of them"""
-    facts, dropped, last = prepare_all(c, made, urls, sizes)
-    tok, indices = tokenizers.load(c.out), list(facts)
-    total = {f"{split}_{unit}": 0 for split in SPLITS for unit in ("documents", "tokens", "characters")}
-    total |= {"duplicates": 0, "blank_documents": 0, "files_read": len(indices)}
-    shards = {}
-    for index in tqdm(indices, desc="putting together", unit=" files", mininterval=1.0):
-        records, keep = in_row_order(c.out, index, dropped)
-        cut = index == indices[-1] and last is not None
-        inside = records["row"] <= (last if cut else math.inf)
-        total["duplicates"] += int((inside & ~keep).sum())
-        total["blank_documents"] += (last + 1 if cut else facts[index]["rows"]) - int(inside.sum())
-        keep &= inside
-        for split, val in zip(SPLITS, (False, True)):
-            side, begin = records["val"] == val, 0
-            lengths, kept = records["tokens"][side], keep[side]
-            total[f"{split}_documents"] += int(kept.sum())
-            total[f"{split}_tokens"] += int(lengths[kept].sum())
-            total[f"{split}_characters"] += int(records["characters"][side][kept].sum())
-            for name, documents in facts[index]["shards"].items():
-                if name.startswith(split):
-                    number, mine = name.removesuffix(".bin").split("_")[1], slice(begin, begin + documents)
-                    target = os.path.join(c.out, f"{split}_{index:05d}_{number}.bin")
-                    place(os.path.join(folder_of(c.out, index), name), target, lengths[mine], kept[mine], tok)
-                    if kept[mine].any():
-                        shards[os.path.basename(target)] = shard_facts(target)
-                    begin += documents
-    for path in find_files(os.path.join(c.out, "files"), "*"):
-        name = os.path.basename(path)
-        if not name.isdigit() or int(name) > indices[-1]:      # behind the stop, or left by a process that was killed
-            shutil.rmtree(path)
-    return total | {"shards": shards}
+# -------------------------------------------------------------------------------------------------
+# shards to their places
+def place_split(out, index, split, documents, lengths, is_kept, tok):
+    """Place the shards of one split of a file. -> {name: what the manifest says of it}
+
+    documents: {name: how many it holds} of all shards of the file. lengths [n] and is_kept [n] are
+    of the documents of this split, in the order in which its shards hold them.
+    """
+    placed = {}
+    begin = 0
+    for name, count in documents.items():
+        if not name.startswith(split):
+            continue
+        number = name.removesuffix(".bin").split("_")[1]
+        source = os.path.join(folder_of(out, index), name)
+        target = os.path.join(out, f"{split}_{index:05d}_{number}.bin")
+        in_shard = slice(begin, begin + count)
+        place(source, target, lengths[in_shard], is_kept[in_shard], tok)
+        if is_kept[in_shard].any():
+            placed[os.path.basename(target)] = shard_facts(target)
+        begin += count
+    return placed
 
 
-def place(source, target, lengths, keep, tok):
-    """Move a shard to its place, or write there the documents of it that are kept: nothing, if there is none."""
+def place(source, target, lengths, is_kept, tok):
+    """Move a shard to its place, or write only the documents that are kept there."""
     if not os.path.isfile(source):
-        if keep.any() and not os.path.isfile(target):
-            forget(os.path.dirname(target), int(os.path.basename(target).split("_")[1]))
-            raise RunError(f"{target} is missing: the same command prepares its file again")
-        return        # done before an interruption
-    if keep.all():
+        # It was placed before an interruption. If it was deleted since, start its file anew.
+        if is_kept.any() and not os.path.isfile(target):
+            index = int(os.path.basename(target).split("_")[1])
+            forget(os.path.dirname(target), index)
+            raise RunError(f"{target} is missing: run the same command to prepare its file again")
+        return
+    if is_kept.all():
         os.replace(source, target)
         return
-    if keep.any():
-        header, writer = read_header(source), ShardWriter(target, tok)
-        tokens = np.memmap(source, writer.dtype, "r", offset=HEADER_BYTES, shape=(int(header["tokens"]),))
-        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        for i in np.flatnonzero(keep):
-            writer.write(tokens[ends[i]:ends[i + 1]])
+    if is_kept.any():
+        header = read_header(source)
+        writer = ShardWriter(target, tok)
+        shape = (int(header["tokens"]),)
+        tokens = np.memmap(source, writer.dtype, "r", offset=HEADER_BYTES, shape=shape)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        for i in np.flatnonzero(is_kept):
+            writer.write(tokens[ends[i] - lengths[i] : ends[i]])
         writer.close()
     os.remove(source)
+
+
+def remove_unused_files(out, last_index):
+    """Remove the folders of files after the stop, and those that killed processes left."""
+    for path in find_files(os.path.join(out, "files"), "*"):
+        name = os.path.basename(path)
+        if not name.isdigit() or int(name) > last_index:
+            shutil.rmtree(path)

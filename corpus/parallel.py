@@ -1,9 +1,9 @@
-"""Parquet files -> token shards, a file at a time, in parallel, so that nothing depends on how many processes did it.
+"""Parquet files -> token shards, one file at a time, in as many processes as there are cores.
 
-Each file becomes a folder OUT/files/00007: its shards, `documents.bin` (what finish() needs to know of each document) and
-`facts.json`; it is written under a temporary name and renamed when it is whole, so a file is there or it is not.
-finish() then drops the documents whose id has been seen before, in the order of files and rows, stops at the document
-that reaches `tokens`, and moves the shards to OUT/train_00007_000.bin: only those that lose a document are written again.
+The idea: each file is prepared by itself, so the result does not depend on how many processes or
+machines share the work. File 7 becomes the folder OUT/files/00007 with its shards, `documents.bin`
+(what assemble.py needs to know of each document) and `facts.json`. The folder is written under a
+temporary name and renamed at the end, so a prepared file is complete or absent.
 """
 import hashlib
 import math
@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -20,182 +21,368 @@ from tqdm import tqdm
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError
 from core.files import ahead, find_files, hashed, read_json, write_json, write_whole
-from corpus import hub as hub_corpus
-from corpus.shards import Shards
+from corpus import hub
+from corpus.shards import SplitWriter
 
-# documents.bin: one record for each document that is not blank, sorted by the hash of its id
-DOCUMENT = np.dtype([("id", "<u8"), ("row", "<u4"), ("tokens", "<u4"), ("characters", "<u4"), ("val", "?")])
 SPLITS = ("train", "val")
 
+# documents.bin holds one record for each document that is not blank, sorted by id.
+DOCUMENT_FIELDS = [
+    ("id", "<u8"),            # a hash of the document's id
+    ("row", "<u4"),           # of the parquet file
+    ("tokens", "<u4"),        # eos included
+    ("characters", "<u4"),
+    ("val", "?"),             # is it held out for validation?
+]
+DOCUMENT = np.dtype(DOCUMENT_FIELDS)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Job:
+    """What a corpus is made of, and how. Worker processes get a copy."""
+
+    out: str                  # folder of the corpus; holds the tokenizer already
+    source: str               # hf:ORG/NAME:CONFIG or parquet:FOLDER
+    commit: str               # of a hub source; "" for a folder
+    urls: list                # of the parquet files, in order
+    sizes: list               # their bytes
+    tokenizer_hash: str
+    val_fraction: float
+    shard_tokens: int
+    tokens: float = 0.0       # stop at the document that reaches so many training tokens; 0: all
+    processes: int = 0        # 0: one per core
+    threads: int = 0          # of a process' tokenizer; 0: the cores, shared out
+    retries: int = 0          # after a network error
+
+    @property
+    def limit(self):
+        """Training tokens to stop at."""
+        return self.tokens or math.inf
+
+    def identity(self):
+        """What decides the content of a prepared file; facts.json records it under "made"."""
+        return {
+            "source": self.source,
+            "commit": self.commit,
+            "val_fraction": self.val_fraction,
+            "shard_tokens": self.shard_tokens,
+            "tokenizer_hash": self.tokenizer_hash,
+        }
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """What facts.json says of a prepared file."""
+
+    is_complete: bool         # read to its end; False if `enough` tokens were reached before
+    rows: int                 # of the parquet file that were read
+    shards: dict              # {"train_000.bin": its documents}
+    train_tokens: int
+    val_tokens: int
+
+    @property
+    def tokens(self):
+        return self.train_tokens + self.val_tokens
+
+
+# -------------------------------------------------------------------------------------------------
 # one file
 def folder_of(out, index):
+    """The folder of a prepared file."""
     return os.path.join(out, "files", f"{index:05d}")
 
 
-def id_hash(name, text):
-    """8 bytes of a document's id, or of its text where it has none. Two of 100 M ids collide with probability 0.0003."""
-    return hashlib.blake2b((name or text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def prepare_file(job, index, enough, threads, report):
+    """Turn one parquet file into its folder.
 
-
-def prepare_file(c, made, url, index, enough, threads, report):
-    """One parquet file -> its folder. Stops reading after `enough` training tokens; report(documents, tokens) as it goes on."""
-    folder, tok = folder_of(c.out, index), tokenizers.load(c.out)
-    interrupted = find_files(os.path.dirname(folder), f"{index:05d}.*.tmp")      # left by processes that were killed
-    for old in [folder, *interrupted]:      # the folder itself may be there from a smaller --tokens
+    Reading stops after the batch that reaches `enough` training tokens. report(tokens) is called
+    after each batch.
+    """
+    # Leftovers of processes that were killed, and the folder of a run with a smaller --tokens.
+    folder = folder_of(job.out, index)
+    for old in [folder, *find_files(os.path.dirname(folder), f"{index:05d}.*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
-    work = f"{folder}.{os.getpid()}.tmp"
-    os.makedirs(work)
-    shards = {split: Shards(lambda i, split=split: os.path.join(work, f"{split}_{i:03d}.bin"), tok, c.shard_tokens)
-              for split in SPLITS}
-    records, row, tokens, whole = [np.empty(0, DOCUMENT)], 0, 0, True
-    for table in ahead(hub_corpus.tables(url, c.retries), 1):
-        texts, names = (table.column(name).to_pylist() for name in hub_corpus.COLUMNS)
-        kept = [i for i, text in enumerate(texts) if text and not text.isspace()]
-        texts, names = [texts[i] for i in kept], [names[i] for i in kept]
-        ids = tok.encode_to_arrays(texts, threads)
-        batch = np.empty(len(kept), DOCUMENT)
-        batch["id"] = np.frombuffer(b"".join(map(id_hash, names, texts)), "<u8")
-        batch["row"] = row + np.array(kept, np.int64)
-        batch["tokens"] = [len(i) + 1 for i in ids]
-        batch["characters"] = list(map(len, texts))
-        batch["val"] = [hashed(text) < c.val_fraction for text in texts]
-        for split, val in zip(SPLITS, (False, True)):
-            shards[split].write([ids[i] for i in np.flatnonzero(batch["val"] == val)])
-        records.append(batch)
-        row += len(table)
-        tokens += int(batch["tokens"][~batch["val"]].sum())
-        report(len(batch), int(batch["tokens"].sum()))
-        if tokens >= enough:
-            whole = False
+
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    os.makedirs(temporary)
+    tok = tokenizers.load(job.out)
+    writers = {}
+    for split in SPLITS:
+        writers[split] = split_writer(temporary, split, tok, job.shard_tokens)
+
+    # Read, tokenize and write, a batch of rows at a time; the next one is read in the meantime.
+    batches = [np.empty(0, DOCUMENT)]
+    rows = 0
+    train_tokens = 0
+    for table in ahead(hub.tables(job.urls[index], job.retries), 1):
+        batch = write_table(table, rows, job.val_fraction, tok, threads, writers)
+        batches.append(batch)
+        rows += len(table)
+        train_tokens += int(batch["tokens"][~batch["val"]].sum())
+        report(int(batch["tokens"].sum()))
+        if train_tokens >= enough:
             break
-    facts = {"made": made, "whole": whole, "rows": row, "shards": {}}
-    records = np.concatenate(records)
-    for split, val in zip(SPLITS, (False, True)):
-        shards[split].close()
-        facts["shards"] |= {os.path.basename(path): documents for path, documents in shards[split].written}
-        side = records[records["val"] == val]
-        facts[split] = {"documents": len(side), "tokens": int(side["tokens"].sum()), "characters": int(side["characters"].sum())}
-    write_whole(os.path.join(work, "documents.bin"), np.sort(records, order=("id", "row")).tobytes())
-    write_json(os.path.join(work, "facts.json"), facts)
-    os.rename(work, folder)
+    records = np.concatenate(batches)
+
+    facts = {"made": job.identity(), "whole": train_tokens < enough, "rows": rows, "shards": {}}
+    for split in SPLITS:
+        writers[split].close()
+        for path, documents in writers[split].closed:
+            facts["shards"][os.path.basename(path)] = documents
+        of_split = records[records["val"] == (split == "val")]
+        facts[split] = {
+            "documents": len(of_split),
+            "tokens": int(of_split["tokens"].sum()),
+            "characters": int(of_split["characters"].sum()),
+        }
+    records = np.sort(records, order=("id", "row"))
+    write_whole(os.path.join(temporary, "documents.bin"), records.tobytes())
+    write_json(os.path.join(temporary, "facts.json"), facts)
+    os.rename(temporary, folder)
 
 
-def facts_of(c, made, index, enough):
-    """What is known of a file that has been prepared, as far as `enough` training tokens; else None. Raises UserError."""
-    folder = folder_of(c.out, index)
+def split_writer(folder, split, tok, shard_tokens):
+    """Writes folder/train_000.bin, folder/train_001.bin, ..."""
+
+    def path_of(number):
+        return os.path.join(folder, f"{split}_{number:03d}.bin")
+
+    return SplitWriter(path_of, tok, shard_tokens)
+
+
+def write_table(table, first_row, val_fraction, tok, threads, writers):
+    """Tokenize the documents of a RecordBatch and write them. -> their records, DOCUMENT [n]"""
+    texts = table.column("text").to_pylist()
+    names = table.column("id").to_pylist()
+    rows = [row for row, text in enumerate(texts) if not hub.is_blank(text)]
+    texts = [texts[row] for row in rows]
+    names = [names[row] for row in rows]
+    ids = tok.encode_to_arrays(texts, threads)
+
+    records = np.empty(len(rows), DOCUMENT)
+    hashes = [id_hash(name, text) for name, text in zip(names, texts)]
+    records["id"] = np.array(hashes, np.uint64)
+    records["row"] = first_row + np.array(rows, np.int64)
+    records["tokens"] = [len(document) + 1 for document in ids]
+    records["characters"] = [len(text) for text in texts]
+    records["val"] = [hashed(text) < val_fraction for text in texts]
+
+    for split in SPLITS:
+        chosen = np.flatnonzero(records["val"] == (split == "val"))
+        writers[split].write([ids[i] for i in chosen])
+    return records
+
+
+def id_hash(name, text):
+    """64 bits of a document's id, or of its text where it has none.
+
+    Two of 100 million ids collide with probability 0.0003.
+    """
+    key = (name or text).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def read_prepared(job, index, enough):
+    """The PreparedFile of a file that was read to its end, or to `enough` tokens, else None.
+
+    Raises UserError if it was prepared from another source or with other settings.
+    """
+    folder = folder_of(job.out, index)
     if not os.path.isdir(folder):
         return None
     facts = read_json(os.path.join(folder, "facts.json"))
-    changed = [f"{k} was {v}, is {made[k]}" for k, v in facts["made"].items() if made[k] != v]
+    identity = job.identity()
+    changed = [
+        f"{key} was {value}, is {identity[key]}"
+        for key, value in facts["made"].items()
+        if identity[key] != value
+    ]
     if changed:
-        raise UserError(f"{folder} was made otherwise ({'; '.join(changed)}): delete it, or prepare in another --out")
-    return facts if facts["whole"] or facts["train"]["tokens"] >= enough else None
+        raise UserError(
+            f"{folder} was made otherwise ({'; '.join(changed)}): delete it, or prepare in "
+            "another --out"
+        )
+    train_tokens = facts["train"]["tokens"]
+    val_tokens = facts["val"]["tokens"]
+    prepared = PreparedFile(
+        facts["whole"], facts["rows"], facts["shards"], train_tokens, val_tokens
+    )
+    if prepared.is_complete or prepared.train_tokens >= enough:
+        return prepared
+    return None
 
 
 def forget(out, index):
-    """Remove all that was made of one file, so that it is prepared again."""
+    """Remove everything that was made of one file, so that it is prepared again."""
     shutil.rmtree(folder_of(out, index), ignore_errors=True)
     for path in find_files(out, f"*_{index:05d}_???.bin"):
         os.remove(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # many files
-def processes_of_their_own():
-    """Children of a server that has the imports done and no threads: they start in milliseconds, and no lock is forked."""
+def prepare_files(job, order, goal, enough):
+    """Prepare files until, from the first on, they hold `goal` tokens. -> {index: PreparedFile}
+
+    order: the indices of the files, in the order in which they count towards the goal.
+    goal: training tokens.
+    enough: reading of a single file stops at so many training tokens.
+    """
+    queue = FileQueue(job, order, goal, enough)
+    if queue.prepared:
+        files = "file" if len(queue.prepared) == 1 else "files"
+        print(f"resuming after {len(queue.prepared)} complete {files}", flush=True)
+    cores = os.cpu_count()
+    processes = max(1, min(job.processes or cores, len(order)))
+    threads = job.threads or max(1, cores // processes)
+    with queue.bar:
+        if processes == 1:
+            prepare_here(queue, threads)
+        else:
+            prepare_in_processes(queue, processes, threads)
+    return queue.counting_files()
+
+
+class FileQueue:
+    """Which files are prepared and which are waiting, with a progress bar in tokens."""
+
+    def __init__(self, job, order, goal, enough):
+        self.job = job
+        self.order = order
+        self.goal = goal
+        self.enough = enough
+        self.prepared = {}       # {index: PreparedFile}
+        for index in order:
+            file = read_prepared(job, index, enough)
+            if file is not None:
+                self.prepared[index] = file
+        self.waiting = [index for index in order if index not in self.prepared]
+        self.started = time.time()
+        self.new_tokens = 0
+        self.bar = tqdm(
+            unit=" tokens",
+            unit_scale=True,
+            desc="tokenizing",
+            mininterval=1.0,
+            total=goal if goal < math.inf else None,
+            initial=self.prepared_tokens(),
+        )
+
+    def prepared_tokens(self):
+        return sum(file.tokens for file in self.prepared.values())
+
+    def report(self, tokens):
+        """Move the bar on by so many tokens."""
+        self.new_tokens += tokens
+        speed = self.new_tokens / (time.time() - self.started)
+        self.bar.update(tokens)
+        self.bar.set_postfix_str(
+            f"{len(self.prepared)} of {len(self.order)} files, {speed:,.0f} tokens/s"
+        )
+
+    def finished(self, index):
+        """Note that a file is prepared."""
+        self.prepared[index] = read_prepared(self.job, index, self.enough)
+        if self.goal == math.inf:
+            # How many tokens there will be is estimated from the tokens per byte so far.
+            bytes_so_far = sum(self.job.sizes[i] for i in self.prepared)
+            bytes_of_all = sum(self.job.sizes[i] for i in self.order)
+            self.bar.total = self.prepared_tokens() * bytes_of_all / bytes_so_far
+
+    def counting_files(self):
+        """The prepared files before the first gap, up to the goal. -> {index: PreparedFile}"""
+        files = {}
+        tokens = 0
+        for index in self.order:
+            if index not in self.prepared or tokens >= self.goal:
+                break
+            files[index] = self.prepared[index]
+            tokens += files[index].train_tokens
+        return files
+
+    def is_done(self):
+        tokens = sum(file.train_tokens for file in self.counting_files().values())
+        return tokens >= self.goal
+
+
+def prepare_here(queue, threads):
+    """Prepare the files one after the other in this process."""
+    while queue.waiting and not queue.is_done():
+        index = queue.waiting.pop(0)
+        prepare_file(queue.job, index, queue.enough, threads, queue.report)
+        queue.finished(index)
+
+
+def prepare_in_processes(queue, processes, threads):
+    """Prepare the files in so many processes, each of which prepares one file."""
+    context = worker_context()
+    workers = {}     # {our end of its pipe: (index, process)}
+    try:
+        while not queue.is_done() and (queue.waiting or workers):
+            while queue.waiting and len(workers) < processes:
+                index = queue.waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (sender, queue.job, index, queue.enough, threads)
+                process = context.Process(target=work, args=arguments, daemon=True)
+                process.start()
+                # The worker now holds the only sender: when it ends, receiving raises EOFError.
+                sender.close()
+                workers[receiver] = (index, process)
+            for receiver in wait(list(workers)):
+                index, process = workers[receiver]
+                message = receive(receiver, process, queue.job.urls[index])
+                if message == "done":
+                    process.join()
+                    del workers[receiver]
+                    queue.finished(index)
+                else:
+                    queue.report(message)
+    finally:
+        for _, process in workers.values():
+            process.kill()
+            process.join()
+
+
+def worker_context():
+    """Processes that are forked from a server with all imports done and no threads.
+
+    They start in milliseconds, and no lock is forked while another thread holds it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["huggingface_hub", "pyarrow.parquet", "corpus.parallel"])
     return context
 
 
-def in_a_process(connection, arguments):
-    """prepare_file in a process of its own; when the one that started it is gone, the next report ends it."""
+def work(sender, job, index, enough, threads):
+    """prepare_file in a worker process. It sends counts of tokens, then "done" or an exception."""
+    # Ctrl-C reaches all processes; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        prepare_file(*arguments, lambda documents, tokens: connection.send((documents, tokens)))
-        connection.send("done")
+        prepare_file(job, index, enough, threads, sender.send)
+        sender.send("done")
     except (UserError, RunError) as error:
-        connection.send(error)
+        sender.send(error)
     except BrokenPipeError:
-        pass
+        pass       # the process that started this one is gone
     except OSError as error:
-        connection.send(RunError(f"{error.strerror or error} ({error.filename}); whole files stay, the same command goes on from "
-                                 "them"))
+        sender.send(
+            RunError(
+                f"{error.strerror or error} ({error.filename}); complete files stay, run "
+                "the same command to resume"
+            )
+        )
 
 
-def prepare_files(c, made, urls, sizes, order, goal, enough):
-    """Prepare the files `order` until those without a gap behind the first hold `goal` training tokens. -> their facts"""
-    facts = {index: found for index in order if (found := facts_of(c, made, index, enough))}
-    if facts:
-        print(f"going on behind {len(facts)} whole file{'s' * (len(facts) > 1)}", flush=True)
-    cores = os.cpu_count()
-    processes = max(1, min(c.processes or cores, len(order)))
-    threads = c.threads or max(1, cores // processes)
-    todo, running, started = [index for index in order if index not in facts], {}, time.time()
-    new = 0
-    with tqdm(unit=" tokens", unit_scale=True, desc="tokenizing", mininterval=1.0, total=goal if goal < math.inf else None,
-              initial=sum(f["train"]["tokens"] + f["val"]["tokens"] for f in facts.values())) as bar:
-        def report(documents, tokens):
-            nonlocal new
-            new += tokens
-            bar.update(tokens)
-            bar.set_postfix_str(f"{len(facts)} of {len(order)} files, {new / (time.time() - started):,.0f} tokens/s")
-
-        def finished(index):
-            facts[index] = facts_of(c, made, index, enough)
-            if goal == math.inf:      # how many tokens there will be is known from those of the files that are whole
-                known = sum(f["train"]["tokens"] + f["val"]["tokens"] for f in facts.values())
-                bar.total = known * sum(sizes[i] for i in order) / sum(sizes[i] for i in facts)
-
-        def prefix():
-            """The whole files up to the first that is missing, or up to the goal."""
-            found, tokens = [], 0
-            for index in order:
-                if index not in facts or tokens >= goal:
-                    break
-                found.append(index)
-                tokens += facts[index]["train"]["tokens"]
-            return found, tokens
-
-        def start(index):
-            return c, made, urls[index], index, enough, threads
-
-        if processes == 1:
-            while todo and prefix()[1] < goal:
-                index = todo.pop(0)
-                prepare_file(*start(index), report)
-                finished(index)
-            return {index: facts[index] for index in prefix()[0]}
-        context = processes_of_their_own()
-        try:
-            while prefix()[1] < goal and (todo or running):
-                while todo and len(running) < processes:
-                    index = todo.pop(0)
-                    ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=in_a_process, args=(theirs, start(index)), daemon=True)
-                    process.start()
-                    theirs.close()       # so that the end of the process is the end of the pipe
-                    running[ours] = (index, process)
-                for connection in wait(list(running)):
-                    index, process = running[connection]
-                    try:
-                        message = connection.recv()
-                    except EOFError:
-                        process.join()
-                        raise RunError(f"the process that prepared {urls[index]} ended with exit code {process.exitcode}; whole "
-                                       "files stay, the same command goes on from them") from None
-                    if isinstance(message, Exception):
-                        raise message
-                    if message != "done":
-                        report(*message)
-                        continue
-                    process.join()
-                    del running[connection]
-                    finished(index)
-        finally:
-            for _, process in running.values():
-                process.kill()
-                process.join()
-        return {index: facts[index] for index in prefix()[0]}
+def receive(receiver, process, url):
+    """The next message of a worker: a number of tokens, or "done". Raises what went wrong in it."""
+    try:
+        message = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RunError(
+            f"the process that prepared {url} ended with exit code {process.exitcode}; complete "
+            "files stay, run the same command to resume"
+        ) from None
+    if isinstance(message, Exception):
+        raise message
+    return message

@@ -1,4 +1,9 @@
-"""The shard: a file of tokens behind a header of 1,024 bytes. See design.md for its fields."""
+"""The shard, the file format of a prepared corpus: a header of 1,024 bytes, then token ids.
+
+A document is its token ids followed by eos; documents lie end to end. Ids are uint16 where the
+vocabulary allows it, else uint32, so that a reader can memory-map them. A shard is written under a
+temporary name and renamed when it is complete.
+"""
 import os
 import zlib
 
@@ -6,71 +11,52 @@ import numpy as np
 
 from core.configurator import UserError
 
+MAGIC = 20_250_700
+VERSION = 1
+HEADER_BYTES = 1024
+CHECKED_AT_ONCE = 1 << 24    # bytes of a shard that are in memory while its checksum is computed
 
-class Shards:
-    """Documents to shards, each closed after the document that reaches shard_tokens; name(i) is the path of shard i."""
-
-    def __init__(self, name, tok, shard_tokens, first=0):
-        self.name, self.tok, self.shard_tokens, self.number, self.writer = name, tok, shard_tokens, first, None
-        self.written = []     # (path, documents) of every closed shard
-
-    def open(self):
-        self.writer = self.writer or ShardWriter(self.name(self.number), self.tok)
-
-    def write(self, documents):
-        """documents: list of id arrays [n] without eos."""
-        ends = np.cumsum([len(ids) + 1 for ids in documents])
-        begin, before = 0, 0
-        while begin < len(documents):
-            self.open()
-            room = self.shard_tokens - int(self.writer.header["tokens"])
-            end = min(int(np.searchsorted(ends, before + room)) + 1, len(documents))     # up to the one that fills it
-            body = np.full(int(ends[end - 1]) - before, self.tok.eos_id, self.writer.dtype)
-            for ids, stop in zip(documents[begin:end], ends[begin:end]):
-                body[stop - before - 1 - len(ids):stop - before - 1] = ids
-            self.writer.write(body, end - begin)
-            begin, before = end, int(ends[end - 1])
-            if self.writer.header["tokens"] >= self.shard_tokens:
-                self.close()
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
-            self.written.append((self.writer.path, int(self.writer.header["documents"])))
-            self.number, self.writer = self.number + 1, None
+# All numbers are little-endian. A checksum is a CRC-32: `tokens_crc32` of the bytes after the
+# header, `header_crc32` of the header before this last field.
+HEADER_FIELDS = [
+    ("magic", "<i4"),
+    ("version", "<i4"),
+    ("itemsize", "<i4"),             # bytes per token id, 2 or 4
+    ("vocab_size", "<i4"),
+    ("eos_id", "<i4"),
+    ("mask_id", "<i4"),
+    ("special_start", "<i4"),        # ids from here on never come from text
+    ("tokens_crc32", "<u4"),
+    ("tokens", "<i8"),               # how many, eos included
+    ("documents", "<i8"),
+    ("tokenizer_hash", "u1", 32),
+    ("unused", "u1", HEADER_BYTES - 84),
+    ("header_crc32", "<u4"),
+]
+HEADER = np.dtype(HEADER_FIELDS)
 
 
-def shard_facts(path):
-    """What a manifest says of a shard, from its header; the checksum is that of the tokens' bytes."""
-    h = read_header(path)
-    return {"documents": int(h["documents"]), "tokens": int(h["tokens"]), "crc32": f"{int(h['tokens_crc32']):08x}"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# shards: 256 int32 of header, then the tokens as uint16 or uint32
-MAGIC, VERSION, HEADER_BYTES = 20_250_700, 1, 1024
-FIELDS = np.dtype([("magic", "<i4"), ("version", "<i4"), ("itemsize", "<i4"), ("vocab_size", "<i4"), ("eos_id", "<i4"),
-                   ("mask_id", "<i4"), ("special_start", "<i4"), ("tokens_crc32", "<u4"), ("tokens", "<i8"),
-                   ("documents", "<i8"), ("tokenizer_hash", "u1", 32), ("unused", "u1", HEADER_BYTES - 84),
-                   ("header_crc32", "<u4")])
-
-
+# -------------------------------------------------------------------------------------------------
+# writing
 class ShardWriter:
-    """Writes one shard to a temporary name; close() makes it whole: header, fsync, rename."""
+    """Writes one shard under a temporary name; close() adds the header and renames it to `path`."""
 
     def __init__(self, path, tokenizer):
-        self.path, self.temporary = path, path + ".tmp"
+        self.path = path
+        self.temporary = path + ".tmp"
         self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        self.header = np.zeros((), FIELDS)
+        self.header = np.zeros((), HEADER)
+        self.header["magic"] = MAGIC
+        self.header["version"] = VERSION
+        self.header["itemsize"] = self.dtype().itemsize
         for field in ("vocab_size", "eos_id", "mask_id", "special_start"):
             self.header[field] = getattr(tokenizer, field)
-        self.header["magic"], self.header["version"] = MAGIC, VERSION
-        self.header["itemsize"] = self.dtype().itemsize
         self.header["tokenizer_hash"] = np.frombuffer(tokenizer.hash, np.uint8)
         self.file = open(self.temporary, "wb")
         self.file.write(bytes(HEADER_BYTES))
 
     def write(self, ids, documents=1):
-        """Append the ids of a document, or of several end to end, each closed by eos."""
+        """Append the ids of one document, or of several laid end to end, each closed by eos."""
         body = np.asarray(ids, self.dtype).tobytes()
         self.file.write(body)
         self.header["tokens_crc32"] = zlib.crc32(body, int(self.header["tokens_crc32"]))
@@ -78,7 +64,7 @@ class ShardWriter:
         self.header["documents"] += documents
 
     def close(self):
-        self.header["header_crc32"] = zlib.crc32(self.header.tobytes()[:-4])
+        self.header["header_crc32"] = header_checksum(self.header)
         self.file.seek(0)
         self.file.write(self.header.tobytes())
         self.file.flush()
@@ -87,27 +73,116 @@ class ShardWriter:
         os.replace(self.temporary, self.path)
 
 
+class SplitWriter:
+    """Writes the documents of one split to numbered shards.
+
+    A shard is closed after the document that brings it to `shard_tokens` tokens. `path_of(i)` is the
+    path of shard i; `first` is the number of the first shard to write.
+    """
+
+    def __init__(self, path_of, tokenizer, shard_tokens, first=0):
+        self.path_of = path_of
+        self.tokenizer = tokenizer
+        self.shard_tokens = shard_tokens
+        self.number = first
+        self.writer = None       # of the shard that is open
+        self.closed = []         # (path, documents) of every shard written
+
+    def open(self):
+        """Open the next shard, unless one is open."""
+        if self.writer is None:
+            self.writer = ShardWriter(self.path_of(self.number), self.tokenizer)
+
+    def write(self, documents):
+        """Append documents: a list of id arrays [n] without eos."""
+        # Where each document would end, its eos included, if all of them lay end to end.
+        ends = np.cumsum([len(ids) + 1 for ids in documents])
+        first = 0
+        written = 0
+        while first < len(documents):
+            self.open()
+            # This shard takes the documents up to and including the one that fills it.
+            room = self.shard_tokens - int(self.writer.header["tokens"])
+            filling = int(np.searchsorted(ends, written + room))
+            stop = min(filling + 1, len(documents))
+            ids = joined(documents[first:stop], self.tokenizer.eos_id, self.writer.dtype)
+            self.writer.write(ids, stop - first)
+            first = stop
+            written = int(ends[stop - 1])
+            if self.writer.header["tokens"] >= self.shard_tokens:
+                self.close()
+
+    def close(self):
+        """Close the open shard, if there is one."""
+        if self.writer is not None:
+            self.writer.close()
+            self.closed.append((self.writer.path, int(self.writer.header["documents"])))
+            self.number += 1
+            self.writer = None
+
+
+def joined(documents, eos_id, dtype):
+    """The id arrays of documents laid end to end, eos after each. -> [tokens]"""
+    total = sum(len(ids) + 1 for ids in documents)
+    tokens = np.full(total, eos_id, dtype)
+    begin = 0
+    for ids in documents:
+        tokens[begin:begin + len(ids)] = ids
+        begin += len(ids) + 1
+    return tokens
+
+
+# -------------------------------------------------------------------------------------------------
+# reading
+def header_checksum(header):
+    """The CRC-32 of a header's bytes before its last field."""
+    return zlib.crc32(header.tobytes()[:-4])
+
+
 def read_header(path):
-    """The checked header of a shard. Raises UserError if the file is no shard, of another version, or cut short."""
+    """The checked header of a shard.
+
+    Raises UserError if the file is not a shard, of another version, damaged, or cut short.
+    """
+    mend = "delete it and run its prepare_fineweb.py command again"
     raw = np.fromfile(path, np.uint8, HEADER_BYTES)
     if raw.size < HEADER_BYTES:
-        raise UserError(f"{path} is truncated: delete it and run its prepare_fineweb.py command again")
-    header = raw.view(FIELDS)[0]
+        raise UserError(f"{path} is truncated: {mend}")
+    header = raw.view(HEADER)[0]
     if header["magic"] != MAGIC or header["version"] != VERSION:
-        raise UserError(f"{path} is no token shard of version {VERSION}: prepare the corpus with this prepare_fineweb.py")
-    if header["header_crc32"] != zlib.crc32(header.tobytes()[:-4]):
-        raise UserError(f"{path} has a corrupted header: delete it and run its prepare_fineweb.py command again")
+        raise UserError(
+            f"{path} is not a token shard of version {VERSION}: prepare the corpus with "
+            "this prepare_fineweb.py"
+        )
+    if header["header_crc32"] != header_checksum(header):
+        raise UserError(f"{path} has a corrupted header: {mend}")
+    size = os.path.getsize(path)
     expected = HEADER_BYTES + int(header["tokens"]) * int(header["itemsize"])
-    if os.path.getsize(path) != expected:
-        raise UserError(f"{path} is truncated ({os.path.getsize(path):,} bytes, its header says {expected:,}): delete it "
-                        "and run its prepare_fineweb.py command again")
+    if size != expected:
+        raise UserError(
+            f"{path} is truncated ({size:,} bytes, its header says {expected:,}): {mend}"
+        )
     return header
 
 
 def verify_shard(path, header):
     """Compare the tokens with the checksum in the header. Raises UserError."""
-    crc, body = 0, np.memmap(path, np.uint8, "r", offset=HEADER_BYTES)
-    for start in range(0, body.size, 1 << 24):
-        crc = zlib.crc32(body[start:start + (1 << 24)], crc)
-    if crc != header["tokens_crc32"]:
-        raise UserError(f"{path} is corrupted (checksum): delete it and run its prepare_fineweb.py command again")
+    body = np.memmap(path, np.uint8, "r", offset=HEADER_BYTES)
+    checksum = 0
+    for start in range(0, body.size, CHECKED_AT_ONCE):
+        checksum = zlib.crc32(body[start:start + CHECKED_AT_ONCE], checksum)
+    if checksum != header["tokens_crc32"]:
+        raise UserError(
+            f"{path} is corrupted (checksum): delete it and run its prepare_fineweb.py "
+            "command again"
+        )
+
+
+def shard_facts(path):
+    """What a manifest says of a shard, read from its header."""
+    header = read_header(path)
+    return {
+        "documents": int(header["documents"]),
+        "tokens": int(header["tokens"]),
+        "crc32": f"{int(header['tokens_crc32']):08x}",
+    }

@@ -193,7 +193,7 @@ def test_validation_is_the_same_set_for_any_world_size_and_run(corpus_dir):
     (lambda d: cut(d / "train_00000.bin", 100), "is truncated"),
     (lambda d: flip(d / "train_00000.bin", 9999), "is corrupted (checksum)"),
     (lambda d: flip(d / "train_00000.bin", 13), "corrupted header"),
-    (lambda d: flip(d / "train_00000.bin", 0), "no token shard"),
+    (lambda d: flip(d / "train_00000.bin", 0), "not a token shard"),
     (lambda d: another_tokenizer(d), "another tokenizer"),
     (lambda d: (d / "manifest.json").write_text(json.dumps({"complete": False})), "unfinished"),
 ])

@@ -86,7 +86,7 @@ def test_killed_at_any_moment_it_leaves_whole_shards_only_and_goes_on(tmp_path):
         with pytest.raises(UserError, match="unfinished"):
             data.Corpus(str(broken))
     again = run_python([*words, f"--out={broken}"])
-    assert "going on behind" in again.stdout
+    assert "resuming after" in again.stdout
     assert {name: (broken / name).read_bytes() for name in whole} == whole
 
 
@@ -100,6 +100,9 @@ def test_a_finished_corpus_is_left_alone_and_other_settings_are_refused(tmp_path
         prepare("sotu", tmp_path / "x", shard_tokens=200_000, val_fraction=0.06)
     os.remove(tmp_path / "x" / "train_00001.bin")              # a shard deleted because it was damaged comes back
     assert prepare("sotu", tmp_path / "x", shard_tokens=200_000, val_fraction=0.05) == before
+    stopped = prepare("sotu", tmp_path / "y", shard_tokens=200_000, val_fraction=0.05, tokens=1.5e6)
+    os.remove(tmp_path / "y" / "val_00000.bin")                # also where --tokens is reached by the shards that stay
+    assert prepare("sotu", tmp_path / "y", shard_tokens=200_000, val_fraction=0.05, tokens=1.5e6) == stopped
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
@@ -111,12 +114,12 @@ def test_a_finished_corpus_is_left_alone_and_other_settings_are_refused(tmp_path
     ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2 is not UTF-8"),
     ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "a.jsonl, line 2 has no field 'text'"),
     ("a.jsonl", b'{"text": 7}\n', "line 1: the field 'text' is int"),
-    ("a.jsonl", b'once upon a time\n', "a.jsonl, line 1 is no JSON object"),
-    ("a.jsonl", b'["text"]\n', "a.jsonl, line 1 is no JSON object"),
+    ("a.jsonl", b'once upon a time\n', "a.jsonl, line 1 is not a JSON object"),
+    ("a.jsonl", b'["text"]\n', "a.jsonl, line 1 is not a JSON object"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz cannot be unpacked"),
     ("a.jsonl.xz", b"no archive", "a.jsonl.xz cannot be unpacked"),
     ("a.jsonl.zst", b"no archive", "a.jsonl.zst cannot be unpacked"),
-    ("a.parquet", b"no parquet", "a.parquet is no parquet file"),
+    ("a.parquet", b"no parquet", "a.parquet is not a parquet file"),
     ("a.pdf", b"%PDF", "nothing to read"),
 ])
 def test_a_bad_document_is_named_in_one_line_with_exit_code_2(tmp_path, name, content, says):

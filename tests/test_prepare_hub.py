@@ -138,7 +138,7 @@ def online(hub, whole, monkeypatch):
     monkeypatch.setattr(datasets.config, "HUB_DATASETS_URL", hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", os.path.join(hub.env["HF_HOME"], "hub"))
-    monkeypatch.setattr(prepare_fineweb, "tokenizer_of", lambda name, texts: tokenizer.load(whole))
+    monkeypatch.setattr(prepare_fineweb, "make_tokenizer", lambda name, texts: tokenizer.load(whole))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.faults = None
     yield hub
@@ -203,7 +203,7 @@ def test_beyond_the_limit_it_stops_cleanly_and_the_same_command_goes_on_behind_t
     with pytest.raises(RunError) as error:
         prepare(tmp_path / "x", retries=2)
     assert "001_00000.parquet: the network failed 3 times in a row" in str(error.value) and "\n" not in str(error.value)
-    assert "the same command goes on" in str(error.value)
+    assert "run the same command to resume" in str(error.value)
     with pytest.raises(UserError, match="unfinished"):
         data.Corpus(str(tmp_path / "x"))
     assert [name for name in os.listdir(tmp_path / "x" / "files") if name.isdigit()] == ["00000"]
@@ -231,7 +231,7 @@ def test_killed_it_leaves_whole_files_only_and_the_same_command_gives_the_same_b
     with pytest.raises(UserError, match="unfinished"):
         data.Corpus(str(out))
     done = run_python(command(out), env=hub.env)
-    assert done.returncode == 0 and "going on behind 2 whole files" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after 2 complete files" in done.stdout, done.stderr
     assert shards(out) == shards(whole) and manifest(out) == manifest(whole)
     assert sorted(os.listdir(out / "files")) == ["00000", "00001", "00002"]
 
@@ -260,7 +260,7 @@ def test_two_machines_with_folders_of_their_own_make_the_corpus_of_one(online, w
         assert prepare(tmp_path / f"machine{i}", shard=f"{i}/2") == {}
         with pytest.raises(UserError, match="unfinished"):
             data.Corpus(str(tmp_path / f"machine{i}"))
-    assert "shard 1/2: 1 of 3 files are whole" in capsys.readouterr().out
+    assert "shard 1/2: 1 of 3 files are complete" in capsys.readouterr().out
     shutil.copytree(tmp_path / "machine1" / "files", tmp_path / "machine0" / "files", dirs_exist_ok=True)
     before = online.requests
     assert prepare(tmp_path / "machine0") == shards(whole) and online.requests == before
@@ -318,7 +318,7 @@ def test_a_shard_that_was_deleted_comes_back_and_a_whole_corpus_is_left_alone(on
     m = manifest(tmp_path / "x")       # deleted, and then killed before it came back
     (tmp_path / "x" / "manifest.json").write_text(json.dumps({k: m[k] for k in ("settings", "commit", "files")} | {"complete": False}))
     os.remove(tmp_path / "x" / "val_00002_000.bin")
-    with pytest.raises(RunError, match="val_00002_000.bin is missing: the same command"):
+    with pytest.raises(RunError, match="val_00002_000.bin is missing: run the same command"):
         prepare(tmp_path / "x")
     assert prepare(tmp_path / "x") == before and manifest(tmp_path / "x") == m
 
@@ -326,7 +326,7 @@ def test_a_shard_that_was_deleted_comes_back_and_a_whole_corpus_is_left_alone(on
 def test_a_vocabulary_beyond_65536_gets_uint32_and_loses_the_same_duplicates(online, whole, tmp_path, monkeypatch):
     small = tokenizer.load(whole)
     large = tokenizer.Tokenizer("wide", small.encoding, small.eos_id, small.mask_id, small.special_start, 70_016)
-    monkeypatch.setattr(prepare_fineweb, "tokenizer_of", lambda name, texts: large)
+    monkeypatch.setattr(prepare_fineweb, "make_tokenizer", lambda name, texts: large)
     wide = prepare(tmp_path / "x")
     assert stream(tmp_path / "x", "train") == stream(whole, "train") and stream(tmp_path / "x", "val") == stream(whole, "val")
     assert {name: 2 * len(raw) - HEADER_BYTES for name, raw in shards(whole).items()} == {name: len(raw) for name, raw in wide.items()}
@@ -405,7 +405,7 @@ def test_without_a_network_it_says_so_at_once(online, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("columns, says", [(dict(id=None), "has no column 'id'"), (dict(text=None), "has no column 'text'"),
-                                           (dict(text=[1, 2]), "the column 'text' is int64, not string"), (None, "is no intact parquet file")])
+                                           (dict(text=[1, 2]), "the column 'text' is int64, not string"), (None, "is not an intact parquet file")])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_parquet_file_is_named(online, tmp_path, columns, says, processes):
     path = tmp_path / "mirror" / "b.parquet"
