@@ -1,12 +1,16 @@
-"""The Encoder: a Llama-style stack of pre-norm blocks whose attention is causal or bidirectional by one flag.
+"""The Encoder: a Llama-style stack of pre-norm blocks, whose attention is causal or bidirectional
+by one flag.
 
-Architecture and sizes of arXiv 2507.00994 (Table 1), which are EuroBERT's: RMSNorm, rotary positions, grouped-query
-attention, SwiGLU, no biases, no dropout, an untied LM head. The weights know nothing of the objective: `causal` is an
-argument of the call, so a model trained with causal language modelling goes on with masked language modelling as it is.
+Architecture and sizes of arXiv 2507.00994 (Table 1), which are EuroBERT's: RMSNorm, rotary
+positions, grouped-query attention, SwiGLU, no biases, no dropout, an untied LM head. The weights
+know nothing of the objective: `causal` is an argument of the call. So a model trained with causal
+language modelling continues with masked language modelling unchanged.
 
-Nothing is padded. A batch is tokens [T] and cu_seqlens [S+1]: S sequences laid end to end, and every function here
-works on [T, ...]. In comments T tokens, S sequences, C width, H query heads, Hkv KV heads, D head dim, F FFN width, V rows.
+Nothing is padded. A batch is tokens [T] and cu_seqlens [S+1]: S sequences laid end to end, and
+every function here works on [T, ...]. In comments T tokens, S sequences, C width, H query heads,
+Hkv KV heads, D head dim, F FFN width, V vocabulary size.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -26,29 +30,38 @@ class ModelConfig:
     n_embd: int
     n_ffn: int
     vocab_size: int
-    block_size: int = 2048        # longest sequence it was trained on; positions are rotary, so nothing is sized by it
+    block_size: int = (
+        2048  # longest sequence it was trained on; positions are rotary, so nothing is sized by it
+    )
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    tied: bool = False            # LM head shares the embedding's weight
-    # what the paper's models do not have and decoders to start from may (hf.py)
-    head_dim: int = 0             # 0: n_embd / n_head
-    rope_scaling: dict | None = None   # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    qkv_bias: bool = False        # Qwen2's
-    qk_norm: bool = False         # Qwen3's: RMSNorm of each head of q and k
+    tied: bool = False  # LM head shares the embedding's weight
+    # what the paper's models do not have, but decoders to start from may (hf.py)
+    head_dim: int = 0  # 0: n_embd / n_head
+    # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: RMSNorm of each head of q and k
 
     def __post_init__(self):
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.head_dim == 0:
+            self.head_dim = self.n_embd // self.n_head
 
 
-SIZES = {   # n_layer, n_head, n_kv_head, n_embd, n_ffn
-    "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),           # tests
-    "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),          # minutes on two CPU cores
-    "micro": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384),         # a study on a CPU: study.py's scales
+SIZES = {  # n_layer, n_head, n_kv_head, n_embd, n_ffn
+    "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),  # tests
+    "demo": dict(
+        n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768
+    ),  # minutes on two CPU cores
+    "micro": dict(
+        n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384
+    ),  # a study on a CPU: study.py's scales
     "mini": dict(n_layer=2, n_head=3, n_kv_head=3, n_embd=192, n_ffn=576),
-    "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),        # nanoGPT's baby size
+    "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),  # nanoGPT's baby size
     "mid": dict(n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_ffn=1408),
-    "135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536, rope_theta=1e5),   # SmolLM2-135M's, which is tied
-    "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),      # the paper's three
+    # SmolLM2-135M's, which is tied
+    "135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536, rope_theta=1e5),
+    "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),  # the paper's three
     "610m": dict(n_layer=26, n_head=18, n_kv_head=6, n_embd=1152, n_ffn=4096),
     "1b": dict(n_layer=28, n_head=18, n_kv_head=6, n_embd=1728, n_ffn=5120),
 }
@@ -57,52 +70,68 @@ SIZES = {   # n_layer, n_head, n_kv_head, n_embd, n_ffn
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(self, x):   # [T, C] -> [T, C]
+    def forward(self, x):  # [T, C] -> [T, C]
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def rotary(cu_seqlens, T, c):
-    """cos and sin of every token's rotation, fp32 [T, 1, D/2]; positions count from 0 in each sequence."""
+    """cos and sin of every token's rotation, fp32 [T, 1, D/2] each. Positions count from 0 in each
+    sequence."""
     token = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1                      # [T]
-    position = (token - cu_seqlens[sequence]).float()                                           # [T]
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=token.device).float() / c.head_dim)   # [D/2]
-    if s := c.rope_scaling:       # Llama 3.1: turns slower than the old context are stretched, fast ones stay, between them a ramp
+    sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1  # [T]
+    position = (token - cu_seqlens[sequence]).float()  # [T]
+    exponent = torch.arange(0, c.head_dim, 2, device=token.device).float() / c.head_dim  # [D/2]
+    frequency = c.rope_theta**-exponent  # [D/2]
+    if c.rope_scaling:
+        # Llama 3.1: slow rotations, which did not turn fully within the old context, are stretched;
+        # fast ones stay; between them lies a ramp.
+        s = c.rope_scaling
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        ramp = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        width = s["high_freq_factor"] - s["low_freq_factor"]
+        ramp = ((turns - s["low_freq_factor"]) / width).clamp(0, 1)
         frequency = frequency * (ramp + (1 - ramp) / s["factor"])
-    angle = (position[:, None] * frequency)[:, None, :]                                         # [T, 1, D/2]
+    angle = (position[:, None] * frequency)[:, None, :]  # [T, 1, D/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (i, i + D/2), Llama's convention, in fp32. x [T, H, D] -> [T, H, D]"""
-    a, b = (half.float() for half in x.chunk(2, dim=-1))                                        # [T, H, D/2] each
-    turned = a * cos - b * sin, b * cos + a * sin
-    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)   # cast, then cat: what reaches memory is x's dtype
+    a, b = x.chunk(2, dim=-1)  # [T, H, D/2] each
+    a = a.float()
+    b = b.float()
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    # Cast before joining: then only x's dtype is written to memory, not fp32.
+    return torch.cat([rotated_a.to(x.dtype), rotated_b.to(x.dtype)], dim=-1)
 
 
-def at(x, positions):
-    """x [T, C], or the rows of it that are asked for [N, C]."""
-    return x if positions is None else x.index_select(0, positions)
+def select_rows(x, positions):
+    """x [T, C] if positions is None, else its rows at positions [N, C]."""
+    if positions is None:
+        return x
+    return x.index_select(0, positions)
 
 
 class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
-        self.heads, self.impl = (c.n_head, c.n_kv_head, c.n_kv_head), impl
-        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)           # q, k and v in one product
+        self.impl = impl
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)  # of q, k and v, which are one product
+        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
-        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))                                  # [T, H + 2 Hkv, D]
-        q, k, v = qkv.split(self.heads, dim=1)                                                  # [T, H, D], [T, Hkv, D] x 2
-        q, k = (rotate(norm(x), cos, sin).to(v.dtype) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        y = kernels.attention(q, k, v, cu_seqlens, causal, self.impl)
-        return self.out(at(y.flatten(1), positions))                                            # [T, H, D] -> [T, C]
+        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # [T, H + 2 Hkv, D]
+        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, Hkv, D] x 2
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        y = kernels.attention(q, k, v, cu_seqlens, causal, self.impl)  # [T, H, D]
+        return self.out(select_rows(y.flatten(1), positions))  # [T, C] or [N, C]
 
 
 class MLP(nn.Module):
@@ -114,23 +143,27 @@ class MLP(nn.Module):
         self.down = nn.Linear(c.n_ffn, c.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                                             # [T, F] each
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
-        self.norm_1, self.attention = RMSNorm(c.n_embd, c.norm_eps), Attention(c, impl)
-        self.norm_2, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+        self.norm_1 = RMSNorm(c.n_embd, c.norm_eps)
+        self.attention = Attention(c, impl)
+        self.norm_2 = RMSNorm(c.n_embd, c.norm_eps)
+        self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
-        x = at(x, positions) + self.attention(self.norm_1(x), cos, sin, cu_seqlens, causal, positions)
+        x = select_rows(x, positions) + self.attention(
+            self.norm_1(x), cos, sin, cu_seqlens, causal, positions
+        )
         return x + self.mlp(self.norm_2(x))
 
 
 def initialise(module):
-    """Weights of products and embeddings from N(0, 0.02), biases 0."""
+    """Draw the weights of products and embeddings from N(0, 0.02), and set biases to 0."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             nn.init.normal_(m.weight, std=0.02)
@@ -140,99 +173,138 @@ def initialise(module):
 
 class Encoder(nn.Module):
     def __init__(self, config, attention="auto", checkpoint_activations=False):
-        """config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION; checkpoint_activations: keep only each block's
-        input for the backward pass, which computes the rest again. Weights are N(0, 0.02), norms 1."""
+        """Make an Encoder with random weights: N(0, 0.02), norms 1.
+
+        config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION;
+        checkpoint_activations: keep only each block's input for the backward pass, which computes
+        the rest again.
+        """
         super().__init__()
-        c = self.config = config
+        c = config
+        self.config = config
         self.checkpoint_activations = checkpoint_activations
+        impl = kernels.resolve(attention)
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c, kernels.resolve(attention)) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, impl) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        initialise(self)                    # the paper's code does not scale residual projections down with depth
+        initialise(
+            self
+        )  # as in the paper's code, residual projections are not scaled down with depth
         if c.tied:
             self.lm_head.weight = self.embedding.weight
 
     def forward(self, tokens, cu_seqlens, causal, positions=None):
-        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final norm [T, C], or
-        [N, C] at positions [N] int64 if given: after the last attention no token looks at another, so what follows
-        (its output, MLP and norm) runs only where the loss is: 6 % of a step at 6 layers and 40 % masking (LOG.md).
+        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final
+        norm [T, C]
 
-        There are no logits here: kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets) makes them a chunk
-        at a time.
+        With positions [N] int64 only the hidden states there are computed, [N, C]. After the last
+        attention no token looks at another, so what follows it (its output, the MLP, the norm) runs
+        only where the loss is. That saves 6 % of a step at 6 layers and 40 % masking.
+
+        There are no logits here: kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        makes them a chunk at a time.
         """
         cos, sin = rotary(cu_seqlens, tokens.shape[0], self.config)
-        x = self.embedding(tokens)                                                              # [T, C]
-        for block in self.blocks[:-1]:      # the last one's would be wanted again at once
+        x = self.embedding(tokens)  # [T, C]
+        for block in self.blocks[:-1]:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cu_seqlens, causal, use_reentrant=False, preserve_rng_state=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(block, x, cos, sin, cu_seqlens, causal, **options)
             else:
                 x = block(x, cos, sin, cu_seqlens, causal)
-        return self.norm(self.blocks[-1](x, cos, sin, cu_seqlens, causal, positions))
+        # The last block is never checkpointed: the backward pass needs its activations at once.
+        x = self.blocks[-1](x, cos, sin, cu_seqlens, causal, positions)  # [T, C] or [N, C]
+        return self.norm(x)
 
     def logits(self, hidden):
-        """hidden [N, C] -> [N, V]; for looking at a few positions, not for training."""
+        """hidden [N, C] -> [N, V]; to look at a few positions, not for training."""
         return self.lm_head(hidden)
 
     def compile(self):
-        """torch.compile block by block, in place. All layers but the last share one graph a mask, so it compiles n_layer
-        times faster than the whole model would, and DDP still sees gradients layer by layer, early enough to overlap them."""
-        # a block's graphs: 2 masks x (all or some positions) x (training or not), and a few for other shapes
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        """torch.compile block by block, in place.
+
+        All layers but the last share one graph for each mask, so it compiles n_layer times faster
+        than the whole model would. DDP still sees gradients layer by layer, early enough to overlap
+        them.
+        """
+        # graphs of a block: 2 masks x (all or some positions) x (training or not), and a few for
+        # other shapes
+        limit = max(32, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.recompile_limit = limit
         for block in self.blocks:
             block.compile(dynamic=False)
 
     def num_parameters(self):
-        """{"body": blocks and final norm, "encoder": with the embedding (the paper's sizes), "total": with the head}"""
+        """-> {"body": blocks and final norm, "encoder": with the embedding (the paper's sizes),
+        "total": with the head}"""
         total = sum(p.numel() for p in self.parameters())
         head = 0 if self.config.tied else self.lm_head.weight.numel()
-        return {"body": total - head - self.embedding.weight.numel(), "encoder": total - head, "total": total}
+        encoder = total - head
+        return {"body": encoder - self.embedding.weight.numel(), "encoder": encoder, "total": total}
 
     def flops(self, lengths, num_targets, causal):
-        """FLOPs of one training step (forward + backward = 3 x forward), counted from the matrix products that run.
+        """FLOPs of one training step (forward + backward = 3 x forward), counted from the matrix
+        products that run.
 
-        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits, and all of the last layer
-        after its attention; attention pairs are all L^2 of a sequence, or the L(L+1)/2 the causal mask leaves. An
-        embedding look-up is no product.
+        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits, and
+        everything after the last attention. Attention pairs are all L^2 of a sequence, or the
+        L(L+1)/2 that the causal mask leaves. An embedding look-up is not a product.
         """
+        lengths = [int(length) for length in lengths]
         last = self.blocks[-1]
-        after = sum(m.weight.numel() for m in (last.attention.out, last.mlp.gate_up, last.mlp.down))
-        everywhere = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear)) - after
-        pairs = sum(L * (L + 1) // 2 if causal else L * L for L in map(int, lengths))
+        only_at_targets = [last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head]
+        at_targets = sum(m.weight.numel() for m in only_at_targets)
+        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        all_products = sum(m.weight.numel() for m in [*linears, self.lm_head])
+        everywhere = all_products - at_targets
+        pairs = 0
+        for length in lengths:
+            pairs += length * (length + 1) // 2 if causal else length * length
         c = self.config
-        forward = (2 * everywhere * sum(map(int, lengths)) + 4 * c.n_layer * c.n_head * c.head_dim * pairs
-                   + 2 * (after + self.lm_head.weight.numel()) * num_targets)
+        attention = 4 * c.n_layer * c.n_head * c.head_dim * pairs
+        forward = 2 * everywhere * sum(lengths) + attention + 2 * at_targets * num_targets
         return 3 * forward
 
 
 # ---- heads of fine-tuning: new weights on top of an Encoder's hidden states
 
+
 def segment_mean(hidden, cu_seqlens):
-    """Mean over each packed sequence, in fp32. hidden [T, C], cu_seqlens [S+1] -> [S, C]; zeros for an empty sequence."""
-    return torch.segment_reduce(hidden.float(), "mean", lengths=cu_seqlens.diff().long(), initial=0.0)
+    """Mean over each packed sequence, in fp32. hidden [T, C], cu_seqlens [S+1] -> [S, C]; an empty
+    sequence gives zeros."""
+    return torch.segment_reduce(
+        hidden.float(), "mean", lengths=cu_seqlens.diff().long(), initial=0.0
+    )
 
 
 class SequenceHead(nn.Module):
-    """A label a sequence: mean, dense, GELU, linear. This is the head of Hugging Face's EuroBertForSequenceClassification
-    with classifier_pooling="mean", so a fine-tuned model can leave as one; whether the paper's has the dense layer its code
-    does not tell."""
+    """One label per sequence: mean, dense, GELU, linear.
 
-    def __init__(self, width, labels):
+    This is the head of Hugging Face's EuroBertForSequenceClassification with
+    classifier_pooling="mean", so that a fine-tuned model can be exported as one. Whether the
+    paper's head has the dense layer, its code does not tell.
+    """
+
+    def __init__(self, width, n_labels):
         super().__init__()
-        self.dense, self.classifier = nn.Linear(width, width), nn.Linear(width, labels)
+        self.dense = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, n_labels)
         initialise(self)
 
-    def forward(self, hidden, cu_seqlens):   # [T, C] -> [S, labels]
-        return self.classifier(F.gelu(self.dense(segment_mean(hidden, cu_seqlens))))
+    def forward(self, hidden, cu_seqlens):  # [T, C] -> [S, labels]
+        mean = segment_mean(hidden, cu_seqlens)  # [S, C]
+        return self.classifier(F.gelu(self.dense(mean)))
 
 
 class TokenHead(nn.Module):
-    """Labels of each token: tags, or the start and end of an answer. EuroBertForTokenClassification's."""
+    """One label per token, or the start and end of an answer. EuroBertForTokenClassification's
+    head."""
 
-    def __init__(self, width, labels):
+    def __init__(self, width, n_labels):
         super().__init__()
-        self.classifier = nn.Linear(width, labels)
+        self.classifier = nn.Linear(width, n_labels)
         initialise(self)
 
-    def forward(self, hidden, cu_seqlens):   # [T, C] -> [T, labels]
+    def forward(self, hidden, _cu_seqlens):  # [T, C] -> [T, labels]
         return self.classifier(hidden)

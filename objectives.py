@@ -7,12 +7,13 @@ train.py names.
             one position earlier, as in clm (LLM2Vec, arXiv 2404.05961)
     cmlm    mlm under the causal mask: is it the attention mask that matters, or the objective?
 
-A number after the name is a rate in percent. mlm20 hides 20 % of the tokens whatever mask_rate is, so
-several phases make a schedule: (("mlm50", 1000), ("mlm20", 1000)). clm40 has a loss at 40 % of its
-positions, as many as mlm40.
+A number after the name is a rate in percent. mlm20 hides 20 % of the tokens whatever mask_rate is,
+so several phases make a schedule: (("mlm50", 1000), ("mlm20", 1000)). clm40 has a loss at 40 % of
+its positions, as many as mlm40.
 
 To add an objective, write a function and add one entry to OBJECTIVES at the end of this file.
 """
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from core.rng import MASK, REPLACE, hashed, mix, threshold
 @dataclass(frozen=True)
 class Objective:
     """An objective, and everything that the rest of the program needs to know about it."""
-    # (rows, corpus, settings, rate) -> the input ids [T] int64, which positions have a target [T] bool,
-    # and the id to predict at each position [T] int64. rows: pretraining.data.Rows; settings:
+
+    # (rows, corpus, settings, rate) -> the input ids [T] int64, which positions have a target [T]
+    # bool, and the id to predict at each position [T] int64. rows: pretraining.data.Rows; settings:
     # pretraining.data.DataSettings; rate: the number after the name as a share, or None
     prepare: Callable
-    is_causal: bool        # the attention mask it trains under
-    hides_tokens: bool     # does it replace tokens of the input?
+    is_causal: bool  # the attention mask it trains under
+    hides_tokens: bool  # does it replace tokens of the input?
     # (number of tokens, least number of sequences, rate, settings) -> the most targets to expect.
     # Every batch gets room for so many, so that shapes stay the same under torch.compile
     most_targets: Callable
@@ -62,7 +64,7 @@ def mlm(rows, corpus, settings, rate=None):
     share_masked, share_random, _ = settings.mask_replace
     if share_masked < 1.0:
         draw = hashed(rows.position, settings.seed, rows.epoch, REPLACE)
-        number = (draw >> np.uint64(11)).astype(np.float64) / 2.0 ** 53               # in [0, 1)
+        number = (draw >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
         random_ids = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
         becomes_random = is_hidden & (number >= share_masked)
         stays = is_hidden & (number >= share_masked + share_random)
@@ -84,7 +86,8 @@ def mntp(rows, corpus, settings, rate=None):
 
 
 def is_drawn(rows, settings, rate):
-    """True for a random share `rate` of the positions: the same ones for every run with this seed. [T] bool"""
+    """True for a random share `rate` of the positions: the same ones for every run with this seed.
+    [T] bool"""
     return hashed(rows.position, settings.seed, rows.epoch, MASK) < threshold(rate)
 
 
@@ -96,7 +99,8 @@ def all_but_the_last(n_tokens, n_sequences, rate, settings):
 
 
 def a_share(n_tokens, n_sequences, rate, settings):
-    """A random share of the tokens has a target: the expected number and six standard deviations."""
+    """A random share of the tokens has a target: the expected number and six standard
+    deviations."""
     rate = rate or settings.mask_rate
     six_sigmas = 6 * (n_tokens * rate * (1 - rate)) ** 0.5
     most = int(n_tokens * rate + six_sigmas)
@@ -113,36 +117,44 @@ OBJECTIVES = {
 
 
 def split_name(name):
-    """"mlm40" -> ("mlm", 0.4); "clm" -> ("clm", None).
+    """ "mlm40" -> ("mlm", 0.4); "clm" -> ("clm", None).
 
     Raises ValueError, naming all objectives, for a name that is not one.
     """
     kind, percent = re.fullmatch(r"(.*?)(\d*)", str(name)).groups()
     is_rate = percent == "" or 0 < int(percent) <= 100
     if kind not in OBJECTIVES or not is_rate:
-        raise ValueError(f"objectives are {', '.join(OBJECTIVES)}, each alone or with a rate of 1 to 100 % "
-                         "after its name, as in mlm40")
+        raise ValueError(
+            f"objectives are {', '.join(OBJECTIVES)}, each alone or with a rate of 1 to 100 % "
+            "after its name, as in mlm40"
+        )
     rate = int(percent) / 100 if percent else None
     return kind, rate
 
 
 def parse(name):
-    """"mlm40" -> (OBJECTIVES["mlm"], 0.4). Raises ValueError, see split_name."""
+    """ "mlm40" -> (OBJECTIVES["mlm"], 0.4). Raises ValueError, see split_name."""
     kind, rate = split_name(name)
     return OBJECTIVES[kind], rate
 
 
 def facts_of(phases):
-    """What a checkpoint records about the objectives of its run. -> {name: {"is_causal", "hides_tokens", "rate"}}"""
+    """What a checkpoint records about the objectives of its run. -> {name: {"is_causal",
+    "hides_tokens", "rate"}}"""
     facts = {}
     for name, _ in phases:
         objective, rate = parse(name)
-        facts[name] = {"is_causal": objective.is_causal, "hides_tokens": objective.hides_tokens, "rate": rate}
+        facts[name] = {
+            "is_causal": objective.is_causal,
+            "hides_tokens": objective.hides_tokens,
+            "rate": rate,
+        }
     return facts
 
 
 def objective_at(step, phases):
-    """The objective of step `step`, counted from 0, in ((objective, steps), ...); after the end, the last one."""
+    """The objective of step `step`, counted from 0, in ((objective, steps), ...); after the end,
+    the last one."""
     for name, steps in phases:
         if step < steps:
             return name

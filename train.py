@@ -1,4 +1,5 @@
-"""Pretrain an encoder: causal language modelling, masked language modelling, or one and then the other.
+"""Pretrain an encoder: causal language modelling, masked language modelling, or one and then the
+other.
 
     python train.py config/demo_mlm.py                                    # minutes, on a laptop's CPU
     python train.py config/210m_clm_then_mlm.py                           # one GPU
@@ -6,10 +7,11 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/...
 
 Run the same command again to resume from the newest intact checkpoint in out_dir.
---branch_from=RUN/step_0010000 continues a run whose learning rate has not decayed, with other phases.
---init_from=CKPT starts a new schedule from finished weights (arXiv 2507.00994, sections 4 and 5).
-SIGTERM and Ctrl-C finish the step, save and exit 0.
+--branch_from=RUN/step_0010000 continues a run whose learning rate has not decayed, with other
+phases. --init_from=CKPT starts a new schedule from finished weights (arXiv 2507.00994, sections 4
+and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
 """
+
 import gc
 import math
 import os
@@ -99,64 +101,100 @@ def check(c, world_size):
             raise UserError(f"phases={c.phases}: {error}") from None
     steps = sum(n for _, n in c.phases)
     if not c.phases or c.warmup_steps + c.decay_steps > steps:
-        raise UserError(f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps "
-                        "of phases")
+        raise UserError(
+            f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps "
+            "of phases"
+        )
 
     if not c.size and not c.init_from and not c.branch_from:
         c.size = "210m"
     if c.size and c.size not in SIZES:
-        raise UserError(f"size={c.size}: expected one of {', '.join(SIZES)} (model.SIZES; add a line for a new one)")
+        raise UserError(
+            f"size={c.size}: expected one of {', '.join(SIZES)} (model.SIZES; add a line for a new one)"
+        )
     if min(c.batch_rows, c.micro_rows) < 1 or c.batch_rows % (c.micro_rows * world_size):
         processes = "process" if world_size == 1 else "processes"
-        raise UserError(f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x {world_size} "
-                        f"{processes}: change one of them")
+        raise UserError(
+            f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x {world_size} "
+            f"{processes}: change one of them"
+        )
     for name in ("mask_rate", "eval_mask_rate"):
         if not 0.0 < getattr(c, name) <= 1.0:
-            raise UserError(f"{name}={getattr(c, name)}: expected a share of the tokens, 0 < {name} <= 1")
+            raise UserError(
+                f"{name}={getattr(c, name)}: expected a share of the tokens, 0 < {name} <= 1"
+            )
     are_numbers = all(type(share) in (int, float) for share in c.mask_replace)
-    if len(c.mask_replace) != 3 or not are_numbers or min(c.mask_replace) < 0 or abs(sum(c.mask_replace) - 1) > 1e-6:
+    if (
+        len(c.mask_replace) != 3
+        or not are_numbers
+        or min(c.mask_replace) < 0
+        or abs(sum(c.mask_replace) - 1) > 1e-6
+    ):
         raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
     if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
-        raise UserError("save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1")
-    if not c.grad_clip >= 0:      # NaN fails, too
-        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no "
-                        "clipping")
+        raise UserError(
+            "save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1"
+        )
+    if not c.grad_clip >= 0:  # NaN fails, too
+        raise UserError(
+            f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no "
+            "clipping"
+        )
     if c.branch_from and c.init_from:
-        raise UserError("branch_from continues a schedule and init_from starts one: give one of them")
+        raise UserError(
+            "branch_from continues a schedule and init_from starts one: give one of them"
+        )
     return steps
 
 
 def learning_rate_at(step, c, max_steps):
-    """WSD: linear warmup, a stable stretch, linear decay to 0 over the last decay_steps (the paper, Table 1)."""
+    """WSD: linear warmup, a stable stretch, linear decay to 0 over the last decay_steps (the paper,
+    Table 1)."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     return c.learning_rate * min(1.0, (max_steps - step) / max(1, c.decay_steps))
 
 
 def configure_optimizer(model, c):
-    """The optimizer of a run. To try another one, change this function: checkpoints save the state of any."""
-    return torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
-                             weight_decay=c.weight_decay, fused=True)
+    """The optimizer of a run. To try another one, change this function: checkpoints save the state
+    of any."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=c.learning_rate,
+        betas=(c.beta1, c.beta2),
+        eps=c.adam_eps,
+        weight_decay=c.weight_decay,
+        fused=True,
+    )
 
 
 def compute_loss(model, lm_head, batch, autocast):
-    """The sum of the losses at one micro-batch's targets, fp32. batch: a Batch on the model's device."""
+    """The sum of the losses at one micro-batch's targets, fp32. batch: a Batch on the model's
+    device."""
     with autocast:
-        hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)      # [N, C]
+        hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)  # [N, C]
         return linear_cross_entropy(hidden, lm_head.weight, batch.targets)
 
 
 def validate(loss_of, corpus, settings, c, processes):
     """Mean losses of both objectives over the same rows, cuts and masks every time, on all ranks.
 
-    loss_of: batch -> sum of its losses; settings: data.validation_settings. -> {"val_clm_loss": ..., "val_mlm_loss": ...}
+    loss_of: batch -> sum of its losses; settings: data.validation_settings. -> {"val_clm_loss":
+    ..., "val_mlm_loss": ...}
     """
     losses = {}
     for objective in ("clm", "mlm"):
         loss_sum = 0.0
         n_targets = 0
-        batches = data.validation_batches(corpus, objective, settings, c.eval_rows, processes.rank,
-                                          processes.world_size, c.micro_rows)
+        batches = data.validation_batches(
+            corpus,
+            objective,
+            settings,
+            c.eval_rows,
+            processes.rank,
+            processes.world_size,
+            c.micro_rows,
+        )
         for batch in batches:
             with torch.no_grad():
                 loss_sum += float(loss_of(batch))
@@ -207,22 +245,36 @@ def train(c, device, processes):
     corpus = data.Corpus(c.data_dir, "train", verify)
     val_corpus = data.Corpus(c.data_dir, "val", verify)
     if corpus.tokenizer_hash != val_corpus.tokenizer_hash:
-        raise UserError(f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty "
-                        "folder")
+        raise UserError(
+            f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty "
+            "folder"
+        )
 
     # ---- where the run begins. `settings` is what its checkpoints record of it.
     dtype = pick_dtype(c.dtype, device)
-    settings = asdict(c) | {"dtype": dtype, "tokenizer_hash": corpus.tokenizer_hash, "train_tokens": corpus.n_tokens}
+    settings = asdict(c) | {
+        "dtype": dtype,
+        "tokenizer_hash": corpus.tokenizer_hash,
+        "train_tokens": corpus.n_tokens,
+    }
     beginning = resume.start(c, settings, processes, say)
     step = beginning.step
     log_path = os.path.join(c.out_dir, "log.jsonl")
     if step >= max_steps and log.has_validation(log_path, max_steps):
         say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
         return
-    data_settings = DataSettings(c.block_size, c.batch_rows, c.random_length, c.document_mask, c.mask_rate,
-                                 c.mask_replace, c.seed, beginning.first_row)
+    data_settings = DataSettings(
+        c.block_size,
+        c.batch_rows,
+        c.random_length,
+        c.document_mask,
+        c.mask_rate,
+        c.mask_replace,
+        c.seed,
+        beginning.first_row,
+    )
     eval_settings = data.validation_settings(data_settings, c.eval_mask_rate)
-    data.count_rows(corpus, data_settings)            # raises if there is less than one row
+    data.count_rows(corpus, data_settings)  # raises if there is less than one row
     data.count_rows(val_corpus, eval_settings)
 
     # ---- the model and its optimizer
@@ -237,7 +289,7 @@ def train(c, device, processes):
     optimizer = configure_optimizer(model, c)
     if beginning.imported:
         model.load_state_dict(beginning.imported.weights)
-        beginning.imported = None      # a second copy of the weights that nobody reads again
+        beginning.imported = None  # a second copy of the weights that nobody reads again
     elif beginning.source:
         checkpoint.load(beginning.source, model, optimizer if beginning.load_optimizer else None)
 
@@ -249,8 +301,16 @@ def train(c, device, processes):
         log.trim(log_path, step)
         if not os.path.isfile(config_path):
             versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            write_json(config_path, {"settings": settings, "parent": beginning.source, "start_step": step,
-                                     "run_id": os.urandom(4).hex(), "versions": versions})
+            write_json(
+                config_path,
+                {
+                    "settings": settings,
+                    "parent": beginning.source,
+                    "start_step": step,
+                    "run_id": os.urandom(4).hex(),
+                    "versions": versions,
+                },
+            )
     run_log = log.RunLog(c, beginning.totals, max_steps, device, processes)
     if c.wandb_log and processes.first:
         run_log.start_wandb(read_json(config_path)["run_id"], settings)
@@ -259,11 +319,15 @@ def train(c, device, processes):
     no_compile = "compile=false" if not c.compile else why_not_compile(device)
     how = f"eager: {no_compile}" if no_compile else "torch.compile"
     parameters = model.num_parameters()
-    say(f"{settings['size'] or c.init_from}: {parameters['encoder'] / 1e6:.1f} M parameters, "
+    say(
+        f"{settings['size'] or c.init_from}: {parameters['encoder'] / 1e6:.1f} M parameters, "
         f"{parameters['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
-        f"attention {attention}, {how}")
-    say(f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} "
-        f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens")
+        f"attention {attention}, {how}"
+    )
+    say(
+        f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} "
+        f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens"
+    )
     if not no_compile:
         model.compile()
     wrapped = model
@@ -277,8 +341,15 @@ def train(c, device, processes):
 
     # ---- data: a background thread makes this rank's micro-batches of the next steps
     def make_batches(step):
-        batches = data.micro_batches(corpus, step, objective_at(step, c.phases), data_settings, processes.rank,
-                                     processes.world_size, c.micro_rows)
+        batches = data.micro_batches(
+            corpus,
+            step,
+            objective_at(step, c.phases),
+            data_settings,
+            processes.rank,
+            processes.world_size,
+            c.micro_rows,
+        )
         if device.startswith("cuda"):
             batches = [batch.pin() for batch in batches]
         return batches
@@ -305,8 +376,12 @@ def train(c, device, processes):
         if step > first_step and (step % c.save_interval == 0 or step in kept_steps or stopping):
             run_log.flush()
             if processes.first:
-                state = {"settings": settings, "totals": run_log.totals, "first_row": beginning.first_row,
-                         "objectives": objectives.facts_of(c.phases)}
+                state = {
+                    "settings": settings,
+                    "totals": run_log.totals,
+                    "first_row": beginning.first_row,
+                    "objectives": objectives.facts_of(c.phases),
+                }
                 checkpoint.save(c.out_dir, step, model, state, optimizer)
                 checkpoint.prune(c.out_dir, c.keep_last, kept_steps)
             run_log.restart_clock()
@@ -318,17 +393,19 @@ def train(c, device, processes):
         if is_last or stopping:
             break
 
-        # Forward and backward, a micro-batch at a time. Each loss is divided by the number of targets
-        # of all ranks and micro-batches, so how a step is cut into them does not change its gradient.
+        # Forward and backward, a micro-batch at a time. Each loss is divided by the number of
+        # targets of all ranks and micro-batches, so how a step is cut into them does not change its
+        # gradient.
         batches = next(stream)
         n_targets = sum(batch.num_targets for batch in batches)
         n_targets, stopping = all_sum([n_targets, bool(stop_signals)], processes)
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
-            # DDP sums the gradients in the last backward pass; it reads this flag in the forward pass.
+            # DDP sums the gradients in the last backward pass; it reads this flag in the forward
+            # pass.
             wrapped.require_backward_grad_sync = i == len(batches) - 1
             loss = loss_of(batch)
-            (loss * (processes.world_size / n_targets)).backward()            # DDP averages over ranks
+            (loss * (processes.world_size / n_targets)).backward()  # DDP averages over ranks
             loss_sum += loss.detach()
 
         # The update
@@ -337,15 +414,27 @@ def train(c, device, processes):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        optimizer.zero_grad(set_to_none=processes.world_size == 1)     # under DDP they stay in its buckets
+        # Under DDP the gradients stay in its buckets, so they are set to zero and not removed.
+        optimizer.zero_grad(set_to_none=processes.world_size == 1)
 
-        flops = sum(model.flops(batch.lengths, batch.num_targets, batch.causal) for batch in batches)
-        run_log.add_step(step + 1, objective_at(step, c.phases), loss_sum, learning_rate, grad_norm, n_targets, flops)
+        flops = sum(
+            model.flops(batch.lengths, batch.num_targets, batch.causal) for batch in batches
+        )
+        run_log.add_step(
+            step + 1,
+            objective_at(step, c.phases),
+            loss_sum,
+            learning_rate,
+            grad_norm,
+            n_targets,
+            flops,
+        )
         step += 1
         if step == first_step + 1:
             run_log.flush()
-            # torch and a compiled model are about 500,000 long-lived Python objects. Freeze them once,
-            # so that later garbage collections skip them (a full one took 0.2 s in the middle of a step).
+            # torch and a compiled model are about 500,000 long-lived Python objects. Freeze them
+            # once, so that later garbage collections skip them (a full one took 0.2 s in the middle
+            # of a step).
             gc.collect()
             gc.freeze()
             say(f"first step after {time.time() - launched:.1f} s")

@@ -1,4 +1,5 @@
-"""Checkpoints that are complete or absent: safetensors, JSON and SHA-256 sums. Nothing is ever unpickled.
+"""Checkpoints that are complete or absent: safetensors, JSON and SHA-256 sums. Nothing is ever
+unpickled.
 
     out_dir/step_0010000/model.safetensors       weights, fp32, under the parameters' names
                          optimizer.safetensors   optimizer state: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
@@ -6,9 +7,10 @@
                          state.json              model dimensions, step, settings and counters of the run
                          SHA256SUMS              of these files, as `sha256sum -c` reads it
 
-A checkpoint is written to a hidden temporary folder, synced to disk and renamed. So a kill or a full
-disk at any moment leaves the checkpoints before it unchanged.
+A checkpoint is written to a hidden temporary folder, synced to disk and renamed. So a kill or a
+full disk at any moment leaves the checkpoints before it unchanged.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -43,7 +45,11 @@ def step_of(path):
 
 def all_of(out_dir):
     """Paths of the checkpoints in out_dir, oldest first, unchecked."""
-    paths = [path for path in find_files(out_dir, "step_*") if re.fullmatch(r"step_\d+", os.path.basename(path))]
+    paths = [
+        path
+        for path in find_files(out_dir, "step_*")
+        if re.fullmatch(r"step_\d+", os.path.basename(path))
+    ]
     return sorted(paths, key=step_of)
 
 
@@ -64,27 +70,31 @@ def sync(path):
 def save(out_dir, step, model, state, optimizer=None, head=None):
     """Write out_dir/step_NNNNNNN and return its path.
 
-    state: JSON values about the run; the model's dimensions and the step are added. optimizer, head: an
-    optimizer whose state is saved, or the head of a fine-tuned encoder. Raises RunError if the disk does
-    not take it; earlier checkpoints are unchanged then.
+    state: JSON values about the run; the model's dimensions and the step are added. optimizer,
+    head: an optimizer whose state is saved, or the head of a fine-tuned encoder. Raises RunError if
+    the disk does not take it; earlier checkpoints are unchanged then.
     """
     path = path_of(out_dir, step)
     temporary = os.path.join(out_dir, f".writing_{step:07d}")
     shutil.rmtree(temporary, ignore_errors=True)
     tensors = {"model.safetensors": model.state_dict()}
     if model.config.tied:
-        del tensors["model.safetensors"]["lm_head.weight"]      # safetensors stores a tensor once
+        del tensors["model.safetensors"]["lm_head.weight"]  # safetensors stores a tensor once
     if optimizer is not None:
         tensors["optimizer.safetensors"] = optimizer_state(model, optimizer)
     if head is not None:
-        tensors["head.safetensors"] = {name: value.float() for name, value in head.state_dict().items()}
+        tensors["head.safetensors"] = {
+            name: value.float() for name, value in head.state_dict().items()
+        }
     try:
         os.makedirs(temporary)
         for file_name, values in tensors.items():
             on_cpu = {name: value.contiguous().cpu() for name, value in values.items()}
             save_file(on_cpu, os.path.join(temporary, file_name))
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
-            json.dump(state | {"model": dataclasses.asdict(model.config), "step": step}, f, indent=1)
+            json.dump(
+                state | {"model": dataclasses.asdict(model.config), "step": step}, f, indent=1
+            )
         file_names = sorted(os.listdir(temporary))
         with open(os.path.join(temporary, SUMS), "w", encoding="utf-8") as f:
             for name in file_names:
@@ -92,7 +102,8 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         for name in [*file_names, SUMS, ""]:
             sync(os.path.join(temporary, name))
 
-        # Only a damaged checkpoint can stand at `path`. If it was fine-tuned, its results stay there.
+        # Only a damaged checkpoint can stand at `path`. If it was fine-tuned, its results stay
+        # there.
         if results(path):
             for name in [*file_names, SUMS]:
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
@@ -103,13 +114,16 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         sync(out_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"could not save step {step} ({error}); the checkpoints before it are intact: make room in "
-                       f"{out_dir} and run the same command again") from None
+        raise RunError(
+            f"could not save step {step} ({error}); the checkpoints before it are intact: make room in "
+            f"{out_dir} and run the same command again"
+        ) from None
     return path
 
 
 def optimizer_state(model, optimizer):
-    """The state of any optimizer of torch's kind, by parameter name. -> {"KEY.PARAMETER": tensor}"""
+    """The state of any optimizer of torch's kind, by parameter name. -> {"KEY.PARAMETER":
+    tensor}"""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -133,7 +147,8 @@ def verify(path):
 
 
 def latest(out_dir, say=print):
-    """The path of the newest intact checkpoint of out_dir, or None. Says which damaged ones it passed over."""
+    """The path of the newest intact checkpoint of out_dir, or None. Says which damaged ones it
+    passed over."""
     for path in reversed(all_of(out_dir)):
         try:
             verify(path)
@@ -146,14 +161,14 @@ def latest(out_dir, say=print):
 def prune(out_dir, keep_last, milestones):
     """Delete all but the newest `keep_last` checkpoints.
 
-    Milestones (steps that are kept for good) stay, and checkpoints that were fine-tuned, whose results
-    lie in them, and symbolic links, which lead to a folder that is not ours.
+    Milestones (steps that are kept for good) stay, and checkpoints that were fine-tuned, whose
+    results lie in them, and symbolic links, which lead to a folder that is not ours.
     """
     deletable = []
     for path in all_of(out_dir):
         if step_of(path) not in milestones and not results(path) and not os.path.islink(path):
             deletable.append(path)
-    for path in deletable[:-keep_last or None]:
+    for path in deletable[: -keep_last or None]:
         delete(path, out_dir)
 
 
@@ -168,12 +183,16 @@ def delete(path, out_dir):
 
 
 def results(path):
-    """The folders that finetune.py and eval_ir.py have put into a checkpoint's: they are not ours to delete."""
-    return [name for name in ("trials", "random", "mteb") if os.path.isdir(os.path.join(path, name))]
+    """The folders that finetune.py and eval_ir.py have put into a checkpoint's: they are not ours
+    to delete."""
+    return [
+        name for name in ("trials", "random", "mteb") if os.path.isdir(os.path.join(path, name))
+    ]
 
 
 def find(path):
-    """The path of a checkpoint, given its own path or its run's, checked against its sums. Raises UserError."""
+    """The path of a checkpoint, given its own path or its run's, checked against its sums. Raises
+    UserError."""
     if os.path.isfile(os.path.join(path, "state.json")):
         try:
             verify(path)
@@ -182,7 +201,9 @@ def find(path):
             raise UserError(f"{error}: choose another checkpoint") from None
     newest = latest(path)
     if newest is None:
-        raise UserError(f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one")
+        raise UserError(
+            f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one"
+        )
     return newest
 
 
@@ -203,21 +224,27 @@ def same_model(stored, expected, path):
         if key != "block_size" and stored[key] != value:
             different.append(f"{key} is {stored[key]} there and {value} here")
     if different:
-        raise UserError(f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a "
-                        "checkpoint")
+        raise UserError(
+            f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a "
+            "checkpoint"
+        )
 
 
 def tokenizer_of(path):
-    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises UserError."""
+    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises
+    UserError."""
     stored = tokenizer.load(os.path.dirname(os.path.abspath(path)))
     if stored.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
-        raise UserError(f"the tokenizer beside {path} is not the one it was trained with: put the run's own "
-                        "tokenizer.tiktoken and tokenizer_info.json back")
+        raise UserError(
+            f"the tokenizer beside {path} is not the one it was trained with: put the run's own "
+            "tokenizer.tiktoken and tokenizer_info.json back"
+        )
     return stored
 
 
 def load(path, model, optimizer=None):
-    """Copy weights, and optimizer state if an optimizer is given, from a checked checkpoint. -> its state.json
+    """Copy weights, and optimizer state if an optimizer is given, from a checked checkpoint. -> its
+    state.json
 
     Raises UserError if it belongs to another model, or has no optimizer state.
     """
@@ -229,13 +256,17 @@ def load(path, model, optimizer=None):
     names = model.state_dict().keys()
     for problem, tensors in (("lacks", names - weights.keys()), ("has", weights.keys() - names)):
         if tensors:
-            raise UserError(f"{path} {problem} {min(tensors)}, and the model here {'has' if problem == 'lacks' else 'lacks'}"
-                            f" it ({len(tensors)} such tensors): model.py is not the one it was trained with")
+            raise UserError(
+                f"{path} {problem} {min(tensors)}, and the model here {'has' if problem == 'lacks' else 'lacks'}"
+                f" it ({len(tensors)} such tensors): model.py is not the one it was trained with"
+            )
     model.load_state_dict(weights)
     if optimizer is not None:
         stored = os.path.join(path, "optimizer.safetensors")
         if not os.path.isfile(stored):
-            raise UserError(f"{path} has no optimizer.safetensors, so training cannot continue from it exactly")
+            raise UserError(
+                f"{path} has no optimizer.safetensors, so training cannot continue from it exactly"
+            )
         load_optimizer_state(model, optimizer, load_file(stored))
     return state
 
@@ -248,7 +279,7 @@ def load_optimizer_state(model, optimizer, tensors):
     values_of = defaultdict(dict)
     for key, value in tensors.items():
         state_key, _, name = key.partition(".")
-        values_of[name][state_key] = value.clone()      # out of the mapped file
+        values_of[name][state_key] = value.clone()  # out of the mapped file
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = []
     for group in optimizer.param_groups:
@@ -258,13 +289,15 @@ def load_optimizer_state(model, optimizer, tensors):
         values = values_of.get(name_of[id(parameter)])
         if values:
             state[index] = values
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def load_model(path, device="cpu", attention="auto"):
     """The Encoder of a checkpoint or of a run's newest one, in eval mode. Raises UserError."""
     path = find(path)
-    with torch.device("meta"):       # no time spent on random weights
+    with torch.device("meta"):  # no time spent on random weights
         model = Encoder(config_of(path), attention=attention)
     model.to_empty(device=device)
     if model.config.tied:

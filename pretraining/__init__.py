@@ -2,4 +2,5 @@
 
     data     rows, cuts and batches, each a pure function of (seed, epoch, index)
     resume   where a run begins: from scratch, from its own checkpoint, as a branch, or from other weights
+    log      what a run tells: console, log.jsonl, Weights & Biases
 """

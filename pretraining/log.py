@@ -1,8 +1,9 @@
 """What a run tells: lines on the console, a row a step in log.jsonl, and Weights & Biases if asked.
 
-Losses stay on the device until they are logged. So between two console lines the host never waits for
-the GPU.
+Losses stay on the device until they are logged. So between two console lines the host never waits
+for the GPU.
 """
+
 import json
 import os
 import time
@@ -21,8 +22,8 @@ class RunLog:
     """The log of one run on one process. Only the first process prints and writes."""
 
     def __init__(self, settings, totals, max_steps, device, processes):
-        """settings: train.Config; totals: {"tokens", "targets", "flops", "seconds"} since the run's first
-        ancestor began, which this log keeps up to date."""
+        """settings: train.Config; totals: {"tokens", "targets", "flops", "seconds"} since the run's
+        first ancestor began, which this log keeps up to date."""
         self.settings = settings
         self.totals = totals
         self.max_steps = max_steps
@@ -31,33 +32,51 @@ class RunLog:
         self.path = os.path.join(settings.out_dir, "log.jsonl")
         self.peak_flops = peak_flops(device)
         self.wandb_run = None
-        self.waiting = []      # steps whose losses are still on the device
+        self.waiting = []  # steps whose losses are still on the device
         self.restart_clock()
 
     def start_wandb(self, run_id, all_settings):
-        """Send the rows to Weights & Biases, too. A resumed run with the same run_id continues its plot."""
+        """Send the rows to Weights & Biases, too. A resumed run with the same run_id continues its
+        plot."""
         if self.settings.wandb_log and self.processes.first:
             import wandb
+
             name = os.path.basename(os.path.normpath(self.settings.out_dir))
-            self.wandb_run = wandb.init(project=self.settings.wandb_project, dir=self.settings.out_dir, id=run_id,
-                                        resume="allow", config=all_settings, name=name)
+            self.wandb_run = wandb.init(
+                project=self.settings.wandb_project,
+                dir=self.settings.out_dir,
+                id=run_id,
+                resume="allow",
+                config=all_settings,
+                name=name,
+            )
 
     def say(self, text):
         if self.processes.first:
             print(text, flush=True)
 
     def restart_clock(self):
-        """Begin to time steps: what came before, such as a validation, is not part of their speed."""
+        """Begin to time steps: what came before, such as a validation, is not part of their
+        speed."""
         self.clock = time.time()
 
     def add_step(self, step, phase, loss, learning_rate, grad_norm, targets, flops):
         """Remember a step until the next flush().
 
-        loss: sum of this process' losses, and grad_norm, both still tensors on the device; targets: of
-        all processes; flops: of this process
+        loss: sum of this process' losses, and grad_norm, both still tensors on the device; targets:
+        of all processes; flops: of this process
         """
-        self.waiting.append({"step": step, "phase": phase, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm,
-                             "targets": int(targets), "flops": flops})
+        self.waiting.append(
+            {
+                "step": step,
+                "phase": phase,
+                "loss": loss,
+                "lr": learning_rate,
+                "grad_norm": grad_norm,
+                "targets": int(targets),
+                "flops": flops,
+            }
+        )
 
     def flush(self):
         """Write the rows of the steps since the last flush and print the last one.
@@ -82,7 +101,11 @@ class RunLog:
         mfu = None
         if self.peak_flops:
             mfu = sum(flops) / seconds / (self.peak_flops * self.processes.world_size)
-        speed = {"tok_per_s": n * tokens_per_step / seconds, "mfu": mfu, "peak_memory": peak_memory(self.device)}
+        speed = {
+            "tok_per_s": n * tokens_per_step / seconds,
+            "mfu": mfu,
+            "peak_memory": peak_memory(self.device),
+        }
 
         for row, loss, step_flops, grad_norm in zip(rows, losses, flops, grad_norms):
             loss /= row["targets"]
@@ -97,25 +120,34 @@ class RunLog:
         last = rows[-1]
         eta = timedelta(seconds=int((self.max_steps - last["step"]) * seconds / n))
         mfu_text = f"{mfu:.1%}" if mfu else "n/a"
-        self.say(f"step {last['step']:>6}/{self.max_steps}  {last['phase']}  loss {last['loss']:.4f}  "
-                 f"lr {last['lr']:.2e}  norm {last['grad_norm']:.2f}  {speed['tok_per_s']:,.0f} tok/s  "
-                 f"mfu {mfu_text}  eta {eta}")
+        self.say(
+            f"step {last['step']:>6}/{self.max_steps}  {last['phase']}  loss {last['loss']:.4f}  "
+            f"lr {last['lr']:.2e}  norm {last['grad_norm']:.2f}  {speed['tok_per_s']:,.0f} tok/s  "
+            f"mfu {mfu_text}  eta {eta}"
+        )
         self.restart_clock()
 
     def check_finite(self, step, loss, grad_norm):
         """Raises RunError if one of them is infinite or not a number."""
-        if abs(loss) < float("inf") and grad_norm < float("inf"):      # NaN fails both comparisons
+        if abs(loss) < float("inf") and grad_norm < float("inf"):  # NaN fails both comparisons
             return
         saved = checkpoint.all_of(self.settings.out_dir)
-        last_good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise RunError(f"loss {loss}, gradient norm {grad_norm} at step {step}: stopped, not saved; {last_good}. "
-                       "A lower --learning_rate in another --out_dir may help")
+        last_good = (
+            f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        )
+        raise RunError(
+            f"loss {loss}, gradient norm {grad_norm} at step {step}: stopped, not saved; {last_good}. "
+            "A lower --learning_rate in another --out_dir may help"
+        )
 
     def add_validation(self, step, phase, losses):
-        """Write a validation. losses: {"val_clm_loss": ..., "val_mlm_loss": ...} in nats per target"""
+        """Write a validation. losses: {"val_clm_loss": ..., "val_mlm_loss": ...} in nats per
+        target"""
         self.write([{"step": step, "phase": phase} | self.totals | losses])
-        self.say(f"step {step:>6}/{self.max_steps}  validation  clm {losses['val_clm_loss']:.4f}  "
-                 f"mlm {losses['val_mlm_loss']:.4f}")
+        self.say(
+            f"step {step:>6}/{self.max_steps}  validation  clm {losses['val_clm_loss']:.4f}  "
+            f"mlm {losses['val_mlm_loss']:.4f}"
+        )
 
     def write(self, rows):
         if self.processes.first:
@@ -131,7 +163,8 @@ class RunLog:
 
 
 def read_rows(path):
-    """[(row, its line)] of a log.jsonl, without a last line that a kill cut off; [] if there is no such file."""
+    """[(row, its line)] of a log.jsonl, without a last line that a kill cut off; [] if there is no
+    such file."""
     if not os.path.isfile(path):
         return []
     with open(path, encoding="utf-8") as f:
@@ -139,8 +172,8 @@ def read_rows(path):
 
 
 def trim(path, step):
-    """Drop what a run that resumes after `step` writes again, with the same values: later rows, and the
-    validation at `step` itself."""
+    """Drop what a run that resumes after `step` writes again, with the same values: later rows, and
+    the validation at `step` itself."""
     if not os.path.isfile(path):
         return
     kept = []

@@ -1,13 +1,16 @@
-"""Where a run begins: from scratch, from its own newest checkpoint, as a branch, or from other weights.
+"""Where a run begins: from scratch, from its own newest checkpoint, as a branch, or from other
+weights.
 
-    resume        run the same command again: training continues from the newest intact checkpoint in
-                  out_dir, with every setting unchanged
-    branch_from   continue from a checkpoint of another run (the trunk) whose learning rate has not
-                  decayed: weights, optimizer state, step and data order continue, the phases are new.
-                  The result equals one long run bit for bit, so 17 of the paper's models cost 120k steps
-    init_from     start a new schedule from the weights of any checkpoint, or of a Hugging Face model, on
-                  rows that were not read yet (the paper's continued pretraining)
+resume        run the same command again: training continues from the newest intact checkpoint in
+              out_dir, with every setting unchanged
+branch_from   continue from a checkpoint of another run (the trunk) whose learning rate has not
+              decayed: weights, optimizer state, step and data order continue, the phases are new.
+              The result equals one long run bit for bit, so 17 of the paper's models cost 120k
+              steps
+init_from     start a new schedule from the weights of any checkpoint, or of a Hugging Face model, on
+              rows that were not read yet (the paper's continued pretraining)
 """
+
 import os
 import shlex
 from dataclasses import dataclass, field, replace
@@ -22,12 +25,34 @@ from model import SIZES, ModelConfig
 from objectives import objective_at
 
 # Settings that may differ when a run resumes: where and how it runs, not what it computes.
-FREE = {"data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval",
-        "log_interval", "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention",
-        "checkpoint_activations"}
-# Settings that may also differ between a trunk and its branch: what comes after the branching point.
-BRANCH = FREE | {"branch_from", "init_from", "keep_moments", "phases", "decay_steps", "eval_rows",
-                 "eval_mask_rate"}
+FREE = {
+    "data_dir",
+    "out_dir",
+    "resume",
+    "save_interval",
+    "keep_last",
+    "milestones",
+    "eval_interval",
+    "log_interval",
+    "wandb_log",
+    "wandb_project",
+    "micro_rows",
+    "device",
+    "compile",
+    "attention",
+    "checkpoint_activations",
+}
+# Settings that may also differ between a trunk and its branch: what comes after the branching
+# point.
+BRANCH = FREE | {
+    "branch_from",
+    "init_from",
+    "keep_moments",
+    "phases",
+    "decay_steps",
+    "eval_rows",
+    "eval_mask_rate",
+}
 
 
 def zero_totals():
@@ -37,35 +62,42 @@ def zero_totals():
 @dataclass
 class Start:
     """The state before a run's next step."""
-    source: str = ""             # the checkpoint to load, or where `imported` came from; "" from scratch
-    imported: importing.Imported | None = None     # a Hugging Face model
-    load_optimizer: bool = False                   # load the optimizer state of the checkpoint, too
-    step: int = 0                # steps done
-    first_row: int = 0           # place in the data order where step 0 began
-    totals: dict = field(default_factory=zero_totals)      # since the run's first ancestor began
+
+    source: str = ""  # the checkpoint to load, or where `imported` came from; "" from scratch
+    imported: importing.Imported | None = None  # a Hugging Face model
+    load_optimizer: bool = False  # load the optimizer state of the checkpoint, too
+    step: int = 0  # steps done
+    first_row: int = 0  # place in the data order where step 0 began
+    totals: dict = field(default_factory=zero_totals)  # since the run's first ancestor began
 
 
 def start(c, settings, processes, say):
     """Decide where the run begins, from out_dir, branch_from and init_from. -> Start
 
-    c: train.Config; settings: what the run's checkpoints record of it, whose "size" is filled in here.
-    Raises UserError, listing what changed, if the run or the trunk was trained with other settings.
-    Writes nothing.
+    c: train.Config; settings: what the run's checkpoints record of it, whose "size" is filled in
+    here. Raises UserError, listing what changed, if the run or the trunk was trained with other
+    settings. Writes nothing.
     """
     config_path = os.path.join(c.out_dir, "config.json")
     if os.path.isfile(config_path):
         if not c.resume:
-            raise UserError(f"{c.out_dir} already holds a run: choose another --out_dir, or resume it with --resume=true")
+            raise UserError(
+                f"{c.out_dir} already holds a run: choose another --out_dir, or resume it with --resume=true"
+            )
         old_settings = read_json(config_path)["settings"]
         settings["size"] = settings["size"] or old_settings["size"]
         changed = differences(old_settings, settings, FREE)
         if changed:
-            raise UserError(f"{c.out_dir} was begun with other settings ({'; '.join(changed)}): choose another "
-                            "--out_dir, or continue from one of its checkpoints with --branch_from")
+            raise UserError(
+                f"{c.out_dir} was begun with other settings ({'; '.join(changed)}): choose another "
+                "--out_dir, or continue from one of its checkpoints with --branch_from"
+            )
         step = newest_step(c.out_dir, processes, say)
         if step is not None:
             return continue_from(checkpoint.path_of(c.out_dir, step), "resuming", say)
-    elif not is_new(c.out_dir, "tokenizer.tiktoken", "tokenizer_info.json"):      # written before config.json
+    elif not is_new(
+        c.out_dir, "tokenizer.tiktoken", "tokenizer_info.json"
+    ):  # written before config.json
         raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
 
     if c.branch_from:
@@ -96,25 +128,35 @@ def continue_from(source, word, say):
     """Continue the schedule of a checkpoint. word: "resuming" or "branching"."""
     state = checkpoint.read_state(source)
     say(f"{word} from {source}")
-    return Start(source, load_optimizer=True, step=state["step"], first_row=state["first_row"],
-                 totals=state["totals"])
+    return Start(
+        source,
+        load_optimizer=True,
+        step=state["step"],
+        first_row=state["first_row"],
+        totals=state["totals"],
+    )
 
 
 def new_schedule(source, c, settings, say):
     """Start a new schedule from the weights of a checkpoint, on rows that its run has not read."""
     state = checkpoint.read_state(source)
-    old_settings = state.get("settings", {})      # imported weights have none
+    old_settings = state.get("settings", {})  # imported weights have none
     old_hash = old_settings.get("tokenizer_hash", settings["tokenizer_hash"])
     if old_hash != settings["tokenizer_hash"]:
         same_ids = checkpoint.tokenizer_of(source).same_ids(tokenizer.load(c.data_dir))
         if not same_ids:
-            raise UserError(f"{source} was trained with another tokenizer than {c.data_dir} was prepared with")
+            raise UserError(
+                f"{source} was trained with another tokenizer than {c.data_dir} was prepared with"
+            )
 
     beginning = Start(source, totals=state.get("totals", zero_totals()))
     has_optimizer_state = os.path.isfile(os.path.join(source, "optimizer.safetensors"))
     beginning.load_optimizer = c.keep_moments and has_optimizer_state
     old_corpus = (old_settings.get("train_tokens"), old_settings.get("block_size"))
-    if old_corpus == (settings["train_tokens"], c.block_size):      # the same corpus: no row is read twice
+    if old_corpus == (
+        settings["train_tokens"],
+        c.block_size,
+    ):  # the same corpus: no row is read twice
         beginning.first_row = state["first_row"] + state["step"] * old_settings["batch_rows"]
     with_or_without = "with" if beginning.load_optimizer else "without"
     say(f"starting a new schedule from {source}, {with_or_without} its optimizer state")
@@ -122,12 +164,15 @@ def new_schedule(source, c, settings, say):
 
 
 def import_weights(c, say):
-    """Start a new schedule from a Hugging Face model, whose tokenizer the corpus must have been prepared with."""
+    """Start a new schedule from a Hugging Face model, whose tokenizer the corpus must have been
+    prepared with."""
     imported = importing.read(c.init_from)
     if not imported.tokenizer.same_ids(tokenizer.load(c.data_dir)):
         source = c.init_from if c.init_from.startswith("hf:") else f"hf:{c.init_from}"
-        raise UserError(f"{c.data_dir} was prepared with another tokenizer than {c.init_from} has: "
-                        f"prepare_fineweb.py --tokenizer={shlex.quote(source)}")
+        raise UserError(
+            f"{c.data_dir} was prepared with another tokenizer than {c.init_from} has: "
+            f"prepare_fineweb.py --tokenizer={shlex.quote(source)}"
+        )
     say(importing.describe(imported))
     source = c.init_from
     if imported.facts["revision"] and "@" not in source:
@@ -141,10 +186,16 @@ def model_config(c, beginning, vocab_size):
     Raises UserError if --size names another model than these weights have.
     """
     if not beginning.source:
-        return ModelConfig(**SIZES[c.size], vocab_size=vocab_size, block_size=c.block_size, tied=c.tied)
-    stored = beginning.imported.config if beginning.imported else checkpoint.config_of(beginning.source)
+        return ModelConfig(
+            **SIZES[c.size], vocab_size=vocab_size, block_size=c.block_size, tied=c.tied
+        )
+    stored = (
+        beginning.imported.config if beginning.imported else checkpoint.config_of(beginning.source)
+    )
     if c.size:
-        expected = ModelConfig(**SIZES[c.size], vocab_size=vocab_size, block_size=c.block_size, tied=c.tied)
+        expected = ModelConfig(
+            **SIZES[c.size], vocab_size=vocab_size, block_size=c.block_size, tied=c.tied
+        )
     else:
         expected = replace(stored, vocab_size=vocab_size, tied=c.tied or stored.tied)
     checkpoint.same_model(stored, expected, beginning.source)
@@ -160,7 +211,8 @@ def check_trunk(state, c, settings, path):
     old_phases = old_settings["phases"]
     step = state["step"]
 
-    # Which masking settings mattered to the trunk? (Checkpoints before 2026-11-26 do not record it.)
+    # Which masking settings mattered to the trunk? (Checkpoints before 2026-11-26 do not record
+    # it.)
     facts = state.get("objectives") or objectives.facts_of(old_phases)
     names = {objective_at(s, old_phases) for s in range(step)}
     hiding = [facts[name] for name in names if facts[name]["hides_tokens"]]
@@ -171,18 +223,26 @@ def check_trunk(state, c, settings, path):
         free.add("mask_rate")
     changed = differences(old_settings, settings, free)
     if changed:
-        raise UserError(f"{path} was trained with other settings ({'; '.join(changed)}); --init_from starts a new "
-                        "schedule from its weights")
+        raise UserError(
+            f"{path} was trained with other settings ({'; '.join(changed)}); --init_from starts a new "
+            "schedule from its weights"
+        )
 
     decay_begins = sum(n for _, n in old_phases) - old_settings["decay_steps"]
     if old_settings["decay_steps"] and step > decay_begins:
-        raise UserError(f"{path} lies in its run's decay (from step {decay_begins} on): branch from an earlier step, "
-                        "or start a new schedule with --init_from")
+        raise UserError(
+            f"{path} lies in its run's decay (from step {decay_begins} on): branch from an earlier step, "
+            "or start a new schedule with --init_from"
+        )
     for s in range(step):
         if objective_at(s, c.phases) != objective_at(s, old_phases):
-            raise UserError(f"phases={c.phases}: step {s} would be {objective_at(s, c.phases)}, but {path} was trained "
-                            f"with {objective_at(s, old_phases)} there; phases count from the trunk's beginning")
+            raise UserError(
+                f"phases={c.phases}: step {s} would be {objective_at(s, c.phases)}, but {path} was trained "
+                f"with {objective_at(s, old_phases)} there; phases count from the trunk's beginning"
+            )
     total = sum(n for _, n in c.phases)
     if total <= step or total - c.decay_steps < step:
-        raise UserError(f"phases={c.phases} with decay_steps={c.decay_steps} end or decay before step {step} of "
-                        f"{path}; phases count from the trunk's beginning")
+        raise UserError(
+            f"phases={c.phases} with decay_steps={c.decay_steps} end or decay before step {step} of "
+            f"{path}; phases count from the trunk's beginning"
+        )

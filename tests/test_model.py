@@ -256,5 +256,5 @@ def test_flops_are_the_products_that_run():
 
 
 def test_unknown_attention_names_the_known_ones():
-    with pytest.raises(ValueError, match="expected auto or one of triton, sdpa, reference"):
+    with pytest.raises(ValueError, match="expected auto or one of triton, varlen, sdpa, reference"):
         encoder("flash9")
