@@ -43,7 +43,7 @@ def generate(model, tok, prompt, c, device):
     Every token is a whole forward pass: no cache of keys and values, which would be more code than the rest of this file.
     """
     unheard = torch.ones(model.config.vocab_size, dtype=torch.bool, device=device)
-    unheard[[i for i in tok.known if i < len(unheard) and i != tok.mask_id]] = False            # rows that stand for nothing
+    unheard[[i for i in tok.known_ids if i < len(unheard) and i != tok.mask_id]] = False            # rows that stand for nothing
     chance = torch.Generator(device).manual_seed(c.seed)
     start = tok.encode(prompt) or [tok.eos_id]             # behind an eos a new document begins
     tokens = torch.tensor([start] * c.num_samples, device=device)                               # [S, L]

@@ -1,13 +1,18 @@
-"""Tokenizers, all of them tiktoken at run time: text in, ids out, and the two special ids that pretraining needs.
+"""Tokenizers: text in, ids out, and the two special ids that pretraining needs, eos and mask.
 
-    gpt2              tiktoken's GPT-2 ranks; <|endoftext|> is eos, <|mask|> is appended, rows padded to a multiple of 64
-    llama3            the paper's: 128,256 rows, eos = pad = 128001, mask = 128002 (arXiv 2507.00994 and EuroBERT);
-                      ranks from the hub's EuroBERT/EuroBERT-210m, or from a rank file: llama3:/path/to/tokenizer.model
-    train:8192        a byte-level BPE of 8,192 rows trained on the corpus itself
-    hf:ORG/NAME       that of a Hugging Face model, with the same ids (hf_tokenizer.py)
+All of them are tiktoken encodings at run time:
 
-A prepared corpus and a run directory each carry their tokenizer as two files, `tokenizer.tiktoken` (tiktoken's rank
-file) and `tokenizer_info.json` (pattern, special tokens, sizes), so nothing is downloaded twice and no run guesses.
+    gpt2              tiktoken's GPT-2 ranks; eos is <|endoftext|>, <|mask|> is appended, and the
+                      vocabulary is padded to a multiple of 64
+    llama3            the paper's (arXiv 2507.00994 and EuroBERT): vocabulary size 128,256,
+                      eos = pad = 128001, mask = 128002. Ranks from the hub's
+                      EuroBERT/EuroBERT-210m, or from a rank file: llama3:/path/to/tokenizer.model
+    train:8192        a byte-level BPE with a vocabulary of 8,192, trained on the corpus itself
+    hf:ORG/NAME       that of a Hugging Face model, with the same ids (huggingface/tokenizer.py)
+
+A prepared corpus and a run directory each carry their tokenizer as two files: `tokenizer.tiktoken`
+(tiktoken's rank file) and `tokenizer_info.json` (pattern, special tokens, sizes). So nothing is
+downloaded twice, and no run has to guess.
 """
 import base64
 import functools
@@ -25,89 +30,148 @@ import tiktoken
 import tiktoken.load
 
 from core.configurator import UserError
-from core.files import write_whole
+from core.files import read_json, write_json, write_whole
 
+# How a text is cut into pieces before BPE: no token spans two pieces.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LLAMA3_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-                  r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
+LLAMA3_PATTERN = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
+    r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
 TRAIN_CHARACTERS = 300_000_000   # a BPE has converged long before; more text only costs memory
+
+# What retrieval writes in front of a text, as in the paper.
+QUERY = "Query: "
+DOCUMENT = "Document: "
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tiktoken encoding with the ids that pretraining uses. Ids in [special_start, vocab_size) never come from text.
+    """A tiktoken encoding with the ids that pretraining uses.
 
-    What the encoding numbers from vocab_size on are bytes that an imported vocabulary has no token for; Hugging Face's
-    tokenizers drop them without a word, and so do we.
+    Ids in [special_start, vocab_size) never come from text; an imported vocabulary may have special
+    ids below special_start, too. An imported vocabulary may also lack tokens for some bytes. The
+    encoding numbers these from vocab_size on. Hugging Face's tokenizers drop them silently, and so
+    does this class.
     """
+
     name: str
     encoding: tiktoken.Encoding
-    eos_id: int          # closes every document; also the padding id
+    eos_id: int               # closes every document; also the padding id
     mask_id: int
-    special_start: int   # ids from here on are special or unused (an imported vocabulary may have special ones below it, too)
-    vocab_size: int      # rows of the embedding
-    normalization: str = ""   # Unicode's normal form that text is brought into first, as in Qwen's "NFC"
+    special_start: int        # ids from here on are special or unused (see the docstring)
+    vocab_size: int           # rows of the embedding
+    normalization: str = (
+        ""  # of text, before it is encoded: one of Unicode's forms, as in Qwen "NFC"
+    )
+
+    # ---- identity
 
     @functools.cached_property
     def hash(self):
-        """sha256 over everything that decides ids: ranks, pattern, special tokens, sizes. -> 32 bytes"""
+        """SHA-256 of everything that decides ids: ranks, pattern, special tokens, sizes."""
         digest = hashlib.sha256(rank_file(self.encoding))
         digest.update(json.dumps(self.description(), sort_keys=True).encode())
         return digest.digest()
 
-    def same_ids(self, other):
-        """Do both give the same ids to every text, and the same to eos and mask, whatever they are called?"""
-        ours, theirs = ((t.encoding._mergeable_ranks, t.encoding._pat_str, t.normalization, t.eos_id, t.mask_id, t.vocab_size)
-                        for t in (self, other))
-        return ours == theirs
-
     def description(self):
-        return {"name": self.name.partition(":")[0], "pattern": self.encoding._pat_str,
-                "special_tokens": self.encoding._special_tokens, "eos_id": self.eos_id, "mask_id": self.mask_id,
-                "special_start": self.special_start, "vocab_size": self.vocab_size
-                } | ({"normalization": self.normalization} if self.normalization else {})
+        """The content of tokenizer_info.json, with only the kind of the tokenizer for a name."""
+        info = {
+            "name": self.name.partition(":")[0],
+            "pattern": self.encoding._pat_str,
+            "special_tokens": self.encoding._special_tokens,
+            "eos_id": self.eos_id,
+            "mask_id": self.mask_id,
+            "special_start": self.special_start,
+            "vocab_size": self.vocab_size,
+        }
+        if self.normalization:
+            info["normalization"] = self.normalization
+        return info
 
-    def normalized(self, text):
-        return unicodedata.normalize(self.normalization, text) if self.normalization else text
+    def same_ids(self, other):
+        """True if both give every text the same ids, and use the same ids for eos and mask."""
+        return self.what_decides_ids() == other.what_decides_ids()
 
-    def without_dropped(self, text, ids):
-        """ids, or those of text (normalized) without the bytes that have no token: its pieces are cut with them, and merged
-        without."""
-        if self.encoding.max_token_value < self.vocab_size or max(ids, default=0) < self.vocab_size:
-            return ids
-        dropped = bytes(np.flatnonzero(~self.has_token).tolist())
-        found = regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text))
-        pieces = (match.group().encode().translate(None, dropped) for match in found)
-        return [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
+    def what_decides_ids(self):
+        ranks = self.encoding._mergeable_ranks
+        pattern = self.encoding._pat_str
+        return ranks, pattern, self.normalization, self.eos_id, self.mask_id, self.vocab_size
+
+    # ---- text -> ids
 
     def encode(self, text):
-        """Ordinary ids only: a literal "<|mask|>" in a document is seven-odd characters of text. -> list[int]"""
+        """Ids of a text. -> list of int
+
+        They are ordinary ones: a literal "<|mask|>" in a document is just some characters of text.
+        """
         text = self.normalized(text)
         return self.without_dropped(text, self.encoding.encode_ordinary(text))
 
     def encode_batch(self, texts, threads):
-        """texts -> list of lists of ids. tiktoken replaces lone surrogates by U+FFFD, so any str can be encoded."""
-        texts = [self.normalized(text) for text in texts] if self.normalization else texts
-        return [self.without_dropped(text, ids)
-                for text, ids in zip(texts, self.encoding.encode_ordinary_batch(texts, num_threads=threads))]
+        """Ids of several texts. -> list of lists of int
+
+        tiktoken replaces lone surrogates by U+FFFD, so every str can be encoded.
+        """
+        if self.normalization:
+            texts = [self.normalized(text) for text in texts]
+        batch = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        return [self.without_dropped(text, ids) for text, ids in zip(texts, batch)]
 
     def encode_to_arrays(self, texts, threads):
-        """The ids of encode_batch as uint32 arrays [n]: what a corpus is written from, without a Python int for each id."""
+        """The ids of encode_batch as uint32 arrays [n].
+
+        A corpus is written from these: there is no Python int for each of billions of ids.
+        """
         if threads == 1:
             return [self.encode_to_array(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.encode_to_array, texts))
 
     def encode_to_array(self, text):
+        """Ids of a text. -> uint32 [n]"""
         text = self.normalized(text)
         try:
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())    # nothing is allowed: ordinary ids only
-        except UnicodeEncodeError:                                               # a lone surrogate, as encode() takes it
+            # No special token is allowed, and none forbidden: all text is ordinary.
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            # A lone surrogate. encode_ordinary replaces it.
             ids = np.array(self.encoding.encode_ordinary(text), np.uint32)
-        if self.encoding.max_token_value < self.vocab_size or not len(ids) or ids.max() < self.vocab_size:
+        if self.has_all_bytes or len(ids) == 0 or ids.max() < self.vocab_size:
             return ids
         return np.array(self.without_dropped(text, ids.tolist()), np.uint32)
+
+    def normalized(self, text):
+        if self.normalization:
+            return unicodedata.normalize(self.normalization, text)
+        return text
+
+    @property
+    def has_all_bytes(self):
+        """True unless this is an imported vocabulary without tokens for some bytes."""
+        return self.encoding.max_token_value < self.vocab_size
+
+    def without_dropped(self, text, ids):
+        """The ids of a normalized text without the bytes that have no token.
+
+        The text is cut into pieces with these bytes, and each piece is merged without them.
+        """
+        if self.has_all_bytes or max(ids, default=0) < self.vocab_size:
+            return ids
+        dropped = bytes(np.flatnonzero(~self.has_token).tolist())
+        kept = []
+        for match in regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text)):
+            piece = match.group().encode().translate(None, dropped)
+            if piece:
+                kept += self.encoding._encode_single_piece(piece)
+        return kept
+
+    @functools.cached_property
+    def has_token(self):
+        """Which bytes have a token. -> bool [256]"""
+        ranks = self.encoding._mergeable_ranks
+        return np.array([ranks[bytes([byte])] < self.vocab_size for byte in range(256)])
 
     @functools.cached_property
     def token_bytes(self):
@@ -118,167 +182,268 @@ class Tokenizer:
                 lengths[i] = len(token)
         return lengths
 
-    @functools.cached_property
-    def has_token(self):
-        """-> bool [256]: is there a token for this byte? Everywhere but in some imported vocabularies."""
-        return np.array([self.encoding._mergeable_ranks[bytes([b])] < self.vocab_size for b in range(256)])
+    # ---- text -> ids, and where in the text each of them comes from
 
     def encode_with_offsets(self, text):
-        """-> ids [n] and character spans [n, 2], the end exclusive: text[start:end] are the characters a token has bytes of.
+        """Ids of a text and their character spans. -> int32 [n], int [n, 2]
 
-        A character that is split over tokens belongs to each of them; a word's leading space belongs to its first token.
-        (tiktoken's decode_with_offsets gives starts only and fails on a slice that cuts a character.)
+        text[start:end] holds the characters that a token has bytes of. A character that is split
+        over tokens belongs to each of them; a word's leading space belongs to its first token.
+        (tiktoken's decode_with_offsets gives only starts, and fails where a character is cut.)
         """
         text, starts, ends = self.aligned(as_tiktoken_reads(text))
         ids = np.array(self.without_dropped(text, self.encoding.encode_ordinary(text)), np.int32)
-        code = np.frombuffer(text.encode("utf-32-le"), "<u4")                           # [characters]
-        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)                # bytes of each in UTF-8
-        character_of = np.repeat(np.arange(len(code)), width)                           # [bytes]
-        byte = np.flatnonzero(self.has_token[np.frombuffer(text.encode(), np.uint8)])   # of those that ids stand for
-        end = np.cumsum(self.token_bytes[ids])                                          # [n], among them
-        first, last = byte[end - self.token_bytes[ids]], byte[end - 1]
-        return ids, np.stack([starts[character_of[first]], ends[character_of[last]]], axis=1)
+
+        # The character that each byte of the text belongs to. UTF-8 takes 1 to 4 bytes for one.
+        code = np.frombuffer(text.encode("utf-32-le"), "<u4")                        # [characters]
+        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+        character_of = np.repeat(np.arange(len(code)), width)                        # [bytes]
+
+        # Tokens lie end to end over the bytes that have a token.
+        position = np.flatnonzero(self.has_token[np.frombuffer(text.encode(), np.uint8)])
+        lengths = self.token_bytes[ids]                                              # [n]
+        stop = np.cumsum(lengths)
+        first_byte = position[stop - lengths]
+        last_byte = position[stop - 1]
+        spans = [starts[character_of[first_byte]], ends[character_of[last_byte]]]
+        return ids, np.stack(spans, axis=1)
 
     def aligned(self, text):
-        """-> the normalized text, and where in the original each of its characters begins [n] and ends [n].
+        """The normalized text, and where in the original each of its characters begins and ends.
 
-        What normalization changes is told apart by the ASCII characters around it, which never join the one before them:
-        all between two of them has one span.
+        Normalization never joins an ASCII character with the one before it. So the text is cut
+        before each ASCII character, and where a piece changes, its characters all have its span.
+        -> str [n], int [n], int [n]
         """
         if self.normalized(text) == text:
             return text, np.arange(len(text)), np.arange(1, len(text) + 1)
-        pieces, begin = [], 0
+        pieces = []
+        starts = []
+        ends = []
+        begin = 0
         for piece in re.findall(r"[\x00-\x7f]?[^\x00-\x7f]*", text):
-            new, end = self.normalized(piece), begin + len(piece)
-            same = new == piece
-            pieces += [(c, begin + i if same else begin, begin + i + 1 if same else end) for i, c in enumerate(new)]
+            end = begin + len(piece)
+            normalized = self.normalized(piece)
+            if normalized == piece:
+                starts += range(begin, end)
+                ends += range(begin + 1, end + 1)
+            else:
+                starts += [begin] * len(normalized)
+                ends += [end] * len(normalized)
+            pieces.append(normalized)
             begin = end
-        characters, starts, ends = zip(*pieces)
-        return "".join(characters), np.array(starts), np.array(ends)
+        return "".join(pieces), np.array(starts), np.array(ends)
+
+    # ---- ids -> text
 
     @functools.cached_property
-    def known(self):
-        """Ids that stand for something."""
+    def known_ids(self):
+        """The ids that stand for something. Padding of the vocabulary does not."""
         return {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
 
     def decode(self, ids):
-        """Text of ids; rows of the embedding that stand for nothing give none."""
-        return self.encoding.decode([i for i in ids if i in self.known])
+        """Text of ids. An id that stands for nothing gives no text."""
+        return self.encoding.decode([i for i in ids if i in self.known_ids])
 
 
 def as_tiktoken_reads(text):
-    """Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
+    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def build(name, ranks, pattern, specials, eos, mask, vocab_size, normalization=""):
-    """A Tokenizer from a rank table {bytes: id}; specials {text: id} are what the encoding can decode beyond it."""
-    encoding = tiktoken.Encoding(name.partition(":")[0], pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    special_start = 1 + max(i for i in ranks.values() if i < vocab_size)
-    return Tokenizer(name, encoding, specials[eos], specials[mask], special_start, vocab_size, normalization)
-
-
+# -------------------------------------------------------------------------------------------------
+# making one
 def get(name, texts=None):
-    """The tokenizer called `name`; `texts`, an iterable of str, is what train:N learns from. Raises UserError."""
+    """The tokenizer called `name`. Raises UserError.
+
+    texts: an iterable of str, what train:SIZE learns from.
+    """
     kind, _, option = name.partition(":")
     if kind == "gpt2" and not option:
-        try:
-            gpt2 = tiktoken.get_encoding("gpt2")
-        except Exception as error:   # tiktoken fetches the ranks once; the errors are those of its HTTP library
-            raise UserError(f"tiktoken could not fetch the gpt2 ranks ({type(error).__name__}): connect to the network "
-                            "once, point TIKTOKEN_CACHE_DIR at a filled cache, or use --tokenizer=train:8192") from None
-        specials = {"<|endoftext|>": 50256, "<|mask|>": 50257}
-        return build(name, gpt2._mergeable_ranks, gpt2._pat_str, specials, "<|endoftext|>", "<|mask|>", 50304)
+        return gpt2()
     if kind == "llama3" and option:
-        ranks = read_ranks(option)
-        if len(ranks) != 128_000:
-            raise UserError(f"{option} holds {len(ranks):,} ranks; Llama 3 has 128,000")
-        return build(name, ranks, LLAMA3_PATTERN, LLAMA3_SPECIALS, "<|end_of_text|>", "<|mask|>", 128_256)
+        return llama3(name, rank_path=option)
     if kind == "train" and option.isdigit() and texts is not None:
         return train(int(option), texts)
-    raise UserError(f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, or train:ROWS "
-                    "(e.g. train:8192)")
+    raise UserError(
+        f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, "
+        "or train:SIZE (e.g. train:8192)"
+    )
+
+
+def gpt2():
+    """GPT-2's tokenizer with a mask token. Its 50,258 ids are padded to a multiple of 64."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        # tiktoken downloads the ranks once; any error of its HTTP library can arrive here.
+        raise UserError(
+            f"tiktoken could not fetch the gpt2 ranks ({type(error).__name__}): connect to the "
+            "network once, point TIKTOKEN_CACHE_DIR at a filled cache, or use "
+            "--tokenizer=train:8192"
+        ) from None
+    ranks = encoding._mergeable_ranks
+    specials = {"<|endoftext|>": 50256, "<|mask|>": 50257}
+    return build("gpt2", ranks, encoding._pat_str, specials, "<|endoftext|>", "<|mask|>", 50304)
+
+
+def llama3(name, rank_path):
+    """The paper's tokenizer, from Meta's rank file."""
+    ranks = read_ranks(rank_path)
+    if len(ranks) != 128_000:
+        raise UserError(f"{rank_path} holds {len(ranks):,} ranks; Llama 3 has 128,000")
+    specials = LLAMA3_SPECIALS
+    return build(name, ranks, LLAMA3_PATTERN, specials, "<|end_of_text|>", "<|mask|>", 128_256)
 
 
 def train(vocab_size, texts):
-    """A byte-level BPE with `vocab_size` rows learned from texts, the last two rows being <|eos|> and <|mask|>."""
+    """A byte-level BPE learned from texts. Its last two ids are <|eos|> and <|mask|>."""
+    name = f"train:{vocab_size}"
     if vocab_size < 320 or vocab_size % 64:
-        raise UserError(f"train:{vocab_size}: rows must be a multiple of 64 (the matrix units' grain) and at least 320")
-    ranks = ranks_of_tokenizer_json(json.loads(train_bpe(vocab_size, texts).to_str()))
+        raise UserError(
+            f"{name}: the vocabulary size must be at least 320 and a multiple of 64 (the grain "
+            "of matrix units)"
+        )
+    bpe = train_bpe(vocab_size, texts)
+    ranks = ranks_of_tokenizer_json(json.loads(bpe.to_str()))
     if len(ranks) < vocab_size - 2:
-        raise UserError(f"train:{vocab_size}: this corpus yields only {len(ranks)} tokens; ask for a smaller vocabulary")
+        raise UserError(
+            f"{name}: this corpus yields only {len(ranks)} tokens; ask for a smaller vocabulary"
+        )
     specials = {"<|eos|>": len(ranks), "<|mask|>": len(ranks) + 1}
-    return build(f"train:{vocab_size}", ranks, GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", vocab_size)
+    return build(name, ranks, GPT2_PATTERN, specials, "<|eos|>", "<|mask|>", vocab_size)
+
+
+def build(name, ranks, pattern, specials, eos, mask, vocab_size, normalization=""):
+    """A Tokenizer from a rank table.
+
+    ranks: {bytes: id}; pattern: how text is cut into pieces; specials: {text: id}, which the
+    encoding can decode beyond the ranks; eos, mask: two of these texts.
+    """
+    kind = name.partition(":")[0]
+    encoding = tiktoken.Encoding(
+        kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+    )
+    special_start = 1 + max(i for i in ranks.values() if i < vocab_size)
+    eos_id = specials[eos]
+    mask_id = specials[mask]
+    return Tokenizer(name, encoding, eos_id, mask_id, special_start, vocab_size, normalization)
 
 
 def train_bpe(vocab_size, texts):
-    """Hugging Face's trainer with room for two special rows. -> tokenizers.Tokenizer"""
+    """What Hugging Face's trainer learns, with room for two special ids. -> tokenizers.Tokenizer"""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HfTokenizer
     bpe = HfTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(first_characters(texts), trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(first_characters(texts), trainer)
     return bpe
 
 
 def first_characters(texts):
+    """Yield texts until they hold TRAIN_CHARACTERS characters."""
     budget = TRAIN_CHARACTERS
     for text in texts:
-        yield text.encode("utf-8", "replace").decode("utf-8")   # the trainer takes no lone surrogates
+        # The trainer does not take lone surrogates.
+        yield text.encode("utf-8", "replace").decode("utf-8")
         budget -= len(text)
         if budget < 0:
             return
 
 
+# -------------------------------------------------------------------------------------------------
+# files
 def byte_of_character():
-    """GPT-2's disguise of bytes as printable characters, in which tokenizer.json writes tokens. -> {character: byte}"""
+    """GPT-2's disguise of bytes as printable characters, in which tokenizer.json writes tokens.
+
+    -> {character: byte}. A byte that is not printable is written as a character from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        byte_of[chr(256 + i)] = byte
+    return byte_of
 
 
 def ranks_of_tokenizer_json(config):
-    """Hugging Face's tokenizer.json of a byte-level BPE -> {bytes: rank}. Its ids are the ranks, in order of merging."""
+    """The rank table of a Hugging Face tokenizer.json of a byte-level BPE. -> {bytes: rank}
+
+    Its ids are the ranks, in order of merging.
+    """
     byte_of = byte_of_character()
-    return {bytes(byte_of[c] for c in token): rank for token, rank in config["model"]["vocab"].items()}
+    ranks = {}
+    for token, rank in config["model"]["vocab"].items():
+        token_bytes = bytes(byte_of[character] for character in token)
+        ranks[token_bytes] = rank
+    return ranks
 
 
 def rank_file(encoding):
-    """tiktoken's own file format: one line a token, its bytes in base64, a space, its rank. -> bytes"""
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in ranks)
+    """tiktoken's own file format: a line per token, its bytes in base64 and its rank. -> bytes"""
+    lines = []
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        lines.append(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
+    return b"".join(lines)
 
 
 def read_ranks(path):
+    """The rank table in a tiktoken rank file. -> {bytes: rank}. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f"rank file {path} does not exist")
+    ranks = {}
     try:
         with open(path, "rb") as f:
-            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f if line.strip())}
+            for line in f:
+                if line.strip():
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token)] = int(rank)
     except ValueError:
-        raise UserError(f"{path} is no tiktoken rank file (one 'base64 rank' pair a line)") from None
+        raise UserError(
+            f"{path} is not a tiktoken rank file (one 'base64 rank' pair a line)"
+        ) from None
+    return ranks
 
 
 def save(tokenizer, directory):
-    """Write tokenizer.tiktoken and tokenizer_info.json into directory."""
-    write_whole(os.path.join(directory, "tokenizer.tiktoken"), rank_file(tokenizer.encoding))
-    description = tokenizer.description() | {"name": tokenizer.name}
-    write_whole(os.path.join(directory, "tokenizer_info.json"), json.dumps(description, indent=1).encode())
+    """Write tokenizer.tiktoken and tokenizer_info.json into a directory."""
+    ranks = rank_file(tokenizer.encoding)
+    write_whole(os.path.join(directory, "tokenizer.tiktoken"), ranks)
+    info = tokenizer.description() | {"name": tokenizer.name}
+    write_json(os.path.join(directory, "tokenizer_info.json"), info)
 
 
 def load(directory):
-    """The tokenizer that save() wrote into a corpus or run directory."""
+    """The tokenizer that save() wrote into a corpus or run directory. Raises UserError."""
     try:
-        with open(os.path.join(directory, "tokenizer_info.json"), encoding="utf-8") as f:
-            d = json.load(f)
+        info = read_json(os.path.join(directory, "tokenizer_info.json"))
     except OSError:
-        raise UserError(f"{directory} holds no tokenizer_info.json: is it a prepared corpus or a run?") from None
-    ranks = read_ranks(os.path.join(directory, "tokenizer.tiktoken"))
-    encoding = tiktoken.Encoding(d["name"].partition(":")[0], pat_str=d["pattern"], mergeable_ranks=ranks,
-                                 special_tokens=d["special_tokens"])
-    return Tokenizer(d["name"], encoding, d["eos_id"], d["mask_id"], d["special_start"], d["vocab_size"],
-                     d.get("normalization", ""))
-
-QUERY, DOCUMENT = "Query: ", "Document: "
+        raise UserError(
+            f"{directory} holds no tokenizer_info.json: is it a prepared corpus or a run?"
+        ) from None
+    name = info["name"]
+    encoding = tiktoken.Encoding(
+        name.partition(":")[0],
+        pat_str=info["pattern"],
+        mergeable_ranks=read_ranks(os.path.join(directory, "tokenizer.tiktoken")),
+        special_tokens=info["special_tokens"],
+    )
+    return Tokenizer(
+        name,
+        encoding,
+        eos_id=info["eos_id"],
+        mask_id=info["mask_id"],
+        special_start=info["special_start"],
+        vocab_size=info["vocab_size"],
+        normalization=info.get("normalization", ""),
+    )

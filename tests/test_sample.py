@@ -27,7 +27,7 @@ def test_a_text_goes_on_from_its_prompt_by_the_models_own_probabilities(encoder)
     for _ in range(12):          # one sequence, every logit: what generate takes a shorter way to
         with torch.no_grad():
             logits = model.logits(model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), True))[-1]
-        logits[[i for i in range(len(logits)) if i not in tok.known or i == tok.mask_id]] = float("-inf")
+        logits[[i for i in range(len(logits)) if i not in tok.known_ids or i == tok.mask_id]] = float("-inf")
         ids.append(int(logits.argmax()))
         if ids[-1] == tok.eos_id:
             break
