@@ -3,11 +3,9 @@ import numpy as np
 
 from reporting import stats as report_stats
 from reporting import tables as report_tables
+from reporting.output import MARK
 from reporting.scores import IN_WORDS, interval
 from reporting.sections import sections
-
-MARK = "<!-- written by nanoEncoder's report.py, which may write it again -->"
-
 
 CAPTIONS = {
     "fig02_objectives_by_size": "Figure 2: MLM at 40 % and CLM, by size. Bars do not begin at 0; their values stand in them.",

@@ -1,11 +1,11 @@
-"""What report.py reads, and what it writes to be read again: runs of train.py, trials, studies, rows.jsonl.
+"""What report.py reads: runs of train.py, trials, studies, and the rows.jsonl of an earlier report.
 
-    STUDY/study.json                                        {"plan", "scale", "code", "models": {NAME: {"folder"}}}, study.py's
-    STUDY/<folder>/trials/<task>/lr<lr>_sd<seed>.json       a trial, and beside it the .npz of its examples' own scores
-    STUDY/<folder>/state.json                               "totals" and "settings" of the training that led there
-    STUDY/<folder>/../log.jsonl                             its losses
+    STUDY/study.json                {"plan", "scale", "code", "models": {NAME: {"folder"}}}
+    STUDY/<folder>/trials/<task>/   lr<lr>_sd<seed>.json, a trial; .npz: its examples' scores
+    STUDY/<folder>/state.json       "totals" and "settings" of the training up to there
+    STUDY/<folder>/../log.jsonl     the losses of that training
 
-Only report.py and the other report_*.py import this file.
+A report writes what it read into one rows.jsonl, from which the same report can be drawn again.
 """
 import json
 import math
@@ -15,250 +15,376 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from core import files
 from core.configurator import UserError
-from core.files import find_files
 from experiments import recipes
 
 # what rows.jsonl keeps of a trial beside its scores
-KEEP = ("name", "plan", "model", "task", "kind", "lr", "seed", "failed", "why", "baseline", "pool", "documents", "mode", "split",
-        "causal", "train_on", "max_length", "steps", "data", "param_dtype", "dtype", "device", "torch", "code", "totals")
-ONE_PLAN = "a report is of one plan"
+KEPT_KEYS = ("name", "plan", "model", "task", "kind", "lr", "seed", "failed", "why", "baseline",
+             "pool", "documents", "mode", "split", "causal", "train_on", "max_length", "steps",
+             "data", "param_dtype", "dtype", "device", "torch", "code", "totals")
+# two rows that agree in these are the same trial
+IDENTITY_KEYS = ("name", "model", "task", "pool", "lr", "seed", "mode", "param_dtype", "causal",
+                 "split", "train_on")
+ONE_PLAN = "a report shows one plan, so give each plan its own"
+CURVE_POINTS = 200          # most points of a training curve that rows.jsonl keeps
 
 
-def read_json(path, what):
-    """Raises UserError naming the file and what it should be."""
+# ---- JSON
+
+def read_json(path, expected):
+    """The content of a JSON file. Raises UserError naming the file and what was expected of it."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return files.read_json(path)
     except OSError as error:
-        raise UserError(f"{path}: expected {what}: {error.strerror.lower()}") from None
+        raise UserError(f"{path}: expected {expected}: {error.strerror.lower()}") from None
     except ValueError:
-        raise UserError(f"{path}: expected {what}, and it does not hold JSON") from None
+        raise UserError(f"{path}: expected {expected}, and it does not hold JSON") from None
 
 
-def read_lines(path):
-    """A .jsonl -> (its objects, 1 if the last line was torn by a kill, else 0). Raises UserError naming a line that is no row."""
+def read_jsonl(path):
+    """The objects of a .jsonl file, and whether its last line was torn (its writer was killed).
+
+    A torn last line is dropped. Raises UserError, naming the line, for any other line that is not
+    an object. -> (rows, is_torn)
+    """
     with open(path, encoding="utf-8", errors="replace") as f:
         lines = f.read().split("\n")
-    found = []
-    for i, line in enumerate(lines, start=1):
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None and not isinstance(row, dict):
-                raise ValueError
+            row = json.loads(line)
         except ValueError:
-            if i == len(lines):          # nothing behind it, not even its own line feed
-                return found, 1
-            raise UserError(f"{path}, line {i} is no row (torn in the middle of the file?): {line[:60]}") from None
-        found += [row] if row is not None else []
-    return found, 0
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number == len(lines):          # it does not even end in a line feed
+            return rows, True
+        else:
+            raise UserError(f"{path}, line {number} is not a row (torn in the middle of the "
+                            f"file?): {line[:60]}")
+    return rows, False
 
+
+def note_if_torn(is_torn, path, notes):
+    """Adds a warning to `notes` (a list of sentences) if the file's last line was torn."""
+    if is_torn:
+        notes.append(f"{path}: its torn last line was dropped")
+
+
+# ---- runs of train.py
 
 def read_run(folder, notes=None):
-    """-> {"name", "settings", "train": rows, "validation": rows}, the rows of a trunk it was branched from in front.
-    notes: a list that hears of a torn last line. Raises UserError."""
+    """The log of a run, which begins with its trunk's if it was branched from one.
+
+    notes: a list that receives warnings. Raises UserError if the folder is not a run.
+    -> {"name", "settings", "train": rows, "validation": rows}
+    """
+    notes = [] if notes is None else notes
+    log_path = os.path.join(folder, "log.jsonl")
     try:
-        config, (rows, torn) = (read_json(os.path.join(folder, "config.json"), "a run's config.json"),
-                                read_lines(os.path.join(folder, "log.jsonl")))
+        config = read_json(os.path.join(folder, "config.json"), "a run's config.json")
+        rows, is_torn = read_jsonl(log_path)
     except OSError as error:
-        raise UserError(f"{folder} is no run of train.py: {error.strerror.lower()}: {error.filename}") from None
+        reason = f"{error.strerror.lower()}: {error.filename}"
+        raise UserError(f"{folder} is not a run of train.py: {reason}") from None
     except UserError as error:
-        raise UserError(f"{folder} is no run of train.py: {error}") from None
-    if torn and notes is not None:
-        notes.append(f"{folder}/log.jsonl: its torn last line was dropped")
-    found = {"name": os.path.basename(os.path.normpath(folder)), "settings": config["settings"],
-             "train": [r for r in rows if "loss" in r], "validation": [r for r in rows if "val_mlm_loss" in r]}
-    if config["start_step"] > 0:
-        before = read_run(beside(folder, config["parent"]), notes)
+        raise UserError(f"{folder} is not a run of train.py: {error}") from None
+    note_if_torn(is_torn, log_path, notes)
+
+    run = {"name": os.path.basename(os.path.normpath(folder)),
+           "settings": config["settings"],
+           "train": [row for row in rows if "loss" in row],
+           "validation": [row for row in rows if "val_mlm_loss" in row]}
+    start_step = config["start_step"]
+    if start_step > 0:
+        # put the trunk's rows in front, up to the branch and up to this run's own first row
+        trunk = read_run(parent_folder(folder, config["parent"]), notes)
         for kind in ("train", "validation"):
-            first = found[kind][0]["step"] if found[kind] else float("inf")
-            found[kind] = [r for r in before[kind] if r["step"] < first and r["step"] <= config["start_step"]] + found[kind]
-    return found
+            first_step = run[kind][0]["step"] if run[kind] else math.inf
+            before = [row for row in trunk[kind]
+                      if row["step"] < first_step and row["step"] <= start_step]
+            run[kind] = before + run[kind]
+    return run
 
 
-def beside(folder, checkpoint):
-    """The run folder of a checkpoint that a run in `folder` began from, also where both were moved together."""
-    run = os.path.dirname(os.path.normpath(checkpoint))
-    return run if os.path.isdir(run) else os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(run))
+def parent_folder(folder, checkpoint):
+    """The run folder of the checkpoint that the run in `folder` began from.
+
+    If it is not where the run recorded it, both were moved together: then it is beside `folder`.
+    """
+    recorded = os.path.dirname(os.path.normpath(checkpoint))
+    if os.path.isdir(recorded):
+        return recorded
+    return os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(recorded))
 
 
 def read_curve(folder, notes):
-    """Losses of a run and of all its ancestors, branched from or continued: {"train": [[step, loss, phase], ...], "validation":
-    [[step, MLM loss], ...]}, steps counted from the first ancestor. Of a run without logged steps: empty lists."""
+    """The losses of a run and of all its ancestors, whether it was branched from or continues them.
+
+    Steps count from the first ancestor. A run without logged steps gives empty lists.
+    -> {"train": [[step, loss, phase], ...], "validation": [[step, MLM loss], ...]}
+    """
     config = read_json(os.path.join(folder, "config.json"), "a run's config.json")
-    rows, torn = read_lines(os.path.join(folder, "log.jsonl"))
-    notes += [f"{folder}/log.jsonl: its torn last line was dropped"] * torn
-    per_step = config["settings"]["batch_rows"] * config["settings"]["block_size"]
-    train = [[r["tokens"] / per_step, r["loss"], r["phase"]] for r in rows if "loss" in r]
-    validation = [[r["tokens"] / per_step, r["val_mlm_loss"]] for r in rows if "val_mlm_loss" in r]
-    parent = config.get("parent") and beside(folder, config["parent"])
-    if train and parent and os.path.isfile(os.path.join(parent, "log.jsonl")):
-        before, begin = read_curve(parent, notes), train[0][0] - 1
-        train = [r for r in before["train"] if r[0] <= begin] + train
-        first = validation[0][0] if validation else math.inf
-        validation = [r for r in before["validation"] if r[0] <= begin and r[0] < first] + validation
+    log_path = os.path.join(folder, "log.jsonl")
+    rows, is_torn = read_jsonl(log_path)
+    note_if_torn(is_torn, log_path, notes)
+
+    tokens_per_step = config["settings"]["batch_rows"] * config["settings"]["block_size"]
+    train = []
+    validation = []
+    for row in rows:
+        if "loss" in row:
+            train.append([row["tokens"] / tokens_per_step, row["loss"], row["phase"]])
+        if "val_mlm_loss" in row:
+            validation.append([row["tokens"] / tokens_per_step, row["val_mlm_loss"]])
+
+    if train and config.get("parent"):
+        parent = parent_folder(folder, config["parent"])
+        if os.path.isfile(os.path.join(parent, "log.jsonl")):
+            ancestors = read_curve(parent, notes)
+            begin = train[0][0] - 1
+            first_validation = validation[0][0] if validation else math.inf
+            train = [point for point in ancestors["train"] if point[0] <= begin] + train
+            validation = [point for point in ancestors["validation"]
+                          if point[0] <= begin and point[0] < first_validation] + validation
+    return {"train": train, "validation": validation}
+
+
+def thinned(curve):
+    """The curve with at most CURVE_POINTS training points.
+
+    Each is the mean of several neighbouring points of one phase.
+    """
+    points = curve["train"]
+    stride = max(1, math.ceil(len(points) / CURVE_POINTS))
+    train = []
+    for i in range(0, len(points), stride):
+        phase = points[i][2]
+        same_phase = [point for point in points[i:i + stride] if point[2] == phase]
+        step = np.mean([point[0] for point in same_phase])
+        loss = float(np.mean([point[1] for point in same_phase]))
+        train.append([round(step, 1), round(loss, 4), phase])
+    validation = [[round(step, 1), round(loss, 4)] for step, loss in curve["validation"]]
     return {"train": train, "validation": validation}
 
 
 def validation_at(run, checkpoint):
-    """The losses of the validation at a checkpoint step_NNNNNNN of a run: {"mlm", "clm"} in nats, {} if there was none."""
-    log, step = os.path.join(run, "log.jsonl"), re.fullmatch(r"step_(\d+)", checkpoint)
-    for row in read_lines(log)[0] if step and os.path.isfile(log) else ():
-        if row["step"] == int(step[1]) and "val_mlm_loss" in row:
+    """The validation losses of a run at its checkpoint step_NNNNNNN, in nats; {} if there are none.
+
+    -> {"mlm", "clm"}
+    """
+    log_path = os.path.join(run, "log.jsonl")
+    match = re.fullmatch(r"step_(\d+)", checkpoint)
+    if match is None or not os.path.isfile(log_path):
+        return {}
+    rows, _ = read_jsonl(log_path)
+    for row in rows:
+        if row["step"] == int(match[1]) and "val_mlm_loss" in row:
             return {"mlm": row["val_mlm_loss"], "clm": row["val_clm_loss"]}
     return {}
 
 
-def thinned(curve, points=200):
-    """A training curve of at most so many points, each the mean of those it stands for within its phase."""
-    size, out = max(1, math.ceil(len(curve["train"]) / points)), []
-    for i in range(0, len(curve["train"]), size):
-        part = [r for r in curve["train"][i:i + size] if r[2] == curve["train"][i][2]]
-        out.append([round(np.mean([r[0] for r in part]), 1), round(float(np.mean([r[1] for r in part])), 4), part[0][2]])
-    return {"train": out, "validation": [[round(s, 1), round(v, 4)] for s, v in curve["validation"]]}
-
-
-def checked(row, where):
-    """A trial's row with `failed` set, whatever wrote it. Raises UserError for what is no row."""
-    try:
-        row = {k: row[k] for k in ("model", "task", "lr", "seed")} | row
-        scores = None if row.get("failed") else [float(row[split]["score"]) for split in ("validation", "test")]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where} is no row of a trial: remove it, or run the trial again") from None
-    return row | {"failed": scores is None or not all(map(math.isfinite, scores))}
-
+# ---- trials
 
 def read_trials(folder, below="**"):
-    """{path: row} of all trials below a folder. Raises UserError for a file that is no row."""
-    paths = find_files(folder, os.path.join(below, "trials", "*", "lr*_sd*.json"))
-    rows = {}
+    """All trials below a folder: {path: row}. Raises UserError for a file that is not a trial."""
+    paths = files.find_files(folder, os.path.join(below, "trials", "*", "lr*_sd*.json"))
+    trials = {}
     for path in sorted(map(os.path.realpath, paths)):
-        with open(path, encoding="utf-8") as f:
-            try:
-                row = json.load(f)
-            except ValueError:
-                row = None
-        rows[path] = checked(row, path) | {"path": path}
-    return rows
+        try:
+            row = files.read_json(path)
+        except ValueError:
+            row = None
+        trials[path] = check_trial(row, path) | {"path": path}
+    return trials
+
+
+def check_trial(row, where):
+    """A trial's row, with "failed" true wherever it has no finite scores.
+
+    Raises UserError for a row that lacks what a trial has.
+    """
+    try:
+        row = {key: row[key] for key in ("model", "task", "lr", "seed")} | row
+        if row.get("failed"):
+            has_scores = False
+        else:
+            scores = [float(row[split]["score"]) for split in ("validation", "test")]
+            has_scores = all(math.isfinite(score) for score in scores)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where} is not a row of a trial: remove it, or run the trial "
+                        "again") from None
+    return row | {"failed": not has_scores}
 
 
 def compact(row):
-    """What tables, figures and warnings need of a trial's row: scores, not examples."""
-    small = {k: row[k] for k in KEEP if row.get(k) is not None}
+    """What tables, figures and warnings need of a trial: scores, not single examples."""
+    small = {key: row[key] for key in KEPT_KEYS if row.get(key) is not None}
     if not row["failed"]:
         small["validation"] = {"score": row["validation"]["score"]}
-        small["test"] = {k: v for k, v in row["test"].items() if isinstance(v, int | float)}
+        small["test"] = {key: value for key, value in row["test"].items()
+                         if isinstance(value, int | float)}
     return small
+
+
+def identity(row):
+    """Two rows with the same identity are the same trial."""
+    return tuple(row.get(key) for key in IDENTITY_KEYS)
 
 
 # ---- a study
 
 @dataclass
 class Study:
-    """Rows of one plan at one scale. models: {name: {"totals", "per_step": tokens of a step, "validation": losses, "curve"}}"""
+    """Everything that a report shows of one plan at one scale."""
     plan: str = ""
     scale: dict = field(default_factory=dict)
     code: str = ""
+    # {name: {"totals", "per_step": tokens of a step, "validation": losses, "curve"}}
     models: dict = field(default_factory=dict)
     trials: list = field(default_factory=list)
-    tests: list = field(default_factory=list)          # paired tests of an earlier report, whose items are not here
-    notes: list = field(default_factory=list)          # warnings of the reading
+    # paired tests of an earlier report, whose scores of single examples are not at hand
+    tests: list = field(default_factory=list)
+    notes: list = field(default_factory=list)          # warnings from the reading
 
-    def take(self, other, where):
-        """Add another's rows. Raises UserError naming both plans where they differ."""
-        if self.plan and other.plan and self.plan != other.plan:
-            raise UserError(f"{where} is of the plan '{other.plan}', what was read before it of '{self.plan}': {ONE_PLAN}")
-        if self.scale and other.scale and self.scale != other.scale:
-            raise UserError(f"{where} has the plan '{other.plan}' at another scale than what was read before it: {ONE_PLAN}")
-        self.plan, self.scale, self.code = self.plan or other.plan, self.scale or other.scale, self.code or other.code
-        for name, facts in other.models.items():
+    def add(self, study, where):
+        """Add everything of another Study. Raises UserError if it has another plan or scale."""
+        if self.plan and study.plan and self.plan != study.plan:
+            raise UserError(f"{where} has the plan '{study.plan}', the folders before it "
+                            f"'{self.plan}': {ONE_PLAN}")
+        if self.scale and study.scale and self.scale != study.scale:
+            raise UserError(f"{where} has the plan '{study.plan}' at another scale than the "
+                            f"folders before it: {ONE_PLAN}")
+        self.plan = self.plan or study.plan
+        self.scale = self.scale or study.scale
+        self.code = self.code or study.code
+        for name, facts in study.models.items():
             self.models[name] = self.models.get(name, {}) | facts
-        known = {identity(r) for r in self.trials}
-        self.trials += [r for r in other.trials if identity(r) not in known]
-        self.tests += other.tests
-        self.notes += [n for n in other.notes if n not in self.notes]
-
-
-def identity(row):
-    """What makes two rows the same trial."""
-    keys = ("name", "model", "task", "pool", "lr", "seed", "mode", "param_dtype", "causal", "split", "train_on")
-    return tuple(row.get(k) for k in keys)
+        identities = {identity(row) for row in self.trials}
+        self.trials += [row for row in study.trials if identity(row) not in identities]
+        self.tests += study.tests
+        self.notes += [note for note in study.notes if note not in self.notes]
 
 
 def read_study(folder):
-    """STUDY/study.json, the trials of its models and the facts of their training -> Study. Raises UserError."""
+    """A study folder -> Study: its models, the facts of their training, and their trials.
+
+    Raises UserError.
+    """
     path = os.path.join(folder, "study.json")
-    said = read_json(path, "a study.json of study.py")
+    content = read_json(path, "a study.json of study.py")
     try:
-        study = Study(said["plan"], said.get("scale") or {}, said.get("code") or "")
-        places = {name: os.path.join(folder, entry["folder"]) for name, entry in said["models"].items()}
+        study = Study(content["plan"], content.get("scale") or {}, content.get("code") or "")
+        checkpoints = {name: os.path.join(folder, entry["folder"])
+                       for name, entry in content["models"].items()}
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{path} is no study.json: expected {{"plan", "models": {{NAME: {{"folder"}}}}}}') from None
-    for name, place in places.items():
-        recipe = parsed(name, path)
-        facts, state = {}, os.path.join(place, "state.json")
-        if os.path.isfile(state):
-            said = read_json(state, "a checkpoint's state.json")
-            settings = said.get("settings", {})
-            facts = {"totals": said.get("totals"), "per_step": settings.get("batch_rows", 0) * settings.get("block_size", 0)}
-        run = os.path.dirname(os.path.normpath(place))
-        facts["validation"] = validation_at(run, os.path.basename(os.path.normpath(place)))
-        if recipe.start and not recipe.step and os.path.isfile(os.path.join(run, "log.jsonl")):      # Figure 12 is of these
-            facts["curve"] = thinned(read_curve(run, study.notes))
+        expected = '{"plan", "models": {NAME: {"folder"}}}'
+        raise UserError(f"{path} is not a study.json: expected {expected}") from None
+    for name, checkpoint in checkpoints.items():
+        recipe = parse_name(name, path)
+        facts = training_facts(checkpoint, recipe, study.notes)
         study.models[name] = facts
-        study.trials += [row | {"name": name, "plan": study.plan, "totals": facts.get("totals")}
-                         for row in read_trials(place, below="").values()]
-    study.notes = list(dict.fromkeys(study.notes))      # an ancestor's log is read for each of its continuations
+        for row in read_trials(checkpoint, below="").values():
+            totals = facts.get("totals")
+            study.trials.append(row | {"name": name, "plan": study.plan, "totals": totals})
+    # an ancestor's log is read again for each of its continuations: keep each note once
+    study.notes = list(dict.fromkeys(study.notes))
     return study
 
 
-def parsed(name, where):
+def training_facts(checkpoint, recipe, notes):
+    """What a report shows of the training that led to a checkpoint: an entry of Study.models."""
+    facts = {}
+    state_path = os.path.join(checkpoint, "state.json")
+    if os.path.isfile(state_path):
+        state = read_json(state_path, "a checkpoint's state.json")
+        settings = state.get("settings", {})
+        facts["totals"] = state.get("totals")
+        facts["per_step"] = settings.get("batch_rows", 0) * settings.get("block_size", 0)
+    run, checkpoint_name = os.path.split(os.path.normpath(checkpoint))
+    facts["validation"] = validation_at(run, checkpoint_name)
+    # the loss curves of Figure 12 are of finished models of continued pretraining
+    is_finished_continuation = recipe.start and not recipe.step
+    if is_finished_continuation and os.path.isfile(os.path.join(run, "log.jsonl")):
+        facts["curve"] = thinned(read_curve(run, notes))
+    return facts
+
+
+def parse_name(name, where):
+    """A model's Recipe. Raises UserError naming where the name stands."""
     try:
         return recipes.parse(name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
+# ---- rows.jsonl
+
+def report_rows(study):
+    """The rows of rows.jsonl, one object per line, from which read_rows makes the same Study.
+
+    Paired tests are kept as results: scores of single examples are not in rows.jsonl.
+    """
+    yield {"what": "study", "plan": study.plan, "scale": study.scale, "code": study.code}
+    for text in study.notes:
+        yield {"what": "note", "text": text}
+    for name, facts in study.models.items():
+        yield {"what": "model", "name": name} | facts
+    for row in study.trials:
+        yield compact(row)
+    for test in study.tests:
+        yield {"what": "test"} | test
+
+
 def read_rows(path):
-    """rows.jsonl, as lines_of has it -> Study; trials that belong to no study have no name. Raises UserError naming a row."""
-    rows, torn = read_lines(path)
-    study = Study(notes=[f"{path}: its torn last line was dropped"] * torn)
-    for i, row in enumerate(rows, start=1):
-        where, what = f"{path}, row {i}", row.pop("what", "trial")
+    """A rows.jsonl -> Study. Trials that belong to no study have no "name".
+
+    Raises UserError naming the row.
+    """
+    rows, is_torn = read_jsonl(path)
+    study = Study()
+    note_if_torn(is_torn, path, study.notes)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
+        kind = row.pop("what", "trial")
         try:
-            if what == "study":
-                study.plan, study.scale, study.code = row["plan"], row["scale"], row["code"]
-            elif what == "model":
-                study.models[parsed(row.pop("name"), where).name] = row
-            elif what == "test":
-                if not {"better", "worse", "task", "p"} <= row.keys():
-                    raise KeyError(what)
-                study.tests.append(row)
-            elif what == "note":
-                study.notes.append(row["text"])
-            elif what == "trial":
-                take_trial(study, checked(row, where), where)
-            else:
-                raise KeyError(what)
+            add_row(study, kind, row, where)
         except KeyError:
-            raise UserError(f"{where} is no row of a report: '{what}' without what such a row has") from None
+            raise UserError(f"{where} is not a row of a report: it is of an unknown kind, or lacks "
+                            f"what a '{kind}' has") from None
     return study
 
 
-def take_trial(study, row, where):
-    """Add a trial of rows.jsonl. Raises UserError."""
+def add_row(study, kind, row, where):
+    """Add one row of rows.jsonl. Raises KeyError if it lacks something or is of an unknown kind."""
+    if kind == "study":
+        study.plan = row["plan"]
+        study.scale = row["scale"]
+        study.code = row["code"]
+    elif kind == "model":
+        recipe = parse_name(row.pop("name"), where)
+        study.models[recipe.name] = row
+    elif kind == "test":
+        if not {"better", "worse", "task", "p"} <= row.keys():
+            raise KeyError(kind)
+        study.tests.append(row)
+    elif kind == "note":
+        study.notes.append(row["text"])
+    elif kind == "trial":
+        add_trial(study, check_trial(row, where), where)
+    else:
+        raise KeyError(kind)
+
+
+def add_trial(study, row, where):
+    """Add a trial of rows.jsonl. Raises UserError if the rows before it have another plan."""
     if row.get("plan") and study.plan and row["plan"] != study.plan:
-        raise UserError(f"{where} is of the plan '{row['plan']}', those before it of '{study.plan}': {ONE_PLAN}")
+        raise UserError(f"{where} has the plan '{row['plan']}', the rows before it "
+                        f"'{study.plan}': {ONE_PLAN}")
     if row.get("name"):
-        study.models.setdefault(parsed(row["name"], where).name, {})
+        study.models.setdefault(parse_name(row["name"], where).name, {})
     study.plan = study.plan or row.get("plan", "")
     study.trials.append(row)
-
-
-def lines_of(study):
-    """The lines of rows.jsonl: all that the same report can be drawn from again. Paired tests are kept as results, not as items."""
-    yield {"what": "study", "plan": study.plan, "scale": study.scale, "code": study.code}
-    yield from ({"what": "note", "text": text} for text in study.notes)
-    yield from ({"what": "model", "name": name} | facts for name, facts in study.models.items())
-    yield from map(compact, study.trials)
-    yield from ({"what": "test"} | test for test in study.tests)

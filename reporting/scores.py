@@ -1,11 +1,11 @@
 """Scores with their intervals: a study's own and the paper's.
 
 StudyResults (trials of a study) and PaperResults (results/paper.csv) answer the same questions, so
-that tables and figures treat both alike: which models there are, what a model scored on a task or on
-a family of tasks, and how many steps, tokens, supervised tokens and FLOPs it was trained for.
+that tables and figures treat both alike: which models there are, what a model scored on a task or
+on a family of tasks, and how many steps, tokens, supervised tokens and FLOPs it was trained for.
 
-A model's name here has no pretraining seed: 610m-clm-42k and 610m-clm-42k-seed43 are two runs of one
-model. Scores of trials are shares from 0 to 1; a Score is in percent.
+A model's name here has no pretraining seed: 610m-clm-42k and 610m-clm-42k-seed43 are two runs of
+one model. Scores of trials are shares from 0 to 1; a Score is in percent.
 """
 import csv
 import math
@@ -36,9 +36,9 @@ COLUMNS = "experiment,model,family,dataset,mean,ci95"       # of results/paper.c
 AXES = {"steps": "training steps", "tokens": "training tokens",
         "targets": "supervised tokens", "flops": "training FLOPs"}
 
-# The paper's runs (its Table 1): tokens of a step, and GFLOPs per token, forward and backward, of the
-# blocks' matrix products, of the LM head at every position, and of full attention in sequences of 12
-# to 2,048 tokens (the mean token is in a sequence of 1,365).
+# The paper's runs (its Table 1): tokens of a step, and GFLOPs per token, forward and backward, of
+# the blocks' matrix products, of the LM head at every position, and of full attention in sequences
+# of 12 to 2,048 tokens (the mean token is in a sequence of 1,365).
 PAPER_STEP = 2_359_296
 PAPER_GFLOPS = {"210m": (0.680, 0.591, 0.151),
                 "610m": (2.761, 0.887, 0.491),
@@ -83,11 +83,12 @@ def select_trials(rows, rule):
     rows: all trials of one model on one task. Failed trials have no score and are never selected.
 
     "paper":    Each seed takes the learning rate of its own best validation score. The interval is
-                1.96 s / sqrt(n). The published tables were made this way: the official rows of trials
-                give exactly their numbers. 1.96 is a normal quantile: with five seeds, such an
-                interval covers the true mean in 88 of 100 cases, and choosing per seed is optimistic.
-    "standard": One learning rate, of the best mean validation score among those with the most seeds.
-                The interval is t(0.975, n - 1) s / sqrt(n).
+                1.96 s / sqrt(n). The published tables were made this way: the official rows of
+                trials give exactly their numbers. 1.96 is a normal quantile: with five seeds, such
+                an interval covers the true mean in 88 of 100 cases, and choosing per seed is
+                optimistic.
+    "standard": One learning rate, of the best mean validation score among those with the most
+                seeds. The interval is t(0.975, n - 1) s / sqrt(n).
 
     -> Selection, or None if no trial succeeded
     """
@@ -134,14 +135,14 @@ def with_remarks(text, remarks):
 
 
 def task_of(row):
-    """The task; in retrieval with the pool of documents that was searched, which makes it another task."""
+    """The task. In retrieval, another pool of searched documents makes it another task."""
     if row.get("pool"):
         return f"{row['task']}, {row['pool']} pool"
     return row["task"]
 
 
 def column_of(row):
-    """The column that a trial belongs to: its task, and whatever makes its scores incomparable to others.
+    """The column that a trial belongs to: its task, and whatever makes its scores incomparable.
 
     Trials of different columns are never averaged together.
     """
@@ -244,9 +245,9 @@ class StudyResults:
     def score(self, name, columns, rule):
         """A model's mean over some columns: a Score, or None if a column has no score.
 
-        With several pretraining seeds that have all columns, each seed is one value, the mean of its
-        columns' selected test scores, and the interval is over these values: that is where runs are
-        independent. With one pretraining seed, the interval is over the fine-tuning seeds.
+        With several pretraining seeds that have all columns, each seed is one value, the mean of
+        its columns' selected test scores, and the interval is over these values: that is where runs
+        are independent. With one pretraining seed, the interval is over the fine-tuning seeds.
         """
         seeds = set()
         for column in columns:
@@ -262,7 +263,7 @@ class StudyResults:
         counts = []
         for selections in by_seed.values():
             counts += [selection.n for selection in selections]
-        fine_tuning_seeds = (min(counts), max(counts))
+        fine_tuned = (min(counts), max(counts))
         # the mean over columns, one for each pretraining seed
         means = []
         for selections in by_seed.values():
@@ -270,15 +271,16 @@ class StudyResults:
         if len(means) > 1:
             mean = float(np.mean(means))
             half_width = interval(means, rule)
-            return Score(mean, half_width, len(means), "pretraining", tuple(means), fine_tuning_seeds)
+            return Score(mean, half_width, len(means), "pretraining", tuple(means), fine_tuned)
 
         selections, = by_seed.values()
         values = means_by_fine_tuning_seed(selections)
         half_width = interval(values, rule)
-        return Score(means[0], half_width, len(values), "fine-tuning", tuple(values), fine_tuning_seeds)
+        return Score(means[0], half_width, len(values), "fine-tuning", tuple(values), fine_tuned)
 
     def amount(self, name, axis):
-        """How much a model was trained, counted from its first ancestor's first step; None if unknown.
+        """How much a model was trained, counted from its first ancestor's first step; None if
+        unknown.
 
         axis: "steps", "tokens", "targets" (supervised tokens), "flops" or "seconds". With several
         pretraining seeds, their mean.
@@ -301,7 +303,10 @@ class StudyResults:
 
 
 def means_by_fine_tuning_seed(selections):
-    """The mean over tasks in percent, for each fine-tuning seed that every task has. selections: one per task"""
+    """The mean over tasks in percent, for each fine-tuning seed that all of them have.
+
+    selections: one per task
+    """
     scores_of_tasks = []
     for selection in selections:
         scores_of_tasks.append({row["seed"]: row["test"]["score"] for row in selection.rows})
@@ -330,8 +335,10 @@ class PaperResults:
     label = "the paper"
 
     def __init__(self, path):
-        self.cells = {}                                         # {(model, family, data set): Published}
-        self.columns = {family: {} for family in IN_WORDS}      # {family: {column: data set}}
+        # {(model, family, data set): Published}
+        self.cells = {}
+        # {family: {column: data set}}
+        self.columns = {family: {} for family in IN_WORDS}
         with open(path, encoding="utf-8", newline="") as f:
             for number, row in enumerate(csv.DictReader(f), start=2):
                 self.add_line(row, f"{path}, line {number}")
@@ -349,22 +356,23 @@ class PaperResults:
             cell = Published(float(row["mean"]), float(row["ci95"]))
             columns = self.columns[family]
         except (KeyError, AttributeError, TypeError, ValueError, UserError):
-            raise UserError(f"{where} is not a published result: expected the columns {COLUMNS}") from None
+            raise UserError(f"{where} is not a published result: expected the columns "
+                            f"{COLUMNS}") from None
         if dataset != "average":
             columns[dataset] = dataset
         if self.cells.setdefault((name, family, dataset), cell) != cell:
             raise UserError(f"{where}: {name} has two different results on {dataset} {family}")
 
-    def common(self, names, family):
-        """The family's columns; every published model has all of them."""
+    def common(self, _names, family):
+        """As StudyResults.common: every published model has all columns of a family."""
         return list(self.columns[family])
 
     def score(self, name, columns, rule):
         """As StudyResults.score, from the published numbers.
 
-        The mean of a family's columns is computed from them, its interval is the published one. Under
-        the rule "standard" the same interval is widened to Student's t for five seeds; the learning
-        rates stay those that the rule "paper" selected.
+        The mean of a family's columns is computed from them, its interval is the published one.
+        Under the rule "standard" the same interval is widened to Student's t for five seeds; the
+        learning rates stay those that the rule "paper" selected.
         """
         family = next(family for family, datasets in self.columns.items() if columns[0] in datasets)
         if any((name, family, column) not in self.cells for column in columns):

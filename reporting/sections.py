@@ -2,7 +2,7 @@
 
     base        one objective for the longest budget: objectives, masking rates and sizes
     steps       checkpoints on the way, before the learning rate decays
-    shares      CLM and then MLM under a fixed budget, and the models of one objective they compare to
+    shares      CLM and then MLM under a fixed budget, beside CLM alone and MLM alone
     continued   a finished model, and more training of it with MLM
     others      models that the paper has no table for
 """
@@ -61,18 +61,18 @@ def has_paper_objectives(recipe):
 def sections(names):
     """The models of each section: {section: names}, sorted. A model may be in several sections."""
     all_recipes = {name: recipes.parse(name) for name in sorted(names, key=order_of)}
-    known = {n: r for n, r in all_recipes.items() if has_paper_objectives(r)}
-    single_stage = {n: r for n, r in known.items() if len(r.stages) == 1}
+    paper_like = {n: r for n, r in all_recipes.items() if has_paper_objectives(r)}
+    single_stage = {n: r for n, r in paper_like.items() if len(r.stages) == 1}
     finished = {n: r for n, r in single_stage.items() if not r.step}
 
     longest = max((r.steps for r in finished.values()), default=0)
     base = [n for n, r in finished.items() if r.steps == longest]
     steps = [n for n, r in single_stage.items() if r.step]
-    shares = names_of_shares(known, finished, longest)
+    shares = names_of_shares(paper_like, finished, longest)
 
     # a finished model is in the section "continued" if some other model continues it
-    parents = {r.parent().name for r in known.values() if r.start}
-    continued = [n for n, r in known.items() if not r.step and (r.start or n in parents)]
+    parents = {r.parent().name for r in paper_like.values() if r.start}
+    continued = [n for n, r in paper_like.items() if not r.step and (r.start or n in parents)]
 
     placed = {*base, *steps, *shares, *continued}
     others = [n for n in all_recipes if n not in placed]
@@ -80,11 +80,12 @@ def sections(names):
             "others": others}
 
 
-def names_of_shares(known, finished, longest):
-    """CLM then MLM under a budget, and the models at both ends of the line: MLM alone, CLM alone."""
+def names_of_shares(paper_like, finished, longest):
+    """CLM then MLM under a budget, and the models at both ends of the line: MLM alone, CLM
+    alone."""
     two_stages = set()
     ends = set()
-    for name, recipe in known.items():
+    for name, recipe in paper_like.items():
         # a second stage no longer than the decay is the paper's Figure 7, not a share of CLM
         if is_clm_then_mlm(recipe) and recipe.steps - recipe.stages[0][1] > recipes.DECAY:
             two_stages.add(name)
@@ -92,7 +93,7 @@ def names_of_shares(known, finished, longest):
             ends.add((recipe.size, recipe.steps, CLM))
             ends.add((recipe.size, recipe.steps, second_objective))
     names = []
-    for name, recipe in known.items():
+    for name, recipe in paper_like.items():
         is_end = False
         if name in finished:
             end = (recipe.size, recipe.steps, first_objective(recipe))

@@ -1,7 +1,7 @@
 """Does A beat B? The paper's claims, and tests of them.
 
-The claims are the orderings of models that a reproduction of the paper should show. Each is tested in
-two ways:
+The claims are the orderings of models that a reproduction of the paper should show. Each is tested
+in two ways:
 
 * over test examples, with a sign-flip permutation test and Holm's correction: do these two
   checkpoints differ on examples like these? This does not see that another pretraining run would
@@ -22,11 +22,13 @@ from reporting.sections import CLM, MLM, first_objective, sections, size_of
 RESAMPLES = 9_999
 ALPHA = 0.05
 ORDERINGS = {
-    1: "Early in pretraining CLM leads MLM: everywhere up to step 5k, at 10k on TC and IR, later on TC alone",
+    1: "Early in pretraining CLM leads MLM: everywhere up to step 5k, at 10k on TC and IR, later "
+       "on TC alone",
     2: "At the end of pretraining MLM leads CLM on QA",
     3: "At the end of pretraining MLM leads CLM on SC",
     4: "At an equal budget, a quarter of CLM and then MLM beats MLM alone",
-    5: "Continued with MLM, a CLM start beats an MLM start after 22k steps, except on QA; after 2k steps it is behind",
+    5: "Continued with MLM, a CLM start beats an MLM start after 22k steps, except on QA; after 2k "
+       "steps it is behind",
     6: "Retrieval wants a masking rate of 50 %, question answering (210M, 610M) of 20 %"}
 
 
@@ -53,7 +55,10 @@ def claims(names):
 
 
 def grouped(names, group_key, member_key):
-    """The models to compare with each other, by size: {group_key(recipe): {member_key(recipe): name}}"""
+    """The models to compare with each other, smallest size first.
+
+    -> {group_key(recipe): {member_key(recipe): name}}
+    """
     all_recipes = [(name, recipes.parse(name)) for name in names]
     all_recipes.sort(key=lambda pair: size_of(pair[1].size))
     groups = defaultdict(dict)
@@ -126,9 +131,9 @@ def masking_rate_claims(names):
 def sign_flip(differences, resamples=RESAMPLES, seed=0):
     """Two-sided p value that the mean of paired differences is 0. differences: [n]
 
-    If it were 0, each difference could as well have the other sign. The p value is the share of sign
-    patterns whose sum is at least as far from 0 as the observed one: of all patterns where there are
-    no more than `resamples`, else of that many random ones and the observed.
+    If it were 0, each difference could as well have the other sign. The p value is the share of
+    sign patterns whose sum is at least as far from 0 as the observed one: of all patterns where
+    there are no more than `resamples`, else of that many random ones and the observed.
     """
     d = np.asarray(differences, np.float64)
     observed = abs(d.sum())
@@ -162,7 +167,8 @@ def sign_flip(differences, resamples=RESAMPLES, seed=0):
 def holm(p_values):
     """Holm's adjusted p values, in the order given.
 
-    Rejecting where they are below ALPHA gives any false rejection in at most a share ALPHA of tables.
+    Rejecting where they are below ALPHA gives any false rejection in at most a share ALPHA of
+    tables.
     """
     adjusted = [0.0] * len(p_values)
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -206,7 +212,10 @@ def example_scores(results, name, column, seeds):
 
 
 def load_example_scores(row):
-    """The .npz beside a trial's file: its score on each test example. [examples] Raises NoExampleScores."""
+    """The .npz beside a trial's file: its score on each test example. -> array [examples]
+
+    Raises NoExampleScores.
+    """
     if not row.get("per_item") or not row.get("path"):
         raise NoExampleScores("no .npz of its examples' scores")
     path = os.path.join(os.path.dirname(row["path"]), row["per_item"])
@@ -220,14 +229,17 @@ def load_example_scores(row):
 
 
 def differences_by_seed(results, claim, column):
-    """{pretraining seed that both models have: better minus worse, in points of the selected test score}"""
+    """Better minus worse, in points of the selected test score.
+
+    -> {pretraining seed that both models have: difference}
+    """
     better = means_by_seed(results, claim.better, column)
     worse = means_by_seed(results, claim.worse, column)
     return {seed: better[seed] - worse[seed] for seed in sorted(better) if seed in worse}
 
 
 def means_by_seed(results, name, column):
-    """{pretraining seed: selected test score in percent}, by the rule "standard"."""
+    """{pretraining seed: test score in percent}, selected by the rule "standard"."""
     means = {}
     for seed, rows in results.rows[name, column].items():
         selection = select_trials(rows, "standard")
@@ -307,7 +319,8 @@ def verdict(test):
 
     "confirmed" needs both: the examples (Holm's p below ALPHA) and the pretraining seeds (a 95 % t
     interval on the claim's side of 0). With the examples alone the claim holds "for these
-    checkpoints". Where the task's own score says the opposite of the examples, nothing is confirmed.
+    checkpoints". Where the task's own score says the opposite of the examples, nothing is
+    confirmed.
     """
     by_seed = test["by_seed"]
     side_of_seeds = side_of_zero(by_seed)

@@ -24,7 +24,7 @@ def phases_in_words(phases):
     return ", ".join(f"{steps:,} {objective}" for objective, steps in phases)
 
 
-def table(runs):
+def run_table(runs):
     """Markdown: the last validation of each run, its tokens, and the seconds it trained (a trunk's included)."""
     lines = ["| run | steps | tokens | training seconds | validation CLM loss | validation MLM loss |", "|---|---|---|---|---|---|"]
     best = min(r["validation"][-1]["val_mlm_loss"] for r in runs)

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, rows, run_python
 
-import report
 import train
+from reporting.read import read_run
 
 PROGRAMS = ("train", "finetune", "eval_ir", "prepare_fineweb", "sample", "hf", "study", "report", "bench")
 # what each folder, and each of the two files that are edited first, may import: {name: names}, and all that these may import
@@ -151,12 +151,12 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
     last = rows(branch.out_dir, validation=True)[-1]
     assert f"| both | 10 clm, 10 mlm | 10,240 | {last['seconds']:,.0f} | {last['val_clm_loss']:.4f} | " in table
     assert (tmp_path / "out" / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
-    both = report.read_run(branch.out_dir)
+    both = read_run(branch.out_dir)
     assert [r["step"] for r in both["train"]] == list(range(1, 21)) and [r["step"] for r in both["validation"]] == [0, 5, 10, 15, 20]
     assert both["train"][:10] == rows(str(tmp_path / "clm"))[:10]
 
 
-@pytest.mark.parametrize("words, says", [(["report.py"], "which runs?"), (["report.py", "nowhere"], "nowhere is no run of train.py"),
+@pytest.mark.parametrize("words, says", [(["report.py"], "which runs?"), (["report.py", "nowhere"], "nowhere is not a run of train.py"),
                                          (["bench.py"], "what to measure?"), (["bench.py", "kernels", "--sizes=('2b',)", "--device=cpu"], "sizes="),
                                          (["bench.py", "data", "--data_dir=nowhere"], "no corpus in"),
                                          (["bench.py", "finetune", "--task=sotu_case"], "expected a sequence classification task"),

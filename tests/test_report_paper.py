@@ -8,8 +8,8 @@ from conftest import ROOT
 from made_study import PAPER, draw
 
 import model
-import report
 from reporting import scores as report_scores
+from reporting.output import is_own_file
 from reporting.sections import sections
 
 
@@ -52,7 +52,7 @@ def test_the_papers_page_in_the_repository_is_what_its_own_command_writes(tmp_pa
     assert [f"Table {n}:" in text for n in range(1, 19)] == [False, *[True] * 16, False]
     assert {int(n) for n in re.findall(r"\(fig(\d+)_", text)} == {2, 3, 4, 6, 7, 8, 9, 10} and "Figures 5, 7, 11 and 12" in text
     for name in re.findall(r"\((fig\w+\.png)\)", text):
-        assert (tmp_path / name).is_file() and report.is_ours(os.path.join(ROOT, "results", "paper", name), name)
+        assert (tmp_path / name).is_file() and is_own_file(os.path.join(ROOT, "results", "paper", name))
 
 
 def test_the_miniatures_page_in_the_repository_follows_from_its_rows(tmp_path):

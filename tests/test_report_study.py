@@ -13,19 +13,20 @@ from made_study import PAPER, draw
 from scipy import stats
 from test_report import OFFICIAL
 
-import report
 from core.configurator import UserError
 from reporting import figures as report_figures
 from reporting import read as report_read
 from reporting import scores as report_scores
 from reporting import stats as report_stats
 from reporting import tables as report_tables
-from reporting.page import MARK, page
+from reporting.inputs import read_inputs
+from reporting.output import MARK, is_own_file, write_report
+from reporting.page import page
 
 
 def read(folder):
     """-> Study, StudyResults"""
-    study = report.read([str(folder)])[1]
+    study = read_inputs([str(folder)]).study
     return study, report_scores.StudyResults(study)
 
 
@@ -104,14 +105,14 @@ def test_the_command_writes_a_page_with_pictures(small):
     pictures = re.findall(r"\((fig\w+\.png)\)", open(f"{root}/report/report.md").read())
     assert {p[:5] for p in pictures} == {"fig02", "fig05"}
     for name in pictures:
-        assert open(f"{root}/report/{name}", "rb").read(4) == b"\x89PNG" and report.is_ours(f"{root}/report/{name}", name)
+        assert open(f"{root}/report/{name}", "rb").read(4) == b"\x89PNG" and is_own_file(f"{root}/report/{name}")
 
 
 def test_a_report_drawn_from_its_own_rows_is_the_same(whole, tmp_path):
     _, out = whole
     text, study = page_of(out, set(report_figures.FIGURES))
     assert text == open(f"{out}/report.md").read()
-    assert "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study)) == open(f"{out}/rows.jsonl").read()
+    assert "".join(json.dumps(line) + "\n" for line in report_read.report_rows(study)) == open(f"{out}/rows.jsonl").read()
     ours = report_scores.StudyResults(study)
     assert all(plt.close(draw([ours])) is None for name, draw in report_figures.FIGURES.items() if name[3:5] in ("05", "12"))
     assert len(open(f"{out}/rows.jsonl").read().splitlines()) > 900 and "train_loss" not in open(f"{out}/rows.jsonl").read()
@@ -252,7 +253,7 @@ def test_every_irregularity_has_its_warning(small, words, says, provoke):
     warnings = page_of(root)[0].split("## How to read it")[0]
     assert f"* **{words}" in warnings and says in warnings
     study = read(root)[0]
-    report.write(f"{root}/again", {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(study))}, {})
+    write_report(f"{root}/again", {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.report_rows(study))}, {})
     assert page_of(f"{root}/again")[0].split("## How to read it")[0] == warnings
 
 
@@ -270,7 +271,7 @@ def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
     root = small(names=names)
     for name in names[:5]:
         shutil.rmtree(os.path.dirname(row_of(root, name)))
-    found = {run_python(["-c", f"import report; from reporting import scores as report_scores, tables as report_tables; study = report.read([{root!r}])[1]; "
+    found = {run_python(["-c", f"from reporting.inputs import read_inputs; from reporting import scores as report_scores, tables as report_tables; study = read_inputs([{root!r}]).study; "
                                "print(*report_tables.warnings(study, report_scores.StudyResults(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
     assert len(found) == 1 and "on sst2; 210m-" in found.pop()
 
@@ -278,7 +279,7 @@ def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
 def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small):
     root = small()
     path = os.path.join(root, "rows.jsonl")
-    report.write(root, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.lines_of(read(root)[0]))}, {})
+    write_report(root, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in report_read.report_rows(read(root)[0]))}, {})
     lines = open(path).read().splitlines(keepends=True)
     with open(path, "w") as f:
         f.writelines([*lines[:-1], lines[-1][:40]])
@@ -286,12 +287,12 @@ def test_a_torn_last_line_is_dropped_and_said_and_a_torn_middle_is_refused(small
     assert len(study.trials) == 23 and f"* {path}: its torn last line was dropped" in text and "**Missing trials" in text
     with open(path, "w") as f:
         f.writelines([*lines[:4], lines[4][:40] + "\n", *lines[5:]])
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 5 is no row"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 5 is not a row"):
         read(path)
     for line in ('{"task": "sst2"}', '["a", "list"]', '{"what": "else"}', '{"what": "model"}', '{"what": "test", "p": 0}'):
         with open(path, "w") as f:
             f.writelines([lines[0], line + "\n", lines[-1]])
-        with pytest.raises(UserError, match=r"rows\.jsonl, (line|row) 2 is no row"):
+        with pytest.raises(UserError, match=r"rows\.jsonl, (line|row) 2 is not a row"):
             read(path)
 
 
@@ -318,22 +319,22 @@ def test_two_plans_are_never_one_report(small):
     assert not os.path.exists(f"{one}/out")
     change(os.path.join(other, "study.json"), scale={"steps": 7})
     with pytest.raises(UserError, match="at another scale"):
-        report.read([one, other])
-    rows = [line for folder in (one, two) for line in report_read.lines_of(read(folder)[0]) if "task" in line]
-    report.write(one, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in rows)}, {})
-    with pytest.raises(UserError, match="'gpu', those before it of 'toy'"):
-        report.read([f"{one}/rows.jsonl"])
+        read_inputs([one, other])
+    rows = [line for folder in (one, two) for line in report_read.report_rows(read(folder)[0]) if "task" in line]
+    write_report(one, {"rows.jsonl": "".join(json.dumps(line) + "\n" for line in rows)}, {})
+    with pytest.raises(UserError, match="'gpu', the rows before it 'toy'"):
+        read_inputs([f"{one}/rows.jsonl"])
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is no study.json"),
+    ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is not a study.json"),
     ("study.json", '{"plan": "x", "models": {"bert": {"folder": "bert"}}}', "'bert' is no model of a study"),
     ("t.csv", "a,b\n1,2\n", "line 2 is not a published result"), ("t.csv", "", "holds no published result"),
     ("t.csv", report_scores.COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is not a published result")])
 def test_what_is_no_study_and_no_table_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(says)):
-        report.read([str(tmp_path if name == "study.json" else tmp_path / name)])
+        read_inputs([str(tmp_path if name == "study.json" else tmp_path / name)])
 
 
 def test_a_users_own_files_are_never_written_over(small, tmp_path):
@@ -342,9 +343,9 @@ def test_a_users_own_files_are_never_written_over(small, tmp_path):
     for name, content in (("report.md", b"# my thoughts\n"), ("fig02_objectives_by_size.png", b"\x89PNG mine")):
         (out / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name} was not written by report.py"):
-            report.write(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+            write_report(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
         assert os.listdir(out) == [name] and (out / name).read_bytes() == content
         (out / name).unlink()
     for _ in range(2):          # its own are
-        report.write(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
+        write_report(str(out), {"report.md": MARK}, {"fig02_objectives_by_size.png": plt.figure()})
     assert read(root)[0].plan == "toy"

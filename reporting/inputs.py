@@ -1,0 +1,59 @@
+"""The arguments of report.py: which folders and files it was given, and what they hold."""
+import os
+from dataclasses import dataclass, field
+
+from core.configurator import UserError
+from reporting.read import Study, read_rows, read_run, read_study, read_trials
+from reporting.scores import PaperResults
+
+
+@dataclass
+class Inputs:
+    """Everything that one report is about."""
+    runs: list = field(default_factory=list)        # as read.read_run returns them
+    study: Study = field(default_factory=Study)     # also holds trials that belong to no study
+    paper: PaperResults | None = None
+
+
+def read_inputs(args):
+    """Reads everything that the arguments name. Raises UserError.
+
+    An argument is results/paper.csv, a rows.jsonl, a study's folder, or a folder with runs or
+    trials.
+    """
+    inputs = Inputs()
+    run_folders = []
+    trials = {}         # by path, so that a file counts once even if two arguments hold it
+    for arg in args:
+        if arg.endswith((".csv", ".jsonl")) and not os.path.isfile(arg):
+            raise UserError(f"{arg} is not a file")
+        if arg.endswith(".csv"):
+            inputs.paper = PaperResults(arg)
+        elif arg.endswith(".jsonl"):
+            inputs.study.add(read_rows(arg), arg)
+        elif os.path.isfile(os.path.join(arg, "study.json")):
+            inputs.study.add(read_study(arg), arg)
+        else:
+            trials_of_folder = read_trials(arg)
+            has_log = os.path.isfile(os.path.join(arg, "log.jsonl"))
+            rows_path = os.path.join(arg, "rows.jsonl")
+            if os.path.isfile(rows_path) and not trials_of_folder and not has_log:
+                # the folder of an earlier report
+                inputs.study.add(read_rows(rows_path), arg)
+            else:
+                trials |= trials_of_folder
+                # a folder that holds trials need not be a run of train.py
+                if has_log or not trials_of_folder:
+                    run_folders.append(arg)
+    inputs.study.trials += trials.values()
+    inputs.runs = read_runs(run_folders, inputs.study.notes)
+    return inputs
+
+
+def read_runs(folders, notes):
+    """The logs of these runs. Raises UserError for a run that has not logged anything yet."""
+    runs = [read_run(folder, notes) for folder in folders]
+    for folder, run in zip(folders, runs):
+        if not run["validation"] or not run["train"]:
+            raise UserError(f"{folder} has no logged steps yet")
+    return runs

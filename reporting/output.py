@@ -1,0 +1,48 @@
+"""The folder that a report is written to. A file that report.py did not write is never replaced."""
+import os
+
+import matplotlib.pyplot as plt
+
+from core import files
+from core.configurator import UserError
+
+# How report.py recognizes its own files: the first line of a page, the metadata of a picture, and
+# the first row of a rows.jsonl
+MARK = "<!-- written by nanoEncoder's report.py, which may write it again -->"
+SOFTWARE = "nanoEncoder report.py"
+FIRST_ROW = '{"what": "study"'
+# these files have no such mark, or had none in earlier versions; they are known by what they hold
+CONTENTS = {"loss_curves.png": "Matplotlib",
+            "table.md": "| run | steps |",
+            "trials.md": "| task | model |"}
+
+
+def is_own_file(path):
+    """True if report.py wrote this file, or if it is empty."""
+    with open(path, "rb") as f:
+        beginning = f.read(4096)
+    marks = [MARK, SOFTWARE, FIRST_ROW]
+    name = os.path.basename(path)
+    if name in CONTENTS:
+        marks.append(CONTENTS[name])
+    return not beginning or any(mark.encode() in beginning for mark in marks)
+
+
+def write_report(folder, texts, figures):
+    """Writes {name: text} and {name: matplotlib figure} into a folder, and closes the figures.
+
+    Each file is complete or absent, also if the program is killed. Raises UserError, before
+    anything is written, if a file of such a name exists that is not report.py's own.
+    """
+    os.makedirs(folder, exist_ok=True)
+    for name in [*texts, *figures]:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and not is_own_file(path):
+            raise UserError(f"{path} was not written by report.py: choose another --to")
+    for name, text in texts.items():
+        files.write_whole(os.path.join(folder, name), text.encode())
+    for name, figure in figures.items():
+        path = os.path.join(folder, name)
+        figure.savefig(path + ".tmp", dpi=100, format="png", metadata={"Software": SOFTWARE})
+        plt.close(figure)
+        os.replace(path + ".tmp", path)
