@@ -1,32 +1,33 @@
-"""Hugging Face in and out.
+"""Import models from Hugging Face, and export checkpoints for it.
 
-    python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2          # a decoder or encoder -> a run folder with a checkpoint
-    python hf.py import path/to/folder out/it                           # the same from a folder with config.json and safetensors
-    python hf.py export runs/demo/clm_then_mlm exported/it              # a run's newest checkpoint -> a folder for everybody
-    python hf.py export RUN/step_0042000 exported/it --average=5        # ... the mean of the five up to that one
-    python hf.py export STEP/trials/sst2/lr5e-05_sd0.encoder exported/sst2    # what --keep=true of finetune.py or eval_ir.py kept
+    python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2   # a model -> a run folder
+    python hf.py import path/to/folder out/model                  # from config.json and safetensors
+    python hf.py export runs/demo/clm_then_mlm out/model          # a run's newest checkpoint
+    python hf.py export RUN/step_0042000 out/mean --average=5     # the mean of the five up to it
+    python hf.py export STEP/trials/sst2/lr5e-05_sd0.encoder out/sst2       # kept by --keep=true
 
-Imported are llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model) without their remote code; whatever
-is not known, a tensor, a config key, a tokenizer that is no byte-level BPE, is refused by name. train.py --init_from=hf:ORG/NAME
-imports by itself. Exported are safetensors, a tokenizer.json with our ids, and a model card with the facts of the training.
+Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model)
+without their remote code. What it does not know - a tensor, a config key, a tokenizer that is not a
+byte-level BPE - it refuses by name. train.py --init_from=hf:ORG/NAME imports by itself.
+
+Export writes safetensors, a tokenizer.json with our ids, and a model card with the facts of the
+training.
 """
 import json
 import shlex
 from dataclasses import dataclass
 
 from core.configurator import UserError, run
-from huggingface import exporting, importing
-from huggingface.model_card import auto_class
 
 
 @dataclass
 class Config:
     # import
-    weights_only: bool = False      # without the tokenizer, say of a Llama 2: nothing here can write text for it then
-    ignore: str = ""                # keys of config.json, with commas between them, that you know change nothing
+    weights_only: bool = False      # leave the tokenizer out (e.g. a Llama 2's): it reads ids only
+    ignore: str = ""                # keys of config.json that change nothing, with commas between
     # export
-    average: int = 1                # the mean of so many checkpoints of the run
-    causal: str = "auto"            # auto: as it was trained last; true: a decoder (llama); false: an encoder (eurobert)
+    average: int = 1                # export the mean of so many checkpoints of the run
+    causal: str = "auto"            # auto: as it was trained last; true: decoder; false: encoder
     args: tuple = ()
 
 
@@ -35,21 +36,44 @@ def main(c):
         raise UserError("what to do? hf.py import SOURCE OUT, or hf.py export CKPT OUT")
     if c.causal not in ("auto", "true", "false"):
         raise UserError(f"causal={c.causal}: expected auto, true or false")
-    what, source, out = c.args
-    if what == "import":
-        found, path = importing.write(source, out, c.weights_only, tuple(filter(None, c.ignore.replace(" ", "").split(","))))
-        print(f"{importing.describe(found)}\nwritten to {path}")
-        if found.tokenizer:
-            name = shlex.quote("hf:" + source.removeprefix("hf:"))
-            print(f"a corpus for it:  python prepare_fineweb.py --source=FILES --out=DATA --tokenizer={name}")
-            words = ["python", "train.py", f"--init_from={out}", "--data_dir=DATA", "--out_dir=RUN", '--phases=[("mlm", 400)]']
-            print(f"to go on from it: {shlex.join(words)}")
+    command, source, out = c.args
+    if command == "import":
+        import_model(c, source, out)
     else:
-        about, steps = exporting.export(source, out, c.average, c.causal)
-        kind, folder = about["architectures"][0], json.dumps(out, ensure_ascii=False)
-        print(f"{kind}, {'mean of steps' if len(steps) > 1 else 'step'} {', '.join(map(str, steps))}, in {out}: "
-              f"{auto_class(kind)}.from_pretrained({folder})"
-              + f", SentenceTransformer({folder})" * (about["model_type"] == "eurobert"))
+        export_model(c, source, out)
+
+
+def import_model(c, source, out):
+    """Import `source` as the run folder `out`, and print what to do with it."""
+    from huggingface import importing      # here, so that an export does not load it
+    ignore = c.ignore.replace(" ", "").split(",")
+    imported, path = importing.write(source, out, c.weights_only, [key for key in ignore if key])
+
+    print(importing.describe(imported))
+    print(f"written to {path}")
+    if imported.tokenizer:
+        name = shlex.quote("hf:" + source.removeprefix("hf:"))
+        print("a corpus for it:     python prepare_fineweb.py --source=FILES --out=DATA "
+              f"--tokenizer={name}")
+        words = ["python", "train.py", f"--init_from={out}", "--data_dir=DATA", "--out_dir=RUN",
+                 '--phases=[("mlm", 400)]']
+        print(f"to train it further: {shlex.join(words)}")
+
+
+def export_model(c, source, out):
+    """Export the checkpoint `source` as the folder `out`, and print how to load it."""
+    from huggingface import exporting
+    from huggingface.model_card import auto_class
+    about, steps = exporting.export(source, out, c.average, c.causal)
+    architecture = about["architectures"][0]
+    folder = json.dumps(out, ensure_ascii=False)
+    weights = f"step {steps[0]}"
+    if len(steps) > 1:
+        weights = f"mean of steps {', '.join(str(step) for step in steps)}"
+    ways_to_load = [f"{auto_class(architecture)}.from_pretrained({folder})"]
+    if about["model_type"] == "eurobert":
+        ways_to_load.append(f"SentenceTransformer({folder})")
+    print(f"{architecture}, {weights}, in {out}: {', '.join(ways_to_load)}")
 
 
 if __name__ == "__main__":

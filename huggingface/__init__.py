@@ -1,8 +1,10 @@
-"""Models of Hugging Face, read and written.
+"""Hugging Face models, read and written.
 
-    tokenizer    their tokenizer.json and ours
-    weights      their config.json and tensor names and ours
-    importing    their folder -> an Encoder
+    folders      find or download a model's folder, read its JSON files
+    tokenizer    tokenizer.json <-> our Tokenizer
+    weights      config.json and tensor names <-> ModelConfig and the Encoder's names
+    importing    a Hugging Face folder -> an Encoder, or a run folder with a checkpoint
+    history      what a checkpoint records about its training
+    model_card   the README.md of an exported folder
     exporting    a checkpoint -> a folder that transformers and sentence-transformers load
-    model_card   the README.md of such a folder
 """

@@ -1,9 +1,12 @@
-"""A checkpoint -> a folder that transformers and sentence-transformers load, without code of ours and without unpickling.
+"""A checkpoint -> a folder that transformers and sentence-transformers load, without our code and
+without unpickling.
 
-An encoder leaves as `eurobert`, which is native in transformers 5 (AutoModel, ForMaskedLM, ForSequenceClassification and
-ForTokenClassification load it) and is a SentenceTransformer as well: mean over the tokens, length 1, as eval_ir.py embeds.
-A decoder leaves as `llama`. A fine-tuned encoder takes its head along.
+An encoder is exported as `eurobert`, which is native in transformers 5: AutoModel, ForMaskedLM,
+ForSequenceClassification and ForTokenClassification load it. It is a SentenceTransformer as well:
+the mean over the tokens, scaled to length 1, as eval_ir.py embeds. A decoder is exported as
+`llama`. A fine-tuned encoder takes its head along.
 """
+
 import json
 import os
 import shutil
@@ -15,119 +18,243 @@ from core.configurator import UserError
 from core.tokenizer import DOCUMENT, QUERY
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
+from huggingface.folders import check_is_free
+from huggingface.history import was_causal
 from huggingface.model_card import model_card
-from objectives import facts_of, objective_at
+
+# kind of task: the tensors of its head, which have the same names in Hugging Face's EuroBert
+HEADS = {
+    "sequence": {"dense.weight", "dense.bias", "classifier.weight", "classifier.bias"},
+    "token": {"classifier.weight", "classifier.bias"},
+    "span": {"classifier.weight", "classifier.bias"},
+}
 
 
 def export(ckpt, out, average=1, causal="auto"):
-    """Write `out`, which must not be there. -> config.json's content, the steps whose checkpoints it is the mean of
+    """Write the folder `out`. -> the content of its config.json, and the steps it is the mean of
 
-    average: how many of the run's checkpoints up to this one. causal: "true" for a decoder, "false" for an encoder, "auto" as it
-    was trained last. Raises UserError.
+    ckpt: a checkpoint, or a run for its newest one. average: the number of the run's checkpoints to
+    average, the last of them `ckpt`. causal: "true" for a decoder, "false" for an encoder, "auto"
+    for what the model was last trained as. Raises UserError.
     """
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"{out} is there already: choose another folder")
+    check_is_free(out)
     path = checkpoint.find(ckpt)
-    state, config, tok = checkpoint.read_state(path), checkpoint.config_of(path), checkpoint.tokenizer_of(path)
-    causal = was_causal(state) if causal == "auto" else causal == "true"
+    state = checkpoint.read_state(path)
+    config = checkpoint.config_of(path)
+    tokenizer = checkpoint.tokenizer_of(path)
+    is_causal = was_causal(state) if causal == "auto" else causal == "true"
+    if "fine_tuned" in state and (is_causal or was_causal(state)):
+        raise UserError(
+            f"{path} is fine-tuned: only an encoder can be exported with its head; transformers "
+            "has no decoder with such a head"
+        )
+
+    # the weights, and config.json
     paths = last_checkpoints(path, average)
-    about = hf_weights.write_config(config, causal) | {
-        "bos_token_id": None, "eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id, "mask_token_id": tok.mask_id,
-        "classifier_pooling": "mean"}
     weights = hf_weights.write_weights(mean_of(paths), config)
+    about = hf_weights.write_config(config, is_causal) | {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+        "mask_token_id": tokenizer.mask_id,
+        "classifier_pooling": "mean",
+    }
     if "fine_tuned" in state:
-        if causal or was_causal(state):
-            raise UserError(f"{path} is fine-tuned: it leaves as an encoder, if it was one; transformers has no decoder with "
-                            "such a head")
-        stored = os.path.join(path, "head.safetensors")
-        head = load_file(stored) if os.path.isfile(stored) else {}
-        # the LM head is left over from pretraining and fits no more
-        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"} | head
-        about |= with_labels(state["fine_tuned"]) if head else {"architectures": ["EuroBertModel"]}
-    files = {"config.json": about, "tokenizer.json": hf_tokenizer.to_json(tok, append_eos=not causal),
-             "tokenizer_config.json": tokenizer_config(tok, config)} | ({} if causal else sentence_transformer(config))
-    hf_tokenizer.compare(files["tokenizer.json"], tok, path)
-    temporary = os.path.normpath(out) + ".writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, content in files.items():
-        os.makedirs(os.path.dirname(os.path.join(temporary, name)), exist_ok=True)
-        with open(os.path.join(temporary, name), "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=2, ensure_ascii=False)
-    stored = os.path.join(temporary, "model.safetensors")
-    save_file(weights, stored, metadata={"format": "pt"})
-    shutil.copymode(os.path.join(temporary, "config.json"), stored)         # safetensors writes for the owner alone
-    with open(os.path.join(temporary, "README.md"), "w", encoding="utf-8") as f:
-        f.write(model_card(path, paths, state, about, config, sum(v.numel() for v in weights.values())))
-    os.replace(temporary, out)
+        # the LM head is left over from pretraining and no longer fits
+        weights.pop("lm_head.weight", None)
+        weights |= read_head(path, state["fine_tuned"])
+        about |= describe_head(path, state["fine_tuned"])
+
+    # the tokenizer. It must give our ids when transformers reads it
+    tokenizer_json = hf_tokenizer.to_json(tokenizer, append_eos=not is_causal)
+    hf_tokenizer.check_same_ids(tokenizer_json, tokenizer, path)
+
+    files = {
+        "config.json": about,
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": tokenizer_config(tokenizer, config),
+    }
+    if not is_causal:
+        files |= sentence_transformer(config)
+    n_parameters = sum(value.numel() for value in weights.values())
+    card = model_card(path, paths, state, about, config, n_parameters)
+    write_folder(out, files, weights, card)
     return about, [checkpoint.step_of(p) for p in paths]
 
 
-def was_causal(state):
-    """Under which mask a checkpoint was trained last. Raises UserError if its state does not tell."""
-    if "fine_tuned" in state:
-        return bool(state["fine_tuned"].get("causal"))
-    if "phases" in state["settings"]:
-        phases = state["settings"]["phases"]
-        facts = state.get("objectives") or facts_of(phases)
-        return facts[objective_at(max(0, state["step"] - 1), phases)]["is_causal"]
-    known = state.get("imported", {}).get("causal")
-    if known is None:
-        raise UserError("this checkpoint does not say whether it is a decoder or an encoder: --causal=true or --causal=false")
-    return known
+def write_folder(out, files, weights, card):
+    """Write a model's folder, which is complete or absent whatever happens meanwhile.
+
+    files: {name: content of a JSON file}; weights: {name: tensor}; card: the text of README.md.
+    """
+    out = os.path.normpath(out)
+    temporary = f"{out}.{os.urandom(4).hex()}.writing"  # a name that nobody else uses
+    os.makedirs(temporary)
+    try:
+        for name, content in files.items():
+            path = os.path.join(temporary, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump(content, f, indent=2, ensure_ascii=False)
+        with open(os.path.join(temporary, "README.md"), "w", encoding="utf-8") as f:
+            f.write(card)
+        path = os.path.join(temporary, "model.safetensors")
+        save_file(weights, path, metadata={"format": "pt"})
+        # safetensors makes its files readable for their owner alone
+        shutil.copymode(os.path.join(temporary, "config.json"), path)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def last_checkpoints(path, k):
-    """The paths of k checkpoints of a run, `path` the last of them. Raises UserError if there are fewer."""
+# ---- weights
+
+
+def last_checkpoints(path, count):
+    """Return the paths of `count` checkpoints of a run, `path` the last of them.
+
+    Raises UserError if there are fewer, or if they are not of the same model.
+    """
     run = os.path.dirname(os.path.abspath(path))
-    found = [p for p in checkpoint.all_of(run) if checkpoint.step_of(p) <= checkpoint.step_of(path)]
-    if k < 1 or len(found) < k:
-        raise UserError(f"average={k}: {run} has {len(found)} checkpoint{'s' * (len(found) > 1)} up to {os.path.basename(path)}; "
-                        "--keep_last and --milestones of train.py keep more")
-    for p in found[-k:-1]:
-        checkpoint.same_model(checkpoint.config_of(checkpoint.find(p)), checkpoint.config_of(path), p)
-    return found[-k:]
+    step = checkpoint.step_of(path)
+    paths = [p for p in checkpoint.all_of(run) if checkpoint.step_of(p) <= step]
+    if count < 1 or len(paths) < count:
+        noun = "checkpoints" if len(paths) > 1 else "checkpoint"
+        raise UserError(
+            f"average={count}: {run} has {len(paths)} {noun} up to {os.path.basename(path)}; "
+            "--keep_last and --milestones of train.py keep more"
+        )
+    for earlier in paths[-count:-1]:
+        config = checkpoint.config_of(checkpoint.find(earlier))
+        checkpoint.same_model(config, checkpoint.config_of(path), earlier)
+    return paths[-count:]
 
 
 def mean_of(paths):
-    """The mean of checkpoints' weights, added in fp64, as fp32."""
+    """Return the mean of checkpoints' weights: added in fp64, returned in fp32."""
     weights = load_file(os.path.join(paths[-1], "model.safetensors"))
-    if len(paths) > 1:
-        total = {k: v.double() for k, v in weights.items()}
-        for path in paths[:-1]:
-            for k, v in load_file(os.path.join(path, "model.safetensors")).items():
-                total[k] += v
-        weights = {k: (v / len(paths)).float() for k, v in total.items()}
-    return weights
+    if len(paths) == 1:
+        return weights
+    total = {name: value.double() for name, value in weights.items()}
+    for path in paths[:-1]:
+        for name, value in load_file(os.path.join(path, "model.safetensors")).items():
+            total[name] += value
+    return {name: (value / len(paths)).float() for name, value in total.items()}
 
 
-def tokenizer_config(tok, config):
-    """eos pads, as in pretraining, so the attention mask must say what is text."""
-    specials = {i: text for text, i in tok.encoding._special_tokens.items()}
-    mask = {"__type": "AddedToken", "content": specials[tok.mask_id], "lstrip": True, "rstrip": False, "normalized": False,
-            "single_word": False, "special": True}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size, "eos_token": specials[tok.eos_id],
-            "pad_token": specials[tok.eos_id], "mask_token": mask, "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"]}
+# ---- the head of a fine-tuned encoder
 
 
-def with_labels(row):
-    """config.json's part about a fine-tuned head. Question answering has two outputs a token."""
-    labels = row["labels"] or (("outside", "inside") if row["mode"] == "paper" else ("start", "end"))
+def read_head(path, row):
+    """Return the tensors of a fine-tuned head, {} if there is none (retrieval has none).
+
+    row: what the checkpoint records about its fine-tuning. Raises UserError, by name, for tensors
+    that are not those of Hugging Face's head.
+    """
+    stored = os.path.join(path, "head.safetensors")
+    if not os.path.isfile(stored):
+        return {}
+    if row["kind"] not in HEADS:
+        raise UserError(
+            f"{path} has a head for tasks of the kind {row['kind']}, which the export does not "
+            "know: add its tensors to HEADS in huggingface/exporting.py"
+        )
+    head = load_file(stored)
+    unknown = head.keys() - HEADS[row["kind"]]
+    if unknown:
+        raise UserError(
+            f"{stored} has tensors that the export does not know: "
+            f"{hf_weights.list_names(unknown)}; add them to HEADS in huggingface/exporting.py"
+        )
+    missing = HEADS[row["kind"]] - head.keys()
+    if missing:
+        raise UserError(
+            f"{stored} lacks tensors that the export needs: {hf_weights.list_names(missing)}; "
+            "change HEADS in huggingface/exporting.py"
+        )
+    return head
+
+
+def describe_head(path, row):
+    """Return what config.json says about a fine-tuned encoder's head.
+
+    Question answering has two outputs a token.
+    """
+    if not os.path.isfile(os.path.join(path, "head.safetensors")):
+        return {"architectures": ["EuroBertModel"]}
+    labels = row["labels"]
+    if not labels:
+        labels = ("outside", "inside") if row["mode"] == "paper" else ("start", "end")
     kind = "Sequence" if row["kind"] == "sequence" else "Token"
-    return {"architectures": [f"EuroBertFor{kind}Classification"], "num_labels": len(labels),
-            "id2label": {str(i): name for i, name in enumerate(labels)}, "label2id": {name: i for i, name in enumerate(labels)},
-            **({"problem_type": "single_label_classification"} if kind == "Sequence" else {})}
+    about = {
+        "architectures": [f"EuroBertFor{kind}Classification"],
+        "num_labels": len(labels),
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    if kind == "Sequence":
+        about["problem_type"] = "single_label_classification"
+    return about
 
 
-def sentence_transformer(c):
-    """The files that make it one. Their type names are those of sentence-transformers 2 to 5, which 6 reads as well."""
-    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    return {"modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                             for i, (path, kind) in enumerate(modules)],
-            "1_Pooling/config.json": {"word_embedding_dimension": c.n_embd, "pooling_mode_cls_token": False,
-                                      "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False,
-                                      "pooling_mode_mean_sqrt_len_tokens": False, "include_prompt": True},
-            "2_Normalize/config.json": {},
-            "sentence_bert_config.json": {"max_seq_length": round(0.99 * c.block_size), "do_lower_case": False},
-            "config_sentence_transformers.json": {"prompts": {"query": QUERY, "document": DOCUMENT}, "default_prompt_name": None,
-                                                  "similarity_fn_name": "cosine"}}
+# ---- the other files
+
+
+def tokenizer_config(tokenizer, config):
+    """Return tokenizer_config.json. eos pads, as in pretraining, so the attention mask must say
+    what is text."""
+    text_of_id = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
+    mask = {
+        "__type": "AddedToken",
+        "content": text_of_id[tokenizer.mask_id],
+        "lstrip": True,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.block_size,
+        "eos_token": text_of_id[tokenizer.eos_id],
+        "pad_token": text_of_id[tokenizer.eos_id],
+        "mask_token": mask,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def sentence_transformer(config):
+    """Return {name: content} of the files that make the folder a SentenceTransformer.
+
+    The names of its modules are those of sentence-transformers 2 to 5, which 6 reads as well.
+    """
+    modules = []
+    for i, (path, kind) in enumerate(
+        [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    ):
+        modules.append(
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        )
+    pooling = {
+        "word_embedding_dimension": config.n_embd,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "include_prompt": True,
+    }
+    # as eval_ir.py cuts texts
+    longest = round(0.99 * config.block_size)
+    return {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": QUERY, "document": DOCUMENT},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }

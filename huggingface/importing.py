@@ -1,74 +1,125 @@
-"""A Hugging Face model -> an Encoder's config and weights, with its tokenizer, in memory or as a checkpoint of ours."""
+"""A Hugging Face model -> an Encoder's config, weights and tokenizer, in memory or as a run
+folder."""
+
 import os
 from dataclasses import asdict, dataclass
 
 import torch
 
-from core import checkpoint, tokenizer
-from core.configurator import UserError
+from core import checkpoint
+from core import tokenizer as tokenizers
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
+from huggingface.folders import JSON_FILES, check_is_free, locate, read_model_json
 from model import Encoder, ModelConfig
 
-FILES = (*hf_tokenizer.SMALL, "*.safetensors", "model.safetensors.index.json")
+FILES = (*JSON_FILES, "*.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
 class Imported:
     config: ModelConfig
-    weights: dict                        # Encoder(config)'s state dict, fp32, the tied head included
-    tokenizer: tokenizer.Tokenizer       # or None
-    facts: dict                          # what a checkpoint's state.json says of where it came from
+    # Encoder(config)'s state dict, in fp32; a tied head is in it, too
+    weights: dict
+    # None if only the weights were asked for
+    tokenizer: tokenizers.Tokenizer | None
+    # where the model comes from, as a checkpoint's state.json records it
+    facts: dict
 
 
 def is_foreign(source):
-    """Is it a model of Hugging Face's, hf:ORG/NAME or a folder, and no run or checkpoint of ours?"""
+    """True for hf:ORG/NAME and for a folder of a Hugging Face model, False for our runs and
+    checkpoints."""
     if source.startswith("hf:"):
         return True
     path = os.path.join(source, "config.json")
-    return os.path.isfile(path) and "model_type" in hf_tokenizer.read_json(source, "config.json")
+    return os.path.isfile(path) and "model_type" in read_model_json(source, "config.json")
 
 
 def read(source, weights_only=False, ignore=()):
-    """-> Imported. source: a folder, or hf:ORG/NAME[@REVISION]; weights_only: without the tokenizer. Raises UserError."""
-    folder = hf_tokenizer.locate(source, FILES)
+    """Read a Hugging Face model. -> Imported
+
+    source: a folder, or hf:ORG/NAME[@REVISION]. weights_only: leave the tokenizer out.
+    ignore: keys of config.json that are known to be harmless. Raises UserError.
+    """
+    folder = locate(source, FILES)
     config, kind = hf_weights.read_config(folder, ignore)
-    found, how = (None, "none") if weights_only else hf_tokenizer.load(folder)
+    tokenizer = None
+    mask_origin = "none"
+    if not weights_only:
+        tokenizer, mask_origin = hf_tokenizer.load(folder)
     weights = hf_weights.read_weights(folder, config)
-    if found and found.vocab_size > config.vocab_size:
-        # an untrained row among trained ones: their mean is a token of average meaning, and no outlier to the softmax
+
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        # The mask token needs a row of its own. An untrained row among trained ones would be an
+        # outlier to the softmax. Their mean is a token of average meaning
         for name in {"embedding.weight", "lm_head.weight"} & weights.keys():
-            weights[name] = torch.cat([weights[name], weights[name].mean(0, keepdim=True)])       # [V + 1, C]
-        config.vocab_size = found.vocab_size
+            mean = weights[name].mean(0, keepdim=True)  # [1, C]
+            weights[name] = torch.cat([weights[name], mean])  # [V + 1, C]
+        config.vocab_size = tokenizer.vocab_size
     if config.tied:
         weights["lm_head.weight"] = weights["embedding.weight"]
-    revision = os.path.basename(folder) if os.path.basename(os.path.dirname(folder)) == "snapshots" else None     # the hub's cache
-    source = source if os.path.isdir(source.removeprefix("hf:")) else f"hf:{source.removeprefix('hf:')}"
-    facts = {"source": source, "revision": revision, "model_type": kind, "mask": how,
-             "causal": None if kind == "sl_model" else kind != "eurobert"}        # theirs are of either kind
-    return Imported(config, weights, found, facts)
+    facts = describe_source(source, folder) | {
+        "model_type": kind,
+        "mask": mask_origin,
+        "causal": is_causal(kind),
+    }
+    return Imported(config, weights, tokenizer, facts)
+
+
+def describe_source(source, folder):
+    """Return where a model comes from: a path or hf:ORG/NAME, and the hub's commit if it is
+    known."""
+    name = source.removeprefix("hf:")
+    revision = None
+    # the hub's cache keeps a model in .../snapshots/COMMIT
+    if os.path.basename(os.path.dirname(folder)) == "snapshots":
+        revision = os.path.basename(folder)
+    return {"source": source if os.path.isdir(name) else f"hf:{name}", "revision": revision}
+
+
+def is_causal(kind):
+    """True if models of this kind are decoders; None if the kind does not tell.
+
+    The paper's checkpoints (sl_model) are of both kinds.
+    """
+    if kind == "sl_model":
+        return None
+    return kind != "eurobert"
 
 
 def write(source, out, weights_only=False, ignore=()):
-    """Import a model as the run folder `out`, with a checkpoint of step 0 and its tokenizer. -> Imported, the checkpoint's path"""
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"{out} is there already: choose another folder")
-    found = read(source, weights_only, ignore)
-    with torch.device("meta"):
-        model = Encoder(found.config)
-    model.load_state_dict(found.weights, assign=True)
+    """Import a model as the run folder `out`, with a checkpoint of step 0 and the tokenizer.
+
+    The arguments are those of read(). -> Imported, and the checkpoint's path. Raises UserError.
+    """
+    check_is_free(out)
+    imported = read(source, weights_only, ignore)
+    with torch.device("meta"):  # no time spent on random weights
+        model = Encoder(imported.config)
+    model.load_state_dict(imported.weights, assign=True)
     os.makedirs(out, exist_ok=True)
-    if found.tokenizer:
-        tokenizer.save(found.tokenizer, out)
-    settings = {"tokenizer_hash": found.tokenizer.hash.hex() if found.tokenizer else ""}
-    return found, checkpoint.save(out, 0, model, {"settings": settings, "imported": found.facts})
+    tokenizer_hash = ""
+    if imported.tokenizer:
+        tokenizers.save(imported.tokenizer, out)
+        tokenizer_hash = imported.tokenizer.hash.hex()
+    state = {"settings": {"tokenizer_hash": tokenizer_hash}, "imported": imported.facts}
+    return imported, checkpoint.save(out, 0, model, state)
 
 
-def describe(found):
-    """A line or two for people."""
-    c, tok = found.config, found.tokenizer
-    shape = ", ".join(f"{k} {v}" for k, v in asdict(c).items() if v not in (None, False))
-    text = "without its tokenizer: it reads ids only" if not tok else (
-        f"tokenizer: {tok.vocab_size:,} rows, eos {tok.eos_id} {tok.decode([tok.eos_id])}, mask {tok.mask_id} "
-        f"({found.facts['mask']}); no bos is put before a text")
-    return f"{found.facts['model_type']} from {found.facts['source']}: {shape}\n{text}"
+def describe(imported):
+    """Return two lines for people: the model, and its tokenizer."""
+    facts = imported.facts
+    tokenizer = imported.tokenizer
+    shape = []
+    for key, value in asdict(imported.config).items():
+        if value not in (None, False):
+            shape.append(f"{key} {value}")
+    model_line = f"{facts['model_type']} from {facts['source']}: {', '.join(shape)}"
+    if tokenizer is None:
+        return f"{model_line}\nwithout its tokenizer: it reads ids only"
+    return (
+        f"{model_line}\ntokenizer: {tokenizer.vocab_size:,} rows, "
+        f"eos {tokenizer.eos_id} {tokenizer.decode([tokenizer.eos_id])}, "
+        f"mask {tokenizer.mask_id} ({facts['mask']}); no bos is put before a text"
+    )

@@ -1,111 +1,228 @@
-"""The README.md of an exported model: what it is, how it was trained, how to load it."""
+"""The README.md of an exported model: what it is, how it was trained, how to load it.
+
+Everything in it is a fact of the checkpoint, of those it comes from, or of the run's log.
+"""
+
 import json
 import os
 
 from core import checkpoint
 from core.files import table_cell
-from objectives import facts_of
+from huggingface.history import lineage, recorded_objectives
 
-# ---- the model card: facts of the checkpoint and of those it comes from, none made up
+# the end of a class's name: the hub's name for what such a model does
+PIPELINE_TAGS = {
+    "": "sentence-similarity",
+    "CausalLM": "text-generation",
+    "MaskedLM": "fill-mask",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+}
 
-def model_card(path, paths, state, about, config, parameters):
-    """README.md: what it is, where it comes from, how to load it."""
-    kind, chain, place = about["architectures"][0], [state], os.path.abspath(path).split(os.sep)
-    tuned = state.get("fine_tuned")
-    title = f"{tuned['model']} on {tuned['task']}" if tuned else place[-2]
-    while chain[-1].get("parent"):
-        chain.append(chain[-1]["parent"])
-    family = {"": "sentence-similarity", "CausalLM": "text-generation", "MaskedLM": "fill-mask",
-              "SequenceClassification": "text-classification", "TokenClassification": "token-classification"}
-    front = {"library_name": "sentence-transformers" if kind == "EuroBertModel" else "transformers",
-             "pipeline_tag": family[kind.partition("For")[2]], "tags": ["nanoencoder", about["model_type"]]}
-    sources = [s["imported"]["source"] for s in chain if "imported" in s] + [s["settings"].get("init_from", "") for s in chain]
-    for source in sources:
-        if source.startswith("hf:") and not os.path.isdir(source[3:]):
-            front["base_model"] = source[3:].partition("@")[0]
-    head = (", the LM head is the embedding" if config.tied else " with the LM head") * kind.endswith("LM")
-    facts = [("class", f"`{kind}`, loads without remote code"),
-             ("parameters", f"{parameters:,}{head}"),
-             ("layers, width, FFN", f"{config.n_layer}, {config.n_embd}, {config.n_ffn}"),
-             ("heads, KV heads, head dim", f"{config.n_head}, {config.n_kv_head}, {config.head_dim}"),
-             ("context", f"{config.block_size:,} tokens")]
+
+def model_card(path, paths, state, about, config, n_parameters):
+    """Return the text of README.md.
+
+    path: the checkpoint, state: its state.json; paths: the checkpoints whose mean the weights are;
+    about: the content of the exported config.json; config: the ModelConfig.
+    """
+    architecture = about["architectures"][0]
+    run, step = os.path.abspath(path).split(os.sep)[-2:]
+    states = lineage(state)
+    fine_tuned = state.get("fine_tuned")
+    title = f"{fine_tuned['model']} on {fine_tuned['task']}" if fine_tuned else run
+
+    facts = shape_facts(architecture, config, n_parameters)
     if len(paths) > 1:
-        facts.append(("weights", f"mean of the checkpoints of steps {', '.join(str(checkpoint.step_of(p)) for p in paths)}"))
-    for s in chain:
-        facts += [*fine_tuning(s), *pretraining(s, path if s is state else ""), *beginning(s)]
-    lines = ["---", *(f"{key}: {json.dumps(value) if isinstance(value, list) else value}" for key, value in front.items()), "---",
-             "", f"# {title}", "", f"Exported by nanoEncoder from `{place[-2]}/{place[-1]}`; after arXiv 2507.00994. It has no "
-             "licence until its owner names one.", "", "| | |", "|---|---|",
-             *(f"| {name} | {table_cell(str(value))} |" for name, value in facts), "", *how_to_load(auto_class(kind))]
+        steps = ", ".join(str(checkpoint.step_of(p)) for p in paths)
+        facts.append(("weights", f"mean of the checkpoints of steps {steps}"))
+    # the training, back to where it began
+    for s in states:
+        facts += fine_tuning_facts(s)
+        facts += pretraining_facts(s)
+        if s is state:
+            facts += validation_facts(s, path)
+        facts += import_facts(s)
+
+    lines = ["---", *front_matter(architecture, about, states), "---", "", f"# {title}", ""]
+    lines += [
+        f"Exported by nanoEncoder from `{run}/{step}`; after arXiv 2507.00994. It has no "
+        "licence until its owner names one.",
+        "",
+    ]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {table_cell(str(value))} |" for name, value in facts]
+    lines += ["", *how_to_load(auto_class(architecture))]
     return "\n".join(lines) + "\n"
 
 
-def fine_tuning(state):
-    """Lines of the table about a trial of finetune.py or eval_ir.py."""
+def front_matter(architecture, about, states):
+    """Return the lines at the top that the hub reads."""
+    library = "sentence-transformers" if architecture == "EuroBertModel" else "transformers"
+    entries = {
+        "library_name": library,
+        "pipeline_tag": PIPELINE_TAGS[architecture.partition("For")[2]],
+        "tags": ["nanoencoder", about["model_type"]],
+    }
+    # the hub's model that the training began from, if any
+    sources = [s["imported"]["source"] for s in states if "imported" in s]
+    sources += [s["settings"].get("init_from", "") for s in states]
+    for source in sources:
+        if is_on_the_hub(source):
+            entries["base_model"] = source.removeprefix("hf:").partition("@")[0]
+
+    lines = []
+    for key, value in entries.items():
+        if isinstance(value, list):
+            value = json.dumps(value)
+        lines.append(f"{key}: {value}")
+    return lines
+
+
+# ---- rows of the table: (name, value)
+
+
+def shape_facts(architecture, config, n_parameters):
+    """Return the rows about the model itself."""
+    head = ""
+    if architecture.endswith("LM"):
+        head = ", the LM head is the embedding" if config.tied else " with the LM head"
+    return [
+        ("class", f"`{architecture}`, loads without remote code"),
+        ("parameters", f"{n_parameters:,}{head}"),
+        ("layers, width, FFN", f"{config.n_layer}, {config.n_embd}, {config.n_ffn}"),
+        ("heads, KV heads, head dim", f"{config.n_head}, {config.n_kv_head}, {config.head_dim}"),
+        ("context", f"{config.block_size:,} tokens"),
+    ]
+
+
+def fine_tuning_facts(state):
+    """Return the rows about a trial of finetune.py or eval_ir.py."""
     row = state.get("fine_tuned")
     if not row:
         return []
-    return [("fine-tuned on", f"{row['task']}: {row['steps']} steps, learning rate {row['lr']:g}, seed {row['seed']}"),
-            *((f"{split} score", f"{100 * row[split]['score']:.2f}, mode {row['mode']}") for split in ("validation", "test")
-              if row.get(split))]
+    facts = [
+        (
+            "fine-tuned on",
+            f"{row['task']}: {row['steps']} steps, learning rate {row['lr']:g}, seed {row['seed']}",
+        )
+    ]
+    for split in ("validation", "test"):
+        if row.get(split):
+            facts.append((f"{split} score", f"{100 * row[split]['score']:.2f}, mode {row['mode']}"))
+    return facts
 
 
-def pretraining(state, path):
-    """Lines about a run of train.py. path: its checkpoint, if its log is at hand for validation losses"""
+def pretraining_facts(state):
+    """Return the rows about a run of train.py."""
     s = state["settings"]
     if "phases" not in s:
         return []
-    facts = state.get("objectives") or facts_of(s["phases"])
-    parts = []
-    for objective, n in s["phases"]:
-        part = f"{n:,} steps {objective.rstrip('0123456789').upper()}"
-        if facts[objective]["hides_tokens"]:
-            part += f" at {facts[objective]['rate'] or s['mask_rate']:.0%} masking"
-        parts.append(part)
-    phases = ", then ".join(parts)
-    found = [("pretraining", f"{phases}; this is step {state['step']:,}"), ("tokens seen", f"{state['totals']['tokens']:,}"),
-             ("a step", f"{s['batch_rows']:,} rows x {s['block_size']:,} tokens"),
-             ("training FLOPs", f"{state['totals']['flops']:.3g}"),
-             ("optimizer", f"AdamW, {s['learning_rate']:g}, betas {s['beta1']:g} and {s['beta2']:g}, eps {s['adam_eps']:g}, "
-                           f"weight decay {s['weight_decay']:g}"),
-             ("schedule", f"warmup {s['warmup_steps']:,} steps, linear decay over the last {s['decay_steps']:,}"),
-             ("seed", s["seed"])]
-    found += [("went on from", shown(s[key])) for key in ("branch_from", "init_from") if s[key]]
+    facts = [
+        ("pretraining", f"{describe_phases(state)}; this is step {state['step']:,}"),
+        ("tokens seen", f"{state['totals']['tokens']:,}"),
+        ("a step", f"{s['batch_rows']:,} rows x {s['block_size']:,} tokens"),
+        ("training FLOPs", f"{state['totals']['flops']:.3g}"),
+        (
+            "optimizer",
+            f"AdamW, {s['learning_rate']:g}, betas {s['beta1']:g} and {s['beta2']:g}, "
+            f"eps {s['adam_eps']:g}, weight decay {s['weight_decay']:g}",
+        ),
+        (
+            "schedule",
+            f"warmup {s['warmup_steps']:,} steps, linear decay over the last {s['decay_steps']:,}",
+        ),
+        ("seed", s["seed"]),
+    ]
+    for key in ("branch_from", "init_from"):
+        if s[key]:
+            facts.append(("went on from", shown(s[key])))
+    return facts
+
+
+def describe_phases(state):
+    """Return "20 steps CLM, then 20 steps MLM at 40% masking"."""
+    s = state["settings"]
+    objectives = recorded_objectives(state)
+    phases = []
+    for name, steps in s["phases"]:
+        phase = f"{steps:,} steps {name.rstrip('0123456789').upper()}"
+        if objectives[name]["hides_tokens"]:
+            rate = objectives[name]["rate"] or s["mask_rate"]
+            phase += f" at {rate:.0%} masking"
+        phases.append(phase)
+    return ", then ".join(phases)
+
+
+def validation_facts(state, path):
+    """Return the row with the validation losses that the log beside checkpoint `path` has for its
+    step."""
     log = os.path.join(os.path.dirname(os.path.abspath(path)), "log.jsonl")
-    if path and os.path.isfile(log):
-        with open(log, encoding="utf-8") as f:
-            rows = [row for row in map(json.loads, f) if row["step"] == state["step"] and "val_mlm_loss" in row]
-        found += [("validation loss", f"CLM {row['val_clm_loss']:.4f}, MLM {row['val_mlm_loss']:.4f} nats a target, masking "
-                   f"{s['eval_mask_rate']:.0%}") for row in rows[-1:]]
-    return found
+    if "phases" not in state["settings"] or not os.path.isfile(log):
+        return []
+    # a resumed run may have logged the same step twice
+    newest = None
+    with open(log, encoding="utf-8") as f:
+        for row in map(json.loads, f):
+            if row["step"] == state["step"] and "val_mlm_loss" in row:
+                newest = row
+    if newest is None:
+        return []
+    losses = f"CLM {newest['val_clm_loss']:.4f}, MLM {newest['val_mlm_loss']:.4f} nats a target"
+    return [("validation loss", f"{losses}, masking {state['settings']['eval_mask_rate']:.0%}")]
+
+
+def import_facts(state):
+    """Return the row about the Hugging Face model that the training began from."""
+    imported = state.get("imported")
+    if not imported:
+        return []
+    source = shown(imported["source"])
+    if imported["revision"]:
+        source += f" at {imported['revision']}"
+    return [("begun from", source)]
+
+
+def is_on_the_hub(source):
+    """True for hf:ORG/NAME, False for a folder, also where it is written as hf:FOLDER."""
+    return source.startswith("hf:") and not os.path.isdir(source.removeprefix("hf:"))
 
 
 def shown(source):
-    """A path as one tells it others: without the folders of this machine."""
-    return source if source.startswith("hf:") and not os.path.isdir(source[3:]) else "/".join(source.split(os.sep)[-2:])
+    """Return a source without the folders of this machine: only the last two of a path."""
+    if is_on_the_hub(source):
+        return source
+    return "/".join(source.split(os.sep)[-2:])
 
 
-def beginning(state):
-    """The line about an imported model."""
-    facts = state.get("imported")
-    return [("begun from", shown(facts["source"]) + (f" at {facts['revision']}" if facts["revision"] else ""))] if facts else []
+# ---- how to load it
 
 
-def auto_class(kind):
-    """The AutoModel class that loads a class of transformers: EuroBertForMaskedLM -> AutoModelForMaskedLM."""
-    return "AutoModel" + kind[kind.find("For"):] * ("For" in kind)
+def auto_class(architecture):
+    """Return the AutoModel class that loads a class of transformers, e.g. AutoModelForMaskedLM."""
+    _, has_head, head = architecture.partition("For")
+    return f"AutoModelFor{head}" if has_head else "AutoModel"
 
 
 def how_to_load(auto):
-    """Example code and what to mind."""
-    code = [f"from transformers import AutoTokenizer, {auto}", 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-            f'model = {auto}.from_pretrained("FOLDER")']
+    """Return lines with example code, and what to know about it."""
+    code = [
+        f"from transformers import AutoTokenizer, {auto}",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'model = {auto}.from_pretrained("FOLDER")',
+    ]
     notes = []
     if auto != "AutoModelForCausalLM":
-        code += ["", "from sentence_transformers import SentenceTransformer",
-                 'model = SentenceTransformer("FOLDER")    # mean over tokens, length 1',
-                 'model.encode_query(["what is it?"]) @ model.encode_document(["a text", "another"]).T']
-        notes.append("tokenizer.json closes texts with the end-of-text token. The same token pads: use the attention mask.")
+        code += [
+            "",
+            "from sentence_transformers import SentenceTransformer",
+            'model = SentenceTransformer("FOLDER")    # mean over tokens, length 1',
+            'model.encode_query(["what is it?"]) @ model.encode_document(["a text", "another"]).T',
+        ]
+        notes.append(
+            "tokenizer.json closes texts with the end-of-text token. The same token pads: use "
+            "the attention mask."
+        )
     if auto == "AutoModelForMaskedLM":
         notes.append("It was not trained to embed: fine-tune it before you search with it.")
     return ["```python", *code, "```", "", *notes]

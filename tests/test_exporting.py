@@ -134,12 +134,12 @@ def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_pa
         jobs[task] = {"folder": folder, "texts": TEXTS, "classes": [f"AutoModelFor{kind}Classification"]}
         card = open(os.path.join(folder, "README.md")).read()
         assert f"{task}: 3 steps, learning rate 0.003, seed 0" in card and "20 steps CLM, then 20 steps MLM at 40% masking" in card
-    with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder"):
+    with pytest.raises(UserError, match="is fine-tuned: only an encoder can be exported"):
         exporting.export(f"{c.out_dir}/trials/sotu_era/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal="true")
     causal = finetune.Config(**{**vars(c), "tasks": "sotu_case", "causal": True, "out_dir": str(tmp_path / "causal")})
     finetune.main(causal)
     for wish in ("auto", "false"):         # an encoder's class would give its head another mask than it was trained under
-        with pytest.raises(UserError, match="is fine-tuned: it leaves as an encoder, if it was one"):
+        with pytest.raises(UserError, match="is fine-tuned: only an encoder can be exported with its head"):
             exporting.export(f"{causal.out_dir}/trials/sotu_case/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal=wish)
     found, tensors = load_in_a_fresh_process(jobs, tmp_path)
     for task, kind in kinds.items():
@@ -194,7 +194,7 @@ def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all my work")
     done = run_python(["hf.py", "export", encoder, str(tmp_path / "mine")])
-    assert done.returncode == 2 and "is there already: choose another folder" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "already exists: choose another folder" in done.stderr and done.stderr.count("\n") == 1
     for c, says in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"), (hf.Config(args=("publish", encoder, "x")), "what to do?"),
                     (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
                     (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):

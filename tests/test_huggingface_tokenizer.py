@@ -56,7 +56,7 @@ def test_a_tokenizer_that_differs_anywhere_is_refused_with_the_place(folder):
     f = folder()
     file = json.load(open(os.path.join(f, "tokenizer.json")))
     edit(f, "tokenizer.json", model=file["model"] | {"merges": file["model"]["merges"][::-1]})
-    with pytest.raises(UserError, match="cannot be had with the same ids: .* would become .*, and is .* there"):
+    with pytest.raises(UserError, match="cannot be reproduced with the same ids: .* would become .* here and is .* there"):
         hf_tokenizer.load(f)
 
 
@@ -68,7 +68,7 @@ def test_a_tokenizer_that_differs_anywhere_is_refused_with_the_place(folder):
     ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "its normalizer NFC + Lowercase"),
     ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "its pre-tokenizer (ByteLevel)"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTES]}}, "its pre-tokenizer (Whitespace + ByteLevel)"),
-    ({"config": {"vocab_size": 500}}, "has ids up to 600 and the model 500 rows"),
+    ({"config": {"vocab_size": 500}}, "has ids up to 600 and the model a vocabulary of 500"),
     ({"config": {"eos_token_id": 7}}, "names no end-of-text token"), ({"config": {"vocab_size": None}}, "has no vocab_size"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_tiktoken_cannot_do_is_refused_by_name(changes, says, folder):

@@ -149,7 +149,7 @@ def test_shards_bf16_and_a_name_without_prefix_are_the_same_model(foreign, tmp_p
     found = importing.read(folder, weights_only=True).weights
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k].bfloat16().float()) for k in wanted)
     os.remove(os.path.join(folder, "model-00002-of-00002.safetensors"))
-    with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors: it is not whole"):
+    with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors: it is not complete"):
         importing.read(folder, weights_only=True)
 
 
@@ -184,17 +184,17 @@ SPOILED = [
     (lambda f: edit(f, num_hidden_layers=None), "does not say num_hidden_layers"),
     (lambda f: edit(f, num_hidden_layers=2), "has tensors that are not known here: model.layers.2.input_layernorm.weight"),
     (lambda f: edit(f, num_hidden_layers=4), "lacks: model.layers.3.input_layernorm.weight"),
-    (lambda f: edit(f, intermediate_size=128), "model.layers.0.mlp.gate_proj.weight has the shape [160, 96], and config.json wants [128, 96]"),
+    (lambda f: edit(f, intermediate_size=128), "model.layers.0.mlp.gate_proj.weight has the shape [160, 96], and config.json needs [128, 96]"),
     (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not the embedding, and config.json says they are tied"),
     (add_tensor("model.layers.1.self_attn.q_norm.weight", torch.ones(16)), "not known here: model.layers.1.self_attn.q_norm.weight"),
     (add_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(96)), "not known here: model.layers.0.self_attn.q_proj.bias"),
     (add_tensor("lm_head.weight", None), "lacks: lm_head.weight; it was saved without its LM head"),
-    (cut, "model.safetensors is damaged or not whole"),
+    (cut, "model.safetensors is damaged or not complete"),
     (only_pickled, "holds only pickled weights (pytorch_model.bin)"),
-    (lambda f: os.remove(os.path.join(f, "model.safetensors")), "has no model.safetensors: it is not whole, fetch it again"),
-    (lambda f: os.remove(os.path.join(f, "config.json")), "has no config.json: is it a whole Hugging Face model?"),
+    (lambda f: os.remove(os.path.join(f, "model.safetensors")), "has no model.safetensors: it is not complete, fetch it again"),
+    (lambda f: os.remove(os.path.join(f, "config.json")), "has no config.json: is it a complete Hugging Face model?"),
     (lambda f: os.remove(os.path.join(f, "tokenizer.json")), "has no tokenizer.json"),
-    (lambda f: open(os.path.join(f, "config.json"), "w").write('{"model_type": "lla'), "config.json is no JSON: fetch the folder again"),
+    (lambda f: open(os.path.join(f, "config.json"), "w").write('{"model_type": "lla'), "config.json is not valid JSON: fetch the folder again"),
 ]
 
 
@@ -215,12 +215,12 @@ def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run"), "--ignore=embedding_color"])
     assert done.returncode == 0 and "--init_from=" in done.stdout, done.stderr
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
-    assert done.returncode == 2 and "is there already" in done.stderr
+    assert done.returncode == 2 and "already exists" in done.stderr
 
 
 @pytest.mark.parametrize("words, says", [
     (["hf.py", "import", "HuggingFaceTB/SmolLM2-135M", "OUT"], "the hub did not give a model of that name"),
-    (["hf.py", "import", "no such folder", "OUT"], "no id of the Hugging Face hub"),
+    (["hf.py", "import", "no such folder", "OUT"], "not an id of the Hugging Face hub"),
     (["hf.py", "import", "README.md", "OUT"], "README.md is a file"),
     (["prepare_fineweb.py", "--tokenizer=hf:a/b", "--out=OUT"], "the hub did not give a model of that name"),
     (["prepare_fineweb.py", "--tokenizer=llama3", "--out=OUT"], "Or give Meta's rank file: --tokenizer=llama3:")])

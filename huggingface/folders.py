@@ -1,0 +1,66 @@
+"""Folders of Hugging Face models: find one or download it, read its JSON files, and overwrite
+nobody's files."""
+
+import os
+import re
+
+from core.configurator import UserError
+from core.files import read_json
+
+JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def locate(source, patterns=JSON_FILES):
+    """The local folder of a model: `source` itself, or the folder the hub's copy is downloaded to.
+
+    source: a folder, ORG/NAME or ORG/NAME@REVISION, each also with hf: before it.
+    patterns: which of its files to download; they stay in the hub's cache.
+    Raises UserError, also if the hub cannot be reached.
+    """
+    source = source.removeprefix("hf:")
+    if os.path.isdir(source):
+        return source
+    if os.path.exists(source):
+        hint = ""
+        if source.endswith(".gguf"):
+            hint = (
+                "; load a .gguf with transformers (from_pretrained(folder, gguf_file=...)) and "
+                "save it with save_pretrained"
+            )
+        raise UserError(f"{source} is a file: expected a folder with config.json{hint}")
+    name, _, revision = source.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(
+            f"there is no folder {source}, and it is not an id of the Hugging Face hub "
+            "(ORGANISATION/NAME)"
+        )
+
+    # huggingface_hub comes with datasets. A local folder does not need it
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
+    except Exception as error:  # the hub, its cache and the network each raise their own
+        raise UserError(
+            f"there is no folder {name}, and the hub did not give a model of that name "
+            f"({type(error).__name__}): is it right, is the network on, is a login "
+            "needed (hf auth login)?"
+        ) from None
+
+
+def read_model_json(folder, name):
+    """The content of the JSON file `name` of a model's folder. Raises UserError."""
+    try:
+        return read_json(os.path.join(folder, name))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {name}: is it a complete Hugging Face model?") from None
+    except ValueError:
+        raise UserError(f"{folder}/{name} is not valid JSON: fetch the folder again") from None
+
+
+def check_is_free(out):
+    """Raises UserError unless `out` does not exist yet, or is an empty folder."""
+    if not os.path.exists(out):
+        return
+    if not os.path.isdir(out) or os.listdir(out):
+        raise UserError(f"{out} already exists: choose another folder")

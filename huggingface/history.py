@@ -1,0 +1,51 @@
+"""What a checkpoint's state.json records about its training: the one place that reads it for an
+export."""
+
+from core.configurator import UserError
+from objectives import facts_of, objective_at
+
+
+def recorded_objectives(state):
+    """Return what a run recorded about its objectives: {name: {"is_causal", "hides_tokens",
+    "rate"}}.
+
+    state: the state.json of a checkpoint of train.py. Checkpoints of an earlier version did not
+    record it: then objectives.py is asked. Raises UserError if it does not know a name either.
+    """
+    if "objectives" in state:
+        return state["objectives"]
+    try:
+        return facts_of(state["settings"]["phases"])
+    except ValueError as error:
+        raise UserError(
+            f"this checkpoint does not record its objectives, and objectives.py does not "
+            f"know them: {error}"
+        ) from None
+
+
+def was_causal(state):
+    """True if a checkpoint was last trained under the causal mask.
+
+    Raises UserError if its state does not tell.
+    """
+    if "fine_tuned" in state:
+        return bool(state["fine_tuned"].get("causal"))
+    if "phases" in state["settings"]:
+        last_step = max(0, state["step"] - 1)
+        objective = objective_at(last_step, state["settings"]["phases"])
+        return recorded_objectives(state)[objective]["is_causal"]
+    is_causal = state.get("imported", {}).get("causal")
+    if is_causal is None:
+        raise UserError(
+            "this checkpoint does not say whether it is a decoder or an encoder: "
+            "--causal=true or --causal=false"
+        )
+    return is_causal
+
+
+def lineage(state):
+    """Return the states of a checkpoint and of those it comes from, the newest first."""
+    states = [state]
+    while states[-1].get("parent"):
+        states.append(states[-1]["parent"])
+    return states
