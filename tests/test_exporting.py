@@ -1,4 +1,5 @@
 """A model leaves as one that everybody can load: a fresh process without this repository computes the same."""
+import dataclasses
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from test_eval_ir import worker
 
 import finetune
 import hf
+import objectives
 import sample
 import train
 from core import checkpoint, tokenizer
 from core.configurator import UserError
-from huggingface import exporting, importing
+from huggingface import exporting, history, importing
+from huggingface import weights as hf_weights
 from huggingface.model_card import auto_class
 from model import SIZES, Encoder, ModelConfig, SequenceHead, TokenHead
 from retrieval import tokens
@@ -30,16 +33,19 @@ SHAPES = {"gqa": dict(n_head=4, n_kv_head=2), "tied": dict(tied=True), "wide_hea
           "scaled": dict(rope_scaling=ROPE3, rope_theta=500_000.0), "biased": dict(qkv_bias=True, tied=True), "normed": dict(qk_norm=True)}
 
 
-def write_random(folder, tok, **shape):
-    """A run with one checkpoint of random weights that matter."""
+def write_random(folder, tok, change=None, head=None, state=None, **shape):
+    """A run with one checkpoint of random weights that matter. change: a function that a fork does to the model"""
     torch.manual_seed(3)
-    model = Encoder(ModelConfig(**SIZES["tiny"] | shape, vocab_size=tok.vocab_size, block_size=128))
+    model = Encoder(ModelConfig(**SIZES["tiny"] | {"vocab_size": tok.vocab_size, "block_size": 128} | shape))
+    if change:
+        change(model)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3.0 if p.ndim == 2 else 1.0).add_(0.2 * torch.randn_like(p) if p.ndim == 1 else 0.0)
     os.makedirs(folder)
     tokenizer.save(tok, folder)
-    return checkpoint.save(folder, 0, model, {"settings": {"tokenizer_hash": tok.hash.hex()}, "imported": {"causal": True, "source": "x", "revision": None}})
+    imported = {"causal": True, "source": "x", "revision": None}
+    return checkpoint.save(folder, 0, model, {"settings": {"tokenizer_hash": tok.hash.hex()}, "imported": imported} | (state or {}), head=head)
 
 
 def load_in_a_fresh_process(jobs, tmp):
@@ -188,6 +194,112 @@ def test_a_checkpoint_leaves_under_the_mask_it_was_trained_under_last(tiny, tmp_
     train.main(tiny("run"))
     assert exporting.export(str(tmp_path / "run"), str(tmp_path / "newest"))[0]["model_type"] == "eurobert"
     assert exporting.export(str(tmp_path / "run" / "step_0000012"), str(tmp_path / "trunk"))[0]["model_type"] == "llama"     # CLM until then
+
+
+def test_a_new_causal_objective_leaves_as_a_decoder_also_after_it_is_gone(tiny, tmp_path, monkeypatch):
+    """The checkpoint records the facts of its objectives: an export neither parses names nor needs the objective's code."""
+    clm = objectives.OBJECTIVES["clm"]
+    with monkeypatch.context() as m:
+        m.setitem(objectives.OBJECTIVES, "backwards", objectives.Objective(clm.prepare, is_causal=True, hides_tokens=False, most_targets=clm.most_targets))
+        train.main(tiny("run", phases=(("mlm", 4), ("backwards", 8))))
+    about, _ = exporting.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert about["model_type"] == "llama" and "4 steps MLM at 40% masking, then 8 steps BACKWARDS; this is step 12" in open(tmp_path / "out" / "README.md").read()
+    assert exporting.export(str(tmp_path / "run" / "step_0000004"), str(tmp_path / "before"))[0]["model_type"] == "eurobert"
+
+
+def test_a_checkpoint_that_records_no_objectives_asks_objectives_py():
+    old = {"settings": {"phases": [["mlm20", 5], ["cmlm", 5]]}}
+    assert not history.was_causal(old | {"step": 5}) and history.was_causal(old | {"step": 6})
+    assert history.recorded_objectives(old)["mlm20"] == {"is_causal": False, "hides_tokens": True, "rate": 0.2}
+    with pytest.raises(UserError, match="does not record its objectives, and objectives.py does not know them: objectives are clm"):
+        history.was_causal({"settings": {"phases": [["backwards", 5]]}, "step": 5})
+
+
+# ---- what a fork adds is not dropped in silence
+
+def layer_norm(model):
+    for block in model.blocks:
+        block.norm_1 = torch.nn.LayerNorm(model.config.n_embd)
+
+
+def no_final_norm(model):
+    model.norm = torch.nn.Identity()
+
+
+def wide_mlp(model):
+    model.blocks[1].mlp.down = torch.nn.Linear(2 * model.config.n_ffn, model.config.n_embd, bias=False)
+
+
+def with_head(**tensors):
+    head = TokenHead(64, 2)
+    for name, value in tensors.items():
+        setattr(head, name, value)
+    return head
+
+
+@pytest.mark.parametrize("change, says", [
+    (layer_norm, "this checkpoint has tensors that the export does not know: blocks.0.norm_1.bias, blocks.1.norm_1.bias; add them to names() in huggingface/weights.py"),
+    (lambda m: m.add_module("pooler", torch.nn.Linear(8, 8)), "does not know: pooler.bias, pooler.weight; add them"),
+    (no_final_norm, "this checkpoint lacks tensors that the export needs: norm.weight; change names()"),
+    (wide_mlp, "blocks.1.mlp.down.weight has the shape [64, 256], and the export expects [64, 128]")])
+def test_a_model_with_other_tensors_is_refused_by_name(change, says, encoder, tmp_path):
+    tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
+    write_random(str(tmp_path / "run"), tok, change=change, vocab_size=320)
+    with pytest.raises(UserError, match=re.escape(says)):
+        exporting.export(str(tmp_path / "run"), str(tmp_path / "out"), causal="false")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_setting_that_a_fork_added_to_the_model_is_refused_by_name(encoder):
+    @dataclasses.dataclass
+    class ForksConfig(ModelConfig):
+        parallel_blocks: bool = False
+    c = ForksConfig(**SIZES["tiny"], vocab_size=320)
+    assert hf_weights.write_config(c, causal=False)["model_type"] == "eurobert"
+    c.parallel_blocks = True
+    with pytest.raises(UserError, match=re.escape("does not know ModelConfig.parallel_blocks=True: add it to write_config()")):
+        hf_weights.write_config(c, causal=False)
+
+
+@pytest.mark.parametrize("kind, head, says", [
+    ("token", with_head(gate=torch.nn.Linear(64, 2, bias=False)), "head.safetensors has tensors that the export does not know: gate.weight; add them to HEADS"),
+    ("sequence", with_head(), "head.safetensors lacks tensors that the export needs: dense.bias, dense.weight"),
+    ("ranking", with_head(), "has a head for tasks of the kind ranking, which the export does not know")])
+def test_a_fine_tuned_head_with_other_tensors_is_refused_by_name(kind, head, says, encoder, tmp_path):
+    tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
+    tuned = {"kind": kind, "task": "sst2", "model": "x", "labels": ["a", "b"], "mode": "standard", "steps": 3, "lr": 1e-3, "seed": 0}
+    write_random(str(tmp_path / "run"), tok, head=head, state={"fine_tuned": tuned}, vocab_size=320)
+    with pytest.raises(UserError, match=re.escape(says)):
+        exporting.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_an_export_leaves_its_neighbours_alone_also_when_it_fails(encoder, tmp_path, monkeypatch):
+    (tmp_path / "out.writing").mkdir()
+    (tmp_path / "out.writing" / "thesis.txt").write_text("all my work")
+    exporting.export(encoder, str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.writing"] and os.listdir(tmp_path / "out.writing") == ["thesis.txt"]
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(exporting, "save_file", full)
+    with pytest.raises(OSError):
+        exporting.export(encoder, str(tmp_path / "second"))
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.writing"]
+
+
+def test_hf_py_loads_only_what_it_uses(encoder, tmp_path):
+    """An import does not load the export, nor the other way round, and neither the parts of the repository that it does not need."""
+    code = "import json, sys, hf; hf.main(hf.Config(args=tuple(sys.argv[1:]))); print(json.dumps(sorted(sys.modules)))"
+    loaded = {}
+    for words in (("export", encoder, str(tmp_path / "out")), ("import", str(tmp_path / "out"), str(tmp_path / "back"))):
+        done = run_python(["-c", code, *words])
+        assert done.returncode == 0, done.stderr
+        loaded[words[0]] = set(json.loads(done.stdout.splitlines()[-1]))
+        for name in ("tasks", "retrieval", "pretraining", "corpus", "experiments", "transformers", "datasets"):
+            assert name not in loaded[words[0]], f"{words[0]} loads {name}"
+    assert "huggingface.importing" not in loaded["export"] and "huggingface.exporting" not in loaded["import"]
+    assert not {"huggingface.model_card", "huggingface.history", "objectives"} & loaded["import"]
 
 
 def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
