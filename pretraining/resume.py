@@ -20,7 +20,6 @@ from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
 from core.distributed import all_sum
 from core.files import is_new, read_json
-from huggingface import importing
 from model import SIZES, ModelConfig
 from objectives import objective_at
 
@@ -64,7 +63,7 @@ class Start:
     """The state before a run's next step."""
 
     source: str = ""  # the checkpoint to load, or where `imported` came from; "" from scratch
-    imported: importing.Imported | None = None  # a Hugging Face model
+    imported: object = None  # huggingface.importing.Imported: a Hugging Face model
     load_optimizer: bool = False  # load the optimizer state of the checkpoint, too
     step: int = 0  # steps done
     first_row: int = 0  # place in the data order where step 0 began
@@ -106,10 +105,8 @@ def start(c, settings, processes, say):
         settings["size"] = settings["size"] or state["settings"]["size"]
         check_trunk(state, c, settings, source)
         return continue_from(source, "branching", say)
-    if c.init_from and importing.is_foreign(c.init_from):
-        return import_weights(c, say)
     if c.init_from:
-        return new_schedule(checkpoint.find(c.init_from), c, settings, say)
+        return from_weights(c, settings, say)
     return Start()
 
 
@@ -163,9 +160,15 @@ def new_schedule(source, c, settings, say):
     return beginning
 
 
-def import_weights(c, say):
-    """Start a new schedule from a Hugging Face model, whose tokenizer the corpus must have been
-    prepared with."""
+def from_weights(c, settings, say):
+    """Start a new schedule from the weights of a checkpoint or of a Hugging Face model.
+
+    The corpus must have been prepared with the tokenizer of a Hugging Face model.
+    """
+    from huggingface import importing  # most runs do not need it
+
+    if not importing.is_foreign(c.init_from):
+        return new_schedule(checkpoint.find(c.init_from), c, settings, say)
     imported = importing.read(c.init_from)
     if not imported.tokenizer.same_ids(tokenizer.load(c.data_dir)):
         source = c.init_from if c.init_from.startswith("hf:") else f"hf:{c.init_from}"

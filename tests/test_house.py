@@ -1,5 +1,6 @@
 """The house: arrows go down only, nothing is unpickled, the README's commands exist."""
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -107,7 +108,7 @@ def test_the_root_holds_what_one_runs_and_the_two_files_one_edits_first():
     if not tracked:
         pytest.skip("not a git checkout")
     at_root = {name for name in tracked if "/" not in name}
-    documents = {"README.md", "LOG.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "ruff.toml", ".gitignore"}
+    documents = {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "ruff.toml", ".gitignore"}
     assert at_root - documents == {f"{name}.py" for name in (*PROGRAMS, "model", "objectives")}
 
 
@@ -125,18 +126,46 @@ def test_nothing_is_ever_unpickled():
         assert not re.search(r"import pickle|pickle\.load|torch\.load\(|allow_pickle|broadcast_object|all_gather_object", open(path).read()), path
 
 
-def test_every_python_command_of_the_readme_names_files_and_keys_that_exist():
-    text = open(os.path.join(ROOT, "README.md")).read()
-    commands = re.findall(r"^(?:torchrun .*?|python )(\w+\.py)(.*)$", text, re.M)
-    assert len(commands) >= 8
-    for script, words in commands:
-        keys = {f for f in __import__(script[:-3]).Config.__dataclass_fields__}
+def documents():
+    """README.md and the pages of docs/ that describe the present; log.md is dated."""
+    pages = [os.path.join(ROOT, "docs", name) for name in sorted(os.listdir(os.path.join(ROOT, "docs"))) if name != "log.md"]
+    return [os.path.join(ROOT, "README.md"), *pages]
+
+
+def settings_of(script, words):
+    """The dataclass of settings that a command line is for."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "bench.py" and hasattr(module, "PARTS"):
+        return module.PARTS[words.split()[0]].settings
+    return module.Config
+
+
+@pytest.mark.parametrize("path", documents(), ids=os.path.basename)
+def test_every_command_link_and_key_of_a_document_exists(path):
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    in_blocks = re.findall(r"^(?:torchrun .*?|python )(\w+\.py)(.*)$", text, re.M)
+    in_lines = re.findall(r"`(?:torchrun [^`]*?|python )(\w+\.py)([^`]*)`", text.replace("\n", " "))
+    for script, words in in_blocks + in_lines:
+        keys = settings_of(script, words).__dataclass_fields__
         for file in re.findall(r"config/\w+\.py", words):
             assert os.path.isfile(os.path.join(ROOT, file)), file
         for key in re.findall(r"--(\w+)=", words.partition("#")[0]):
             assert key in keys, f"{script}: --{key}"
     for script in re.findall(r"bash (runs/\w+\.sh)", text):
-        assert os.path.isfile(os.path.join(ROOT, script))
+        assert os.path.isfile(os.path.join(ROOT, script)), script
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"):
+            assert os.path.exists(os.path.join(os.path.dirname(path), link)), link
+
+
+def test_the_readme_is_read_in_five_minutes_and_its_tree_names_every_program_and_folder():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        text = f.read()
+    assert len(text.splitlines()) <= 220 and len(text.split()) < 2000
+    tree = text.partition("## The files")[2].partition("## ")[0]
+    for name in [*(f"{program}.py" for program in PROGRAMS), "model.py", "objectives.py", *(f"{folder}/" for folder in MAY_IMPORT if folder not in ("model", "objectives"))]:
+        assert name in tree, name
 
 
 def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path):
