@@ -1,15 +1,21 @@
-"""Fine-tune an encoder: every task, every learning rate, every seed; a row of scores for each.
+"""Fine-tune an encoder on tasks: a grid of learning rates and seeds, and a row of scores for each trial.
 
     python finetune.py --ckpt=runs/demo/clm_then_mlm --tasks=demo config/finetune_quick.py      # minutes, no network
     python finetune.py --ckpt=RUN/step_0042000 --tasks=sst2,squad                               # the whole grid of two tasks
     torchrun --nproc_per_node=8 finetune.py --ckpt=RUN --tasks=all config/finetune_paper.py     # 8 GPUs share the paper's grid
     python report.py RUN --to=RUN/report                                                        # the table
 
-Rows go to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default beside the checkpoint, with per-example scores in an .npz of
-the same name. Start it as often as you like, on as many machines as see the folder: workers share what is left, finished trials
-stay, and a killed worker costs the trial it was in. `--tasks=all` are the paper's nine, `demo` the three made from the demo
-corpus; tasks.py lists them, and a folder of your own data is one more.
+A trial is one task, learning rate and seed: it restores the encoder's weights, adds a new head, trains
+both, and scores them. Its row goes to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default beside the
+checkpoint, with the score of each example in an .npz of the same name. Start the program as often as
+you like, on as many machines as see the folder: workers share the trials that are left, finished
+trials stay, and a killed worker costs only the trial it was in.
+
+`--tasks=all` are the paper's nine, `demo` the three made from the demo corpus. tasks/registry.py lists
+them; a folder of your own data is one more. What differs between kinds of tasks is in tasks/family.py.
 """
+import itertools
+import math
 import os
 import shlex
 import time
@@ -24,7 +30,8 @@ from core.configurator import UserError, run
 from core.device import keep_freed_memory
 from core.distributed import speaks
 from core.rng import permute
-from tasks import families, packing, queue, registry, worker
+from tasks import loading, packing, queue, registry, worker
+from tasks.family import Family, Outputs, Split
 from tasks.training import Diverged, fit
 
 
@@ -47,112 +54,136 @@ class Config(worker.GridSettings):
 # ---- one worker
 
 @dataclass
-class Data:
-    """One task, read and encoded."""
-    task: registry.Task
-    examples: dict        # {split: list}
-    encoded: dict         # {split: arrays}
-    facts: dict           # what its rows say about it
+class TaskData:
+    """A task, read and encoded."""
+    family: Family        # knows how to train and score it
+    splits: dict          # {"train", "validation", "test": Split}
+    facts: dict           # what its rows record about it
 
 
 class Worker(worker.Worker):
-    """Runs trials of the task at hand."""
+    """Runs trials, and keeps the data of one task at a time."""
 
     def __init__(self, c, path):
         super().__init__(c, path)
         self.data = None
         self.facts["split"] = c.split
 
-    def take(self, name, folder):
-        """Read and encode a task, unless it is the one at hand; say what a reader of its scores should know."""
-        if self.data and self.data.facts["task"] == name:
-            return
-        c = self.c
-        task, examples, notes = registry.load(name, c.data_dir, c.split)
-        # the paper's code has no windows: it cuts a paragraph at max_length
-        encoded = packing.cached(name, task, examples, self.tokenizer, self.max_length, c.mode != "paper", c.cache_dir)
-        epoch = -(-len(encoded["train"]["example"]) // c.batch)
-        steps = c.steps or (epoch * task.epochs if task.epochs else 1000)
-        cut = {split: int(part["truncated"][0]) for split, part in encoded.items()}
-        notes += [f"{n:,} of {split} cut at {self.max_length} tokens" for split, n in cut.items() if n]
-        facts = {"task": name, "kind": task.kind, "data": registry.fingerprint(examples), "steps": steps,
-                 "epochs": round(steps / epoch, 3), "truncated_frac": {split: n / len(examples[split]) for split, n in cut.items()},
-                 "baseline": families.baseline(task, examples["train"], examples["test"], encoded["test"], c.mode)}
-        self.settle(folder, name, facts)
-        self.data = Data(task, examples, encoded, facts)
-        if speaks():
-            sizes = " + ".join(f"{len(part):,}" for part in examples.values())
-            tqdm.write("; ".join([f"{name}: {registry.KINDS[task.kind]}, {sizes} examples, {steps} steps of {c.batch} "
-                                  f"({facts['epochs']:g} epochs)", *notes]))
-
-    def logits(self, head, encoded, indices):
-        tokens, cu_seqlens = packing.pack(encoded, indices, self.device)
-        with self.autocast():
-            return head(self.encoder(tokens, cu_seqlens, self.c.causal), cu_seqlens).float()
-
-    def evaluate(self, head, split, threshold=None):
-        """-> {"score", ...}, per-example scores [n]. Longest sequences first, so that what does not fit fails at once.
-        threshold: see families.span_scores"""
-        task, examples, encoded = self.data.task, self.data.examples[split], self.data.encoded[split]
-        lengths, (_, _, predictions, scores) = packing.lengths(encoded), families.family(task, self.c.mode)
-        outputs = [None] * len(lengths)
-        batches = packing.by_budget(np.argsort(-lengths, kind="stable"), encoded, self.c.eval_tokens)
-        for indices in tqdm(batches, desc=split, leave=False, disable=not speaks()):
-            with torch.inference_mode():
-                logits = self.logits(head, encoded, indices).cpu()
-            parts = logits if task.kind == "sequence" else logits.split(lengths[indices].tolist())
-            for i, part in zip(indices, parts):
-                outputs[i] = part.numpy()
-        found = predictions(task, examples, encoded, outputs, self.c.mode)
-        of_all, items = scores(task, examples, encoded, found, self.c.mode, threshold)
-        return of_all | {"n": len(examples)}, np.array(items, np.float16)
-
-    def train(self, head, trial, name):
-        """Train encoder and head on the task at hand. -> the loss curve"""
-        c, encoded, (targets, loss, _, _) = self.c, self.data.encoded["train"], families.family(self.data.task, self.c.mode)
-        n, lengths = len(encoded["example"]), packing.lengths(encoded)
-
-        def micro_batches(step):
-            position = np.arange(step * c.batch, (step + 1) * c.batch)       # in the stream of all epochs
-            order = permute(position % n, n, trial["seed"], position // n)
-            return [((indices, wanted), count) for indices in packing.by_budget(order, encoded, c.micro_tokens)
-                    for wanted, count in [targets(encoded, indices, c.mode)]]
-
-        def loss_of(batch):
-            indices, wanted = batch
-            wanted = {k: torch.from_numpy(v if v.dtype == bool else v.astype(np.int64)).to(self.device) for k, v in wanted.items()}
-            return loss(self.logits(head, encoded, indices), wanted, lengths[indices].tolist())
-
-        parameters = [*self.parameters(), *head.parameters()]
-        return fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
-
     def run(self, trial, folder):
-        """Train and evaluate one trial. -> its row"""
-        self.take(trial["task"], folder)
-        began, name = time.time(), f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
+        """Run one trial: load the task, restore the encoder, train, evaluate. Returns the trial's row.
+
+        trial: {"task", "lr", "seed"}. folder: where trials/ is written.
+        """
+        self.load_task(trial["task"], folder)
+        began = time.time()
+        name = f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | self.data.facts | trial | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+
+        # The seed decides the new head and the order of the data, and nothing else.
         self.restore(trial["seed"])
-        head = families.new_head(self.data.task, self.encoder.config.n_embd).to(self.device, getattr(torch, self.c.param_dtype))
+        head = self.data.family.new_head(self.encoder.config.n_embd)
+        head = head.to(self.device, getattr(torch, self.c.param_dtype))
         try:
             row["train_loss"] = self.train(head, trial, name)
         except Diverged as error:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
         trained = time.time()
-        validation, of_validation = self.evaluate(head, "validation")
-        test, of_test = self.evaluate(head, "test", validation.get("null_threshold"))
-        items = worker.keep_items(folder, trial, validation=of_validation, test=of_test)
-        tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, test {100 * test['score']:.2f} "
+
+        validation, test = self.data.family.evaluate(self.outputs(head, "validation"), self.outputs(head, "test"))
+        row["failed"] = False
+        row["validation"] = validation[0] | {"n": len(validation[1])}
+        row["test"] = test[0] | {"n": len(test[1])}
+        row["per_item"] = worker.keep_items(folder, trial, validation=np.array(validation[1], np.float16),
+                                            test=np.array(test[1], np.float16))
+        row["secs"] = {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}
+        tqdm.write(f"{name}: validation {100 * row['validation']['score']:.2f}, test {100 * row['test']['score']:.2f} "
                    f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), {time.time() - began:.1f} s")
-        row |= {"failed": False, "validation": validation, "test": test, "per_item": items,
-                "secs": {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}}
         if self.c.keep:
-            self.keep(folder, trial, row | {"labels": self.data.task.labels}, head)
+            self.keep(folder, trial, row | {"labels": self.data.family.task.labels}, head)
         return row
 
+    def load_task(self, name, folder):
+        """Read and encode a task, unless the trial before was of the same one. Prints what a reader of its scores should know."""
+        if self.data and self.data.facts["task"] == name:
+            return
+        c = self.c
+        task, examples, notes = loading.load(name, c.data_dir, c.split)
+        family = registry.family_of(task, c.mode)
+        fingerprint = loading.fingerprint(examples)
+        sequences = packing.encode_task(name, family, examples, fingerprint, self.tokenizer, self.max_length, c.cache_dir)
+        splits = {split: Split(examples[split], sequences[split]) for split in examples}
+
+        steps_of_epoch = math.ceil(len(sequences["train"]["example"]) / c.batch)
+        steps = c.steps
+        if not steps:
+            steps = task.epochs * steps_of_epoch if task.epochs else 1000
+        n_truncated = {split: int(arrays["truncated"][0]) for split, arrays in sequences.items()}
+        notes += [f"{n:,} of {split} cut at {self.max_length} tokens" for split, n in n_truncated.items() if n]
+        facts = {"task": name, "kind": task.kind, "data": fingerprint, "steps": steps,
+                 "epochs": round(steps / steps_of_epoch, 3),
+                 "truncated_frac": {split: n / len(examples[split]) for split, n in n_truncated.items()},
+                 "baseline": family.baseline(splits)}
+        self.settle(folder, name, facts)
+        self.data = TaskData(family, splits, facts)
+        if speaks():
+            sizes = " + ".join(f"{len(examples[split]):,}" for split in examples)
+            tqdm.write("; ".join([f"{name}: {family.title}, {sizes} examples, {steps} steps of {c.batch} "
+                                  f"({facts['epochs']:g} epochs)", *notes]))
+
+    def train(self, head, trial, name):
+        """Train encoder and head on the task at hand. Returns the loss curve."""
+        c, family = self.c, self.data.family
+        sequences = self.data.splits["train"].sequences
+        n = len(sequences["example"])
+
+        def micro_batches(step):
+            # the step's places in the stream of all epochs, each of which has an order of its own
+            position = np.arange(step * c.batch, (step + 1) * c.batch)
+            indices = permute(position % n, n, trial["seed"], position // n)
+            batches = []
+            for part in packing.by_budget(indices, sequences, c.micro_tokens):
+                targets, count = family.targets(sequences, part)
+                batches.append(((part, targets), count))
+            return batches
+
+        def loss_of(micro_batch):
+            indices, targets = micro_batch
+            batch = packing.batch_of(sequences, indices, self.device, targets)
+            return family.loss(self.logits(head, batch), batch)
+
+        parameters = [*self.parameters(), *head.parameters()]
+        return fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
+
+    def outputs(self, head, split):
+        """The head's Outputs for a whole split."""
+        data = self.data.splits[split]
+        lengths = packing.lengths(data.sequences)
+        # longest sequences first, so that what does not fit in memory fails at once
+        order = np.argsort(-lengths, kind="stable")
+        logits = [None] * len(lengths)
+        for indices in tqdm(packing.by_budget(order, data.sequences, self.c.eval_tokens), desc=split, leave=False,
+                            disable=not speaks()):
+            batch = packing.batch_of(data.sequences, indices, self.device)
+            with torch.inference_mode():
+                batch_logits = self.logits(head, batch).cpu()
+            if self.data.family.has_output_per_token:
+                batch_logits = batch_logits.split(batch.lengths)
+            for i, sequence_logits in zip(indices, batch_logits):
+                logits[i] = sequence_logits.numpy()
+        return Outputs(data.examples, data.sequences, logits)
+
+    def logits(self, head, batch):
+        """The head's outputs for a batch, in float32."""
+        with self.autocast():
+            hidden = self.encoder(batch.tokens, batch.cu_seqlens, self.c.causal)          # [T, C]
+            return head(hidden, batch.cu_seqlens).float()
+
+
+# ---- the grid
 
 def check(c):
-    """Raises UserError for what is wrong with the settings alone. -> names of the tasks"""
+    """Returns the names of the tasks. Raises UserError if a setting is wrong, whatever the checkpoint."""
     names = worker.check(c, registry.PAPER, registry.DEMO)
     for name in names:
         if registry.find(name, c.data_dir).kind == "retrieval":
@@ -166,14 +197,19 @@ def main(c):
     names = check(c)
     keep_freed_memory()
     path = checkpoint.find(c.ckpt)
-    folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
-    mine = Worker(c, path)
-    mine.refuse_other_settings(folder, {name: {} for name in names})
-    grid = [{"task": name, "lr": lr, "seed": seed} for name in names for lr in c.lrs for seed in c.seeds]
-    queue.work(grid, folder, lambda trial: mine.run(trial, folder))
+    folder = c.out_dir
+    if not folder:
+        folder = os.path.join(path, "random") if c.random_weights else path
+    this_worker = Worker(c, path)
+    this_worker.refuse_other_settings(folder, {name: {} for name in names})
+
+    trials = []
+    for name, lr, seed in itertools.product(names, c.lrs, c.seeds):
+        trials.append({"task": name, "lr": lr, "seed": seed})
+    queue.work(trials, folder, lambda trial: this_worker.run(trial, folder))
     if speaks():
         report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
-        print(f"{len(grid)} trials in {folder}/trials; the table: {report}")
+        print(f"{len(trials)} trials in {folder}/trials; the table: {report}")
 
 
 if __name__ == "__main__":

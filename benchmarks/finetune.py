@@ -20,7 +20,7 @@ from core.device import synchronize
 from core.files import ROOT
 from huggingface import weights as hf_weights
 from model import SIZES, Encoder, ModelConfig
-from tasks import demo, packing, registry
+from tasks import demo, loading, packing, registry
 
 MAX_LENGTH = 507    # 0.99 * 512
 
@@ -70,8 +70,8 @@ def trainer(c, path, device, dtype):
     """The loop: every trial loads the model anew and pads."""
     from transformers import EuroBertConfig, EuroBertForSequenceClassification, Trainer, TrainingArguments
     tok = tokenizer.load(os.path.dirname(path))
-    task, examples, _ = registry.load(c.task, c.task_dir)
-    data = {split: packing.encode(task, part, tok, MAX_LENGTH) for split, part in examples.items()}
+    task, examples, _ = loading.load(c.task, c.task_dir)
+    data = {split: packing.encode(registry.family_of(task), part, tok, MAX_LENGTH) for split, part in examples.items()}
     data = {split: [{"ids": packing.rows(d, "tokens", [i]).tolist(), "label": int(d["target"][i])} for i in range(len(d["target"]))]
             for split, d in data.items()}
     folder = os.path.join(os.path.dirname(path), "hugging_face")

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from core.configurator import UserError
 from core.files import find_files, hashed, lines_of
-from tasks.registry import HELD_OUT, find, value
+from tasks.family import value
+from tasks.registry import HELD_OUT, find
 
 SPLITS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 

@@ -1,61 +1,82 @@
-"""The labelled data sets: where they come from, how their rows must look, and how they are split.
+"""The tasks: their names, sizes and labels, and where their data comes from.
 
     sst2 mnli qqp                  sequence classification          GLUE
     conll2003 ontonotes5 uner      token classification             entities, IOB2
     squad squad_v2 record          extractive question answering
-    msmarco nq mldr_en             retrieval: eval_ir.py; ir_data.py reads them
-    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule from the demo corpus (demo_tasks.py)
+    msmarco nq mldr_en             retrieval: eval_ir.py, retrieval/collections.py reads them
+    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule from the demo corpus (demo.py)
 
-`load(name, data_dir, split)` reads a set from the Hugging Face hub or, with data_dir, from local files of the same fields:
-data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst). A local folder whose
-info.json has "label_names", "text_fields" and "label_field" is a task of its own under the folder's name, and so is one in BEIR's
-layout, with corpus.jsonl, queries.jsonl and qrels/.
+A task is an entry of TASKS, a family of tasks a class and an entry of FAMILIES; nothing else needs
+to know of a new one. With --data_dir a task is read from local files with the fields of the hub's:
+data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst).
+A local folder whose info.json has "label_names", "text_fields" and "label_field" is a task of its own
+under the folder's name, and so is one in BEIR's layout, with corpus.jsonl, queries.jsonl and qrels/.
 
-Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation code). Its test sets are
-the published validation sets where the published test labels are secret; validation is cut from train. We cut by a
-hash of the text, so that copies of a text and all questions of a paragraph are on one side; split="encodeval" cuts as the
-paper's code did, by row.
+Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation
+code). Its test sets are the published validation sets where the published test labels are secret;
+validation is cut from train (loading.py).
 """
 import dataclasses
-import hashlib
-import json
 import os
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of
+from core.files import find_files, read_json
 from tasks import demo
+from tasks.question_answering import PaperQuestionAnswering, QuestionAnswering
+from tasks.sequence_classification import SequenceClassification
+from tasks.token_classification import PaperTokenClassification, TokenClassification
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
-KINDS = {"sequence": "sequence classification", "token": "token classification", "span": "question answering"}
+
+# the families by the kind of a task, and the paper's variants of those that have one
+FAMILIES = {
+    "sequence": SequenceClassification,
+    "token": TokenClassification,
+    "span": QuestionAnswering,
+}
+PAPER_FAMILIES = {
+    "token": PaperTokenClassification,
+    "span": PaperQuestionAnswering,
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    kind: str                      # "sequence", "token", "span" or "retrieval"
+    """One data set. Families may use fields of their own; a row of the data set has the fields that they name."""
+    kind: str                      # a key of FAMILIES, or "retrieval"
     labels: tuple = ()             # names by id
     template: str = ""             # sequence: the text, from a row's fields
     label: str = "label"           # field of the label (sequence) or tags (token)
     words: str = "tokens"          # token: field of the words
     hub: str = ""                  # id of a data set on the Hugging Face hub
     config: str = ""               # its configuration
-    revision: str = "main"         # a commit where one is known; sizes and label names are checked in any case
-    files: dict = field(default_factory=dict)     # {split: file pattern in the repository}, for those that need a script otherwise
+    revision: str = "main"         # a commit where one is known; sizes and labels are checked anyway
+    files: dict = field(default_factory=dict)     # {split: file pattern}, for repositories that need a script
     splits: tuple = ("train", "", "validation")   # the hub's names for train, validation and test; "": cut from train
     sizes: tuple = ()              # rows of train, validation and test
     epochs: int = 0                # train so many epochs; 0: 1,000 steps, as the paper's code has it for each set
     unanswerable: bool = False     # span: some questions have no answer
     entities: bool = False         # span: the answer is one of the passage's marked entities (ReCoRD)
-    pairs: str = ""                # retrieval: a set of (query, positive) texts on the hub to train on, instead of train qrels
+    pairs: str = ""                # retrieval: texts on the hub to train on, (query, positive), instead of train qrels
     train_on: str = ""             # retrieval: the task whose pairs it is trained on; its own if empty
     pool: str = "full"             # retrieval: the documents that are searched unless --pool says otherwise
     make: object = None            # a function -> {split: rows}, or a collection, instead of a hub
     folder: str = ""               # of local files
 
 
+def family_of(task, mode="standard"):
+    """The Family of a task: the object that reads, encodes, trains and scores it."""
+    families = FAMILIES | PAPER_FAMILIES if mode == "paper" else FAMILIES
+    return families[task.kind](task, mode)
+
+
 def iob2(*types):
-    return "O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI")
+    """The labels of entities of these types: "O", then "B-" and "I-" of each."""
+    labels = ["O"]
+    for entity_type in types:
+        labels += [f"B-{entity_type}", f"I-{entity_type}"]
+    return tuple(labels)
 
 
 GLUE = dict(kind="sequence", hub="nyu-mll/glue", revision="bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
@@ -95,12 +116,11 @@ TASKS = {
     "sotu_search": Task("retrieval", make=demo.search, pool="judged"),
 }
 
-def names(demo, retrieval):
-    return tuple(name for name, t in TASKS.items() if name.startswith("sotu_") == demo and (t.kind == "retrieval") == retrieval)
-
-
-PAPER, DEMO = names(False, False), names(True, False)               # "all" and "demo" of finetune.py
-PAPER_IR, DEMO_IR = names(False, True), names(True, True)           # and of eval_ir.py
+# what --tasks=all and --tasks=demo mean, for finetune.py and for eval_ir.py
+PAPER = ("sst2", "mnli", "qqp", "conll2003", "ontonotes5", "uner", "squad", "squad_v2", "record")
+DEMO = ("sotu_era", "sotu_case", "sotu_cloze")
+PAPER_IR = ("msmarco", "nq", "mldr_en")
+DEMO_IR = ("sotu_search",)
 
 
 # ---- finding
@@ -108,30 +128,35 @@ PAPER_IR, DEMO_IR = names(False, True), names(True, True)           # and of eva
 def folders(data_dir):
     """{name: folder} of the data sets below a local data_dir, directly or one folder deeper."""
     if not os.path.isdir(data_dir):
-        raise UserError(f"data_dir={data_dir} is no folder")
-    found = {}
+        raise UserError(f"data_dir={data_dir} is not a folder")
+    folder_of = {}
     for pattern in ("*/train.jsonl*", "*/*/train.jsonl*", "*/corpus.jsonl*", "*/*/corpus.jsonl*"):
         for path in find_files(data_dir, pattern):
-            folder = os.path.dirname(path)
-            known = os.path.basename(folder) in TASKS or os.path.isfile(os.path.join(folder, "info.json"))
-            if known or os.path.basename(path).startswith("corpus."):
-                found.setdefault(os.path.basename(folder), folder)
-    return found
+            folder, file = os.path.split(path)
+            name = os.path.basename(folder)
+            is_described = name in TASKS or os.path.isfile(os.path.join(folder, "info.json"))
+            if is_described or file.startswith("corpus."):
+                folder_of.setdefault(name, folder)
+    return folder_of
 
 
 def find(name, data_dir=""):
-    """The Task called name: of the table, of a local folder, or both. Raises UserError for an unknown one, listing all."""
+    """The Task called name: of the table, of a local folder, or both. Raises UserError for an unknown name."""
     local = folders(data_dir) if data_dir else {}
     task = TASKS.get(name)
-    if name in local and find_files(local[name], "corpus.jsonl*"):
-        known = task if task and task.kind == "retrieval" else Task("retrieval")
-        return dataclasses.replace(known, folder=local[name], make=None)
     if name in local:
-        return dataclasses.replace(described(task, local[name]), folder=local[name], make=None)
+        if find_files(local[name], "corpus.jsonl*"):
+            is_known = task is not None and task.kind == "retrieval"
+            task = task if is_known else Task("retrieval")
+        else:
+            task = described(task, local[name])
+        return dataclasses.replace(task, folder=local[name], make=None)
     if task is None:
-        raise UserError(f"unknown task '{name}': expected one of {', '.join(sorted(TASKS.keys() | local.keys()))}, all or demo"
-                        + ("; a folder in data_dir is one if its info.json has label_names, text_fields and label_field" if data_dir
-                           else "; or a folder of yours, see --data_dir"))
+        names = ", ".join(sorted(TASKS.keys() | local.keys()))
+        advice = "or a folder of yours, see --data_dir"
+        if data_dir:
+            advice = "a folder in data_dir is one if its info.json has label_names, text_fields and label_field"
+        raise UserError(f"unknown task '{name}': expected one of {names}, all or demo; {advice}")
     if data_dir and not task.make:
         file = "corpus" if task.kind == "retrieval" else "train"
         raise UserError(f"{data_dir} has no {name}/{file}.jsonl, nor one folder deeper: without --data_dir it comes from the hub")
@@ -143,187 +168,16 @@ def described(task, folder):
     path = os.path.join(folder, "info.json")
     if not os.path.isfile(path):
         return task
-    with open(path, encoding="utf-8") as f:
-        try:
-            info = json.load(f)
-            labels, fields, label = tuple(info["label_names"]), info["text_fields"], info["label_field"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected label_names, text_fields and label_field ({error!r})") from None
+    try:
+        info = read_json(path)
+        labels, fields, label = tuple(info["label_names"]), info["text_fields"], info["label_field"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected label_names, text_fields and label_field ({error!r})") from None
     if task is not None:
         if labels != task.labels:
-            raise UserError(f"{path} has the labels {labels}, and the table in tasks.py {task.labels}")
+            raise UserError(f"{path} has the labels {labels}, and the table in tasks/registry.py {task.labels}")
         return task
     if fields == ["tokens"]:
         return Task("token", labels, label=label)
-    return Task("sequence", labels, label=label, template=info.get("template", "\n".join(f"{{{f}}}" for f in fields)))
-
-
-# ---- reading
-
-def load(name, data_dir="", split="hash"):
-    """-> (Task, {"train" | "validation" | "test": examples}, notes: what a reader of the scores should know).
-
-    Examples by kind: {"text", "label"}, {"words", "tags"}, or {"question", "context", "answers": [(text, start)], "entities":
-    [(start, end)]}; labels and tags as ids, starts and ends in characters of the context.
-    Raises UserError, in one line, for a row that does not fit, a data set that has changed, or one that cannot be reached.
-    """
-    task = find(name, data_dir)
-    if split not in ("hash", "encodeval"):
-        raise UserError(f"split={split}: expected hash (ours) or encodeval (the paper's)")
-    rows = of_folder(task) if task.folder else task.make() if task.make else of_hub(name, task)
-    examples, empty = {}, 0
-    for part, part_rows in rows.items():
-        read = {"sequence": of_sequence, "token": of_token, "span": of_span}[task.kind]
-        found = [read(task, row, where) for where, row in numbered(name, part, part_rows)]
-        dropped = task.kind == "token"          # a sentence without words has nothing to score; CoNLL's document markers likewise
-        blank = [not key_of(task, e).strip() or key_of(task, e) == "-DOCSTART-" for e in found]
-        empty += sum(blank)
-        examples[part] = [e for e, b in zip(found, blank) if not (dropped and b)]
-    what = "left out" if task.kind == "token" else "read as an end-of-text token alone"
-    notes = [f"{empty} empty texts, {what}"] if empty else []
-    if "validation" not in examples:
-        examples["train"], examples["validation"] = cut(task, examples["train"], split)
-    for part in ("train", "validation", "test"):
-        if not examples.get(part):
-            raise UserError(f"{name} has no {part} examples: give {part}.jsonl in {task.folder}, or more rows to cut it from")
-    return task, examples, notes
-
-
-def numbered(name, part, rows):
-    return ((row if isinstance(row, tuple) else (f"{name}, {part} row {i}", row)) for i, row in enumerate(rows))
-
-
-def of_folder(task):
-    """{split: [(where, row)]} of a folder's .jsonl files. Without a test file the validation file is the test set and validation
-    is cut from train, as the paper does with the published sets."""
-    rows = {}
-    for part in ("train", "validation", "test"):
-        for path in find_files(task.folder, f"{part}.jsonl*"):
-            rows[part] = []
-            for where, line in lines_of(path):
-                try:
-                    rows[part].append((where, json.loads(line)))
-                except json.JSONDecodeError:
-                    raise UserError(f"{where} is no JSON object") from None
-    if "test" not in rows and "validation" in rows:
-        rows["test"] = rows.pop("validation")
-    return rows
-
-
-def of_hub(name, task):
-    """{split: rows} from the hub, sizes and label names checked."""
-    try:
-        import datasets
-        from huggingface_hub.utils import logging
-        logging.set_verbosity_error()       # its retries; the error below says it once
-        if task.files:
-            kind = "json" if "json" in task.files["train"] else "parquet"
-            root = task.hub if os.path.isdir(task.hub) else f"hf://datasets/{task.hub}@{task.revision}"
-            found = datasets.load_dataset(kind, data_files={part: f"{root}/{file}" for part, file in task.files.items()})
-        else:
-            found = datasets.load_dataset(task.hub, task.config or None, revision=task.revision)
-    except Exception as error:      # network, hub and parser each raise their own
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{name}: could not load {task.hub} at {task.revision} from the Hugging Face hub ({type(error).__name__}: "
-                        f"{first}): connect to the network, or give files of the same fields with --data_dir=FOLDER, or run "
-                        "--tasks=demo") from None
-    rows = {}
-    for part, there, size in zip(("train", "validation", "test"), task.splits, task.sizes):
-        if not there:
-            continue
-        n = len(found[there]) if there in found else 0
-        if n != size:
-            raise UserError(f"{name}: {task.hub} has {n} rows in {there}, and the table in tasks.py {size}: the data has changed")
-        feature = found[there].features.get(task.label)
-        named = getattr(getattr(feature, "feature", feature), "names", None)
-        if named is not None and tuple(named) != task.labels:
-            raise UserError(f"{name}: {task.hub} has the labels {', '.join(named)}, and the table in tasks.py "
-                            f"{', '.join(task.labels)}: the data has changed")
-        rows[part] = found[there].to_list()
-    return rows
-
-
-def value(row, name, kind, where):
-    try:
-        found = row[name]
-    except (KeyError, TypeError):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where} has no field '{name}' (it has {there})") from None
-    if not isinstance(found, kind):
-        raise UserError(f"{where}: the field '{name}' is {type(found).__name__}, not {kind.__name__}")
-    return found
-
-
-def label_id(task, found, where):
-    """A label as an id, from an id or a name."""
-    if isinstance(found, str) and found in task.labels:
-        return task.labels.index(found)
-    if type(found) is not int or not 0 <= found < len(task.labels):
-        raise UserError(f"{where}: label {found!r} is not in the table: {len(task.labels)} labels, {', '.join(task.labels[:9])}"
-                        + (", ..." if len(task.labels) > 9 else ""))
-    return found
-
-
-def of_sequence(task, row, where):
-    fields = [name.partition("}")[0] for name in task.template.split("{")[1:]]
-    text = task.template.format(**{name: value(row, name, str, where) for name in fields})
-    return {"text": text, "label": label_id(task, value(row, task.label, object, where), where)}
-
-
-def of_token(task, row, where):
-    words = value(row, task.words, list, where)
-    if not all(isinstance(word, str) for word in words):
-        raise UserError(f"{where}: the field '{task.words}' holds something that is not a string")
-    tags = [label_id(task, tag, where) for tag in value(row, task.label, list, where)]
-    if len(words) != len(tags):
-        raise UserError(f"{where} has {len(words)} words and {len(tags)} tags")
-    for i, tag in enumerate(tags):        # IOB1, in which an I- may begin an entity -> IOB2
-        prefix, _, kind = task.labels[tag].partition("-")
-        if prefix == "I" and (i == 0 or task.labels[tags[i - 1]].partition("-")[2] != kind):
-            tags[i] = task.labels.index(f"B-{kind}")
-    return {"words": words, "tags": tags}
-
-
-def of_span(task, row, where):
-    if task.entities:
-        context, question = value(row, "passage", str, where), value(row, "query", str, where)
-        wanted, marked = set(value(row, "answers", list, where)), value(row, "entity_spans", dict, where)
-        texts, starts, ends = (value(marked, k, list, where) for k in ("text", "start", "end"))
-        answers = [(text, start) for text, start in zip(texts, starts) if text in wanted]     # every mention
-        entities = list(zip(starts, ends))
-        if not answers:
-            raise UserError(f"{where}: none of the answers {sorted(wanted)} is an entity of the passage")
-    else:
-        context, question = value(row, "context", str, where), value(row, "question", str, where)
-        given = value(row, "answers", dict, where)
-        answers, entities = list(zip(*(value(given, k, list, where) for k in ("text", "answer_start")))), []
-        if not answers and not task.unanswerable:
-            raise UserError(f"{where}: the question has no answer")
-    for text, start in answers:
-        if not isinstance(text, str) or type(start) is not int or start < 0 or not text or context[start:start + len(text)] != text:
-            raise UserError(f"{where}: the answer {text!r} is not at character {start} of the context")
-    return {"question": question, "context": context, "answers": answers, "entities": entities}
-
-
-# ---- splitting
-
-def key_of(task, example):
-    """The text that decides on which side of a cut an example is."""
-    return " ".join(example["words"]) if task.kind == "token" else example["text" if task.kind == "sequence" else "context"]
-
-
-def cut(task, examples, split):
-    """-> training examples, validation examples"""
-    if split == "encodeval":
-        import datasets
-        parts = datasets.Dataset.from_dict({"row": range(len(examples))}).train_test_split(train_size=1 - HELD_OUT, seed=42)
-        return [examples[i] for i in parts["train"]["row"]], [examples[i] for i in parts["test"]["row"]]
-    sides = defaultdict(list)
-    for e in examples:
-        sides[hashed(key_of(task, e)) < HELD_OUT].append(e)
-    return sides[False], sides[True]
-
-
-def fingerprint(examples):
-    """16 hex digits that change with any of the examples."""
-    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()[:16]
+    template = info.get("template", "\n".join(f"{{{name}}}" for name in fields))
+    return Task("sequence", labels, label=label, template=template)

@@ -20,7 +20,7 @@ from core.files import find_files
 from model import SIZES, Encoder, ModelConfig
 from reporting.read import read_trials
 from reporting.tables import trial_table
-from tasks import demo, families
+from tasks import demo
 from tasks.training import Diverged, fit
 
 
@@ -88,13 +88,14 @@ def test_a_seed_decides_head_and_order_and_the_same_twice_is_the_same_to_the_bit
 def test_every_epoch_reads_every_example_once_in_an_order_of_its_own(small):
     c = small(steps=14, batch=30)
     worker = finetune.Worker(c, checkpoint.find(c.ckpt))
-    worker.take("sst2", c.out_dir)
-    head, logits, orders = families.new_head(worker.data.task, worker.encoder.config.n_embd), worker.logits, []
+    worker.load_task("sst2", c.out_dir)
+    family, orders = worker.data.family, []
+    head, targets = family.new_head(worker.encoder.config.n_embd), family.targets
 
-    def watched(head, encoded, indices):
+    def watched(sequences, indices):
         orders[-1] += list(indices)
-        return logits(head, encoded, indices)
-    worker.logits = watched
+        return targets(sequences, indices)
+    family.targets = watched
     for seed in (0, 1):
         orders.append([])
         worker.train(head, {"lr": 1e-4, "seed": seed}, "")
@@ -280,7 +281,7 @@ def test_a_grad_clip_of_0_is_no_clipping(small):
     ({"mode": "papers"}, "mode=papers: expected standard or paper"),
     ({"max_length": 4}, "max_length=4: expected at least 16"),
     ({"attention": "flash"}, "attention=flash: expected auto or one of"),
-    ({"data_dir": "nowhere"}, "data_dir=nowhere is no folder"),
+    ({"data_dir": "nowhere"}, "data_dir=nowhere is not a folder"),
 ])
 def test_a_wrong_call_is_one_line_and_exit_2(small, changes, says):
     done = run_python(words(small(**changes)))

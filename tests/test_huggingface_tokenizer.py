@@ -12,7 +12,7 @@ from core import tokenizer
 from core.configurator import UserError
 from corpus.documents import documents, files_of
 from huggingface import tokenizer as hf_tokenizer
-from tasks import packing
+from tasks import registry
 
 QWEN = tokenizer.LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -151,5 +151,6 @@ def test_a_word_keeps_its_tokens_in_tasks_under_an_imported_tokenizer(folder):
     ours, _ = hf_tokenizer.load(folder(pre_tokenizer=KINDS["smollm2"]))
     words = ["Mr.", "Lincoln", "won", "1860", "in", "18", "states", "."]
     example = {"words": words, "tags": [0] * len(words)}
-    (_, (part,), _), = packing.token_pieces([example], ours, 100, True)
+    family = registry.family_of(registry.TASKS["conll2003"])
+    (_, (part,), _), = family.encode([example], ours, 100)
     assert part["tokens"].tolist() == ours.encode(" ".join(words)) + [ours.eos_id]

@@ -9,7 +9,7 @@ import pytest
 from conftest import SHARED, needs_shared
 
 from core.configurator import UserError
-from tasks import demo, registry
+from tasks import demo, loading, registry
 
 
 def write(folder, name, **splits):
@@ -30,7 +30,7 @@ def test_the_table_has_the_papers_nine_with_its_labels_and_sizes():
     assert [len(registry.TASKS[n].labels) for n in registry.PAPER[:6]] == [2, 3, 2, 9, 37, 7]
     for name in registry.PAPER:
         task = registry.TASKS[name]
-        assert task.hub.count("/") == 1 and sum(map(bool, task.sizes)) == sum(map(bool, task.splits)) and task.kind in registry.KINDS
+        assert task.hub.count("/") == 1 and sum(map(bool, task.sizes)) == sum(map(bool, task.splits)) and task.kind in registry.FAMILIES
         if task.kind == "token":       # every entity type can begin and go on
             types = {label[2:] for label in task.labels if label != "O"}
             assert {f"{b}-{t}" for t in types for b in "BI"} | {"O"} == set(task.labels) and task.labels[0] == "O"
@@ -41,7 +41,7 @@ def test_local_files_of_the_hubs_fields_packed_or_not(tmp_path):
     path = tmp_path / "deeper/sst2/test.jsonl"
     (tmp_path / "deeper/sst2/test.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
     path.unlink()
-    _, examples, notes = registry.load("sst2", folder)
+    _, examples, notes = loading.load("sst2", folder)
     assert {k: len(v) for k, v in examples.items()} == {"train": 50, "validation": 9, "test": 7} and not notes
     assert examples["test"][1] == {"text": "sentence number 91 is good", "label": 1}
 
@@ -50,10 +50,10 @@ def test_a_folder_with_labels_of_its_own_is_a_task(tmp_path):
     rows = [{"a": f"left {i}", "b": "right", "sense": "no" if i % 3 else "yes"} for i in range(40)]
     folder = write(tmp_path, "mine", train=rows, validation=rows, test=rows)
     (tmp_path / "mine/info.json").write_text(json.dumps({"label_names": ["yes", "no"], "text_fields": ["a", "b"], "label_field": "sense"}))
-    task, examples, _ = registry.load("mine", folder)
+    task, examples, _ = loading.load("mine", folder)
     assert task.kind == "sequence" and examples["train"][1] == {"text": "left 1\nright", "label": 1}
     with pytest.raises(UserError, match="unknown task 'yours': expected one of conll2003, mine, mldr_en, mnli, .*, all or demo"):
-        registry.load("yours", folder)
+        loading.load("yours", folder)
 
 
 def parquet(folder, name, rows, features):
@@ -70,14 +70,14 @@ def test_the_hubs_loader_checks_sizes_and_label_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     here = dataclasses.replace(registry.TASKS["sst2"], hub=str(tmp_path / "glue"), config="", sizes=(200, 0, 20))
     monkeypatch.setitem(registry.TASKS, "sst2", here)
-    _, examples, _ = registry.load("sst2")
+    _, examples, _ = loading.load("sst2")
     assert len(examples["train"]) + len(examples["validation"]) == 200 and len(examples["test"]) == 20
     assert examples["test"][0] == {"text": "sentence number 200 is bad", "label": 0}
-    for wrong, says in (({"sizes": (201, 0, 20)}, "has 200 rows in train, and the table in tasks.py 201"),
-                        ({"labels": ("positive", "negative")}, "has the labels negative, positive, and the table in tasks.py positive, neg")):
+    for wrong, says in (({"sizes": (201, 0, 20)}, "has 200 rows in train, and the table in tasks/registry.py 201"),
+                        ({"labels": ("positive", "negative")}, "has the labels negative, positive, and the table in tasks/registry.py positive, neg")):
         monkeypatch.setitem(registry.TASKS, "sst2", dataclasses.replace(here, **wrong))
         with pytest.raises(UserError, match=says):
-            registry.load("sst2")
+            loading.load("sst2")
 
 
 def test_a_repository_that_needs_a_script_is_read_by_its_files(tmp_path, monkeypatch):
@@ -87,20 +87,20 @@ def test_a_repository_that_needs_a_script_is_read_by_its_files(tmp_path, monkeyp
         (tmp_path / f"repo/dataset/{name}.json").write_text("".join(json.dumps(r) + "\n" for r in part))
     task = dataclasses.replace(registry.TASKS["ontonotes5"], hub=str(tmp_path / "repo"), sizes=(4, 1, 1))
     monkeypatch.setitem(registry.TASKS, "ontonotes5", task)
-    _, examples, _ = registry.load("ontonotes5")
+    _, examples, _ = loading.load("ontonotes5")
     assert [len(examples[s]) for s in ("train", "validation", "test")] == [4, 1, 1]
     assert [task.labels[t] for t in examples["test"][0]["tags"]] == ["B-GPE", "O", "B-CARDINAL"]
 
 
 def test_without_a_network_the_hub_is_one_line_of_advice():
-    with pytest.raises(UserError, match=r"mnli: could not load nyu-mll/glue at bcdcba.* --data_dir=FOLDER, or run --tasks=demo") as error:
-        registry.load("mnli")
+    with pytest.raises(UserError, match=r"could not load nyu-mll/glue at bcdcba.* --data_dir=FOLDER, or run --tasks=demo") as error:
+        loading.load("mnli")
     assert "\n" not in str(error.value)
 
 
 def test_validation_is_cut_by_text_and_frozen(tmp_path):
     folder = write(tmp_path, "sst2", train=sst2(2000) + sst2(300), validation=sst2(20, 5000))
-    _, examples, _ = registry.load("sst2", folder)
+    _, examples, _ = loading.load("sst2", folder)
     held_out = {e["text"] for e in examples["validation"]}
     assert not held_out & {e["text"] for e in examples["train"]}                    # copies of a text go together
     assert 0.035 < len(examples["validation"]) / 2300 < 0.065 and len(examples["test"]) == 20
@@ -110,14 +110,14 @@ def test_validation_is_cut_by_text_and_frozen(tmp_path):
 def test_questions_of_one_paragraph_stay_on_one_side(tmp_path):
     rows = [{"context": f"Paragraph {i // 5} names Ada.", "question": f"Who? {i}", "answers": {"text": ["Ada"], "answer_start": [start]}}
             for i in range(1000) for start in [f"Paragraph {i // 5} names Ada.".index("Ada")]]
-    _, examples, _ = registry.load("squad", write(tmp_path, "squad", train=rows, validation=rows[:5]))
+    _, examples, _ = loading.load("squad", write(tmp_path, "squad", train=rows, validation=rows[:5]))
     sides = [{e["context"] for e in examples[s]} for s in ("train", "validation")]
     assert sides[1] and not sides[0] & sides[1] and len(examples["validation"]) % 5 == 0
 
 
 def test_the_papers_cut_is_that_of_datasets(tmp_path):
     folder = write(tmp_path, "sst2", train=sst2(500), validation=sst2(20, 900))
-    _, examples, _ = registry.load("sst2", folder, split="encodeval")
+    _, examples, _ = loading.load("sst2", folder, split="encodeval")
     theirs = datasets.Dataset.from_list(sst2(500)).train_test_split(train_size=0.95, seed=42)
     assert [e["text"] for e in examples["validation"]] == theirs["test"]["sentence"] and len(theirs["test"]) == 25
     assert [e["text"] for e in examples["train"]] == theirs["train"]["sentence"]
@@ -144,26 +144,26 @@ GOOD_QA = {"context": "Ada wrote it.", "question": "Who?", "answers": {"text": [
 ])
 def test_a_row_that_does_not_fit_is_named(tmp_path, name, row, says):
     with pytest.raises(UserError, match=says):
-        registry.load(name, write(tmp_path, name, train=[row], validation=[row], test=[row]))
+        loading.load(name, write(tmp_path, name, train=[row], validation=[row], test=[row]))
 
 
 def test_empty_texts_are_counted_and_documents_without_words_left_out(tmp_path):
-    _, examples, notes = registry.load("sst2", write(tmp_path, "sst2", train=sst2(99) + [{"sentence": "", "label": 0}], validation=sst2(3)))
+    _, examples, notes = loading.load("sst2", write(tmp_path, "sst2", train=sst2(99) + [{"sentence": "", "label": 0}], validation=sst2(3)))
     assert len(examples["train"] + examples["validation"]) == 100 and notes == ["1 empty texts, read as an end-of-text token alone"]
     rows = [{"tokens": ["-DOCSTART-"], "ner_tags": [0]}, {"tokens": [], "ner_tags": []}, {"tokens": ["Ada"], "ner_tags": [1]}]
-    _, examples, notes = registry.load("uner", write(tmp_path, "uner", train=rows, validation=rows, test=rows))
+    _, examples, notes = loading.load("uner", write(tmp_path, "uner", train=rows, validation=rows, test=rows))
     assert [e["words"] for e in examples["test"]] == [["Ada"]] and notes == ["6 empty texts, left out"]
 
 
 def test_iob1_becomes_iob2(tmp_path):
     rows = [{"tokens": list("abcde"), "ner_tags": ["I-PER", "I-PER", "I-LOC", "O", "I-ORG"]}]
-    task, examples, _ = registry.load("uner", write(tmp_path, "uner", train=rows, validation=rows, test=rows))
+    task, examples, _ = loading.load("uner", write(tmp_path, "uner", train=rows, validation=rows, test=rows))
     assert [task.labels[t] for t in examples["test"][0]["tags"]] == ["B-PER", "I-PER", "B-LOC", "O", "B-ORG"]
 
 
 def test_demo_tasks_share_no_address_between_splits_and_hold_what_they_say():
     for name in registry.DEMO:
-        _, examples, notes = registry.load(name)
+        _, examples, notes = loading.load(name)
         sizes = [1730, 221, 323] if name == "sotu_cloze" else [3000, 400, 600]      # few sentences have a name to guess
         assert [len(examples[s]) for s in ("train", "validation", "test")] == sizes and not notes
     by_sentence = {text: (name, split) for name, _, split, text in demo.sentences()}
@@ -188,5 +188,5 @@ def test_demo_tasks_share_no_address_between_splits_and_hold_what_they_say():
                                          ("wnut_17", (3394, 1009, 1287)), ("uner_en_ewt", (1500, 501, 2077)),
                                          ("squad", (3500, 700, 700)), ("squad_v2", (2000, 500, 500))])
 def test_real_data_sets_load(name, sizes):
-    _, examples, notes = registry.load(name, SHARED)
+    _, examples, notes = loading.load(name, SHARED)
     assert tuple(len(examples[s]) for s in ("train", "validation", "test")) == sizes and not notes

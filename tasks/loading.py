@@ -1,0 +1,158 @@
+"""Reading a task's data: from a local folder, from the Hugging Face hub, or from the function that makes it.
+
+`load(name, data_dir, split)` is the way in. Rows become examples by the task's family, which checks
+them. Where the data has no validation set, one is cut from train: by a hash of the text, so that
+copies of a text and all questions of a paragraph fall on one side; split="encodeval" cuts as the
+paper's code does, by row.
+"""
+import hashlib
+import json
+import os
+
+from core.configurator import UserError
+from core.files import find_files, hashed, lines_of
+from tasks.registry import HELD_OUT, family_of, find
+
+SPLITS = ("train", "validation", "test")
+
+
+def load(name, data_dir="", split="hash"):
+    """(Task, {"train" | "validation" | "test": examples}, notes: what a reader of the scores should know).
+
+    Raises UserError, in one line, for a row that does not fit, a data set that has changed, or one
+    that cannot be reached.
+    """
+    task = find(name, data_dir)
+    if split not in ("hash", "encodeval"):
+        raise UserError(f"split={split}: expected hash (ours) or encodeval (the paper's)")
+    if task.folder:
+        rows = read_folder(task.folder)
+    elif task.make:
+        rows = task.make()
+    else:
+        rows = read_hub(name, task)
+
+    family = family_of(task)
+    examples, n_empty = {}, 0
+    for part, part_rows in rows.items():
+        examples[part] = []
+        for where, row in with_places(name, part, part_rows):
+            example = family.read(row, where)
+            text = family.key_text(example)
+            is_empty = not text.strip() or text == "-DOCSTART-"      # the latter is CoNLL's document marker
+            n_empty += is_empty
+            if not (is_empty and family.leaves_out_empty):
+                examples[part].append(example)
+    notes = []
+    if n_empty:
+        fate = "left out" if family.leaves_out_empty else "read as an end-of-text token alone"
+        notes.append(f"{n_empty} empty texts, {fate}")
+
+    if "validation" not in examples:
+        examples["train"], examples["validation"] = cut(family, examples["train"], split)
+    for part in SPLITS:
+        if not examples.get(part):
+            raise UserError(f"{name} has no {part} examples: give {part}.jsonl in {task.folder}, or more rows to cut it from")
+    return task, examples, notes
+
+
+def with_places(name, split, rows):
+    """Yields (where, row): the place that an error message names. Rows of a folder know theirs already."""
+    for i, row in enumerate(rows):
+        yield row if isinstance(row, tuple) else (f"{name}, {split} row {i}", row)
+
+
+def read_folder(folder):
+    """{split: [(where, row)]} of a folder's .jsonl files.
+
+    Without a test file the validation file is the test set and validation is cut from train, as the
+    paper does with the published sets.
+    """
+    rows = {}
+    for split in SPLITS:
+        for path in find_files(folder, f"{split}.jsonl*"):
+            rows[split] = list(json_lines(path))
+    if "test" not in rows and "validation" in rows:
+        rows["test"] = rows.pop("validation")
+    return rows
+
+
+def json_lines(path):
+    """Yields (where, row) of a file of JSON lines. Raises UserError for a line that is not JSON."""
+    for where, line in lines_of(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(f"{where} is not a JSON object") from None
+        yield where, row
+
+
+def read_hub(name, task):
+    """{split: rows} from the hub. Raises UserError if sizes or label names are not those of the table."""
+    dataset = load_from_hub(task.hub, task.config, task.revision, task.files)
+    rows = {}
+    for split, hub_split, size in zip(SPLITS, task.splits, task.sizes):
+        if not hub_split:
+            continue
+        n = len(dataset[hub_split]) if hub_split in dataset else 0
+        if n != size:
+            raise UserError(f"{name}: {task.hub} has {n} rows in {hub_split}, and the table in tasks/registry.py {size}: "
+                            "the data has changed")
+        labels = label_names(dataset[hub_split].features.get(task.label))
+        if labels and labels != task.labels:
+            raise UserError(f"{name}: {task.hub} has the labels {', '.join(labels)}, and the table in tasks/registry.py "
+                            f"{', '.join(task.labels)}: the data has changed")
+        rows[split] = dataset[hub_split].to_list()
+    return rows
+
+
+def label_names(feature):
+    """The names of a ClassLabel of `datasets`, or of a list of them; () if the feature is something else."""
+    label = getattr(feature, "feature", feature)
+    return tuple(getattr(label, "names", None) or ())
+
+
+def load_from_hub(repository, config="", revision="main", files=None):
+    """All splits of a data set on the Hugging Face hub, as the package `datasets` has them: {split: rows}.
+
+    files: {split: pattern} of the repository's files, for those that are not published as a data set.
+    A local folder may stand for the repository. Raises UserError, in one line, if it cannot be loaded.
+    """
+    is_local = os.path.isdir(repository)
+    try:
+        import datasets
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()       # the hub's retries are silent; the error below says it once
+        if files:
+            root = repository if is_local else f"hf://datasets/{repository}@{revision}"
+            data_files = {split: f"{root}/{pattern}" for split, pattern in files.items()}
+            file_format = "json" if "json" in files["train"] else "parquet"
+            return datasets.load_dataset(file_format, data_files=data_files)
+        return datasets.load_dataset(repository, config or None, revision=None if is_local else revision)
+    except Exception as error:      # network, hub and parser each raise their own
+        message = (str(error).splitlines() or [""])[0]
+        raise UserError(f"could not load {repository} at {revision} from the Hugging Face hub ({type(error).__name__}: "
+                        f"{message}): connect to the network, or give local files with --data_dir=FOLDER, or run "
+                        "--tasks=demo") from None
+
+
+def cut(family, examples, split):
+    """(training examples, validation examples), cut from one list."""
+    if split == "encodeval":
+        import datasets
+        indices = datasets.Dataset.from_dict({"row": range(len(examples))})
+        halves = indices.train_test_split(train_size=1 - HELD_OUT, seed=42)
+        return [examples[i] for i in halves["train"]["row"]], [examples[i] for i in halves["test"]["row"]]
+    train, validation = [], []
+    for example in examples:
+        is_held_out = hashed(family.key_text(example)) < HELD_OUT
+        if is_held_out:
+            validation.append(example)
+        else:
+            train.append(example)
+    return train, validation
+
+
+def fingerprint(examples):
+    """16 hex digits that change with any of the examples."""
+    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Sequence classification: one label for a text, such as SST-2, MNLI and QQP.
+
+The head reads the mean of the last hidden states; its loss is the cross-entropy of the label, its
+score accuracy. The paper's code does the same, so there is no paper variant.
+"""
+import os
+import string
+from collections import Counter
+
+import numpy as np
+
+from model import SequenceHead
+from tasks import metrics
+from tasks.family import Family, label_id, value
+
+
+class SequenceClassification(Family):
+    title = "sequence classification"
+    has_output_per_token = False
+    per_sequence = ("target",)
+
+    def read(self, row, where):
+        """{"text", "label": id}. The task's template makes the text from the row's fields."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.task.template) if name]
+        fields = {name: value(row, name, str, where) for name in names}
+        label = value(row, self.task.label, object, where)
+        return {"text": self.task.template.format(**fields),
+                "label": label_id(self.task.labels, label, where)}
+
+    def key_text(self, example):
+        return example["text"]
+
+    def encode(self, examples, tokenizer, max_length):
+        """Yields (example index, its one sequence, whether it was cut). "target" is the label."""
+        texts = [example["text"] for example in examples]
+        ids_of_texts = tokenizer.encode_batch(texts, threads=os.cpu_count() or 1)
+        for index, (example, ids) in enumerate(zip(examples, ids_of_texts)):
+            tokens = np.array([*ids[:max_length - 1], tokenizer.eos_id], np.int32)
+            sequence = {"tokens": tokens, "target": np.array(example["label"])}
+            yield index, [sequence], len(ids) > max_length - 1
+
+    def new_head(self, width):
+        return SequenceHead(width, len(self.task.labels))
+
+    def targets(self, sequences, indices):
+        return {"ids": sequences["target"][indices]}, len(indices)          # [S]
+
+    def predict(self, outputs):
+        """The id of the likeliest label of each example."""
+        return [int(label_logits.argmax()) for label_logits in outputs.logits]
+
+    def score(self, split, predictions):
+        labels = [example["label"] for example in split.examples]
+        is_right = [float(label == prediction) for label, prediction in zip(labels, predictions)]
+        return {"score": metrics.accuracy(labels, predictions)}, is_right
+
+    def baseline(self, splits):
+        """The label that is most frequent in the training data, for every example."""
+        counts = Counter(example["label"] for example in splits["train"].examples)
+        majority = counts.most_common(1)[0][0]
+        scores, _ = self.score(splits["test"], [majority] * len(splits["test"].examples))
+        return {"name": "majority", "score": scores["score"]}
