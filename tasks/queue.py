@@ -1,14 +1,15 @@
-"""A grid of fine-tuning trials as a queue of files, shared by any number of processes that see the same folder; and the
-training of one trial, `fit`.
+"""A grid of trials as a queue of files, shared by any number of processes that see the same folder.
 
     FOLDER/trials/<task>/lr5e-05_sd0.json      the trial's row: it is done (or has failed, and says so)
-    FOLDER/trials/<task>/lr5e-05_sd0.claim     somebody works on it; its modification time is a heartbeat
+    FOLDER/trials/<task>/lr5e-05_sd0.claim     a worker runs it; the modification time is a heartbeat
 
-No server and no rendezvous: eight processes of torchrun, several shells, or the jobs of a Slurm array each take whatever
-trial nobody has claimed, until all have a row. A claim is a file made with O_EXCL and a row appears by a rename, both of
-which exactly one process can win, on local disks and on NFS. A killed worker costs the trial it was in: its claim goes stale
-when its process is gone (same machine) or its heartbeat has stopped (another one), and the next worker takes it.
+There is no server. Eight processes of torchrun, several shells, or the jobs of a Slurm array each take a
+trial that nobody has claimed, until all have a row. A claim is a file made with O_EXCL, and a row
+appears by a rename: exactly one process can win each, on local disks and on NFS. A killed worker costs
+the trial it was in: its claim is stale when its process is gone (same machine) or its heartbeat has
+stopped (another machine), and the next worker takes it.
 """
+import contextlib
 import json
 import os
 import socket
@@ -20,34 +21,88 @@ from tqdm import tqdm
 from core.distributed import speaks
 from core.files import unique, write_whole
 
-HEARTBEAT, STALE = 10.0, 60.0      # seconds: a claim is touched, and a claim of another machine is given up
+HEARTBEAT = 10.0      # seconds between two touches of a claim
+STALE = 60.0          # seconds without one after which another machine's claim is given up
 
 
 def path_of(folder, trial, ending="json"):
     """Where a trial {"task", "lr", "seed"} has its row ("json") or its claim ("claim")."""
-    lr = f"{trial['lr']:.0e}"                           # 5e-05 as the paper's folders have it; 1.5e-05 needs its digits
-    lr = lr if float(lr) == trial["lr"] else repr(trial["lr"])
+    lr = f"{trial['lr']:.0e}"             # 5e-05, as in the names of the paper's folders
+    if float(lr) != trial["lr"]:
+        lr = repr(trial["lr"])            # 1.5e-05 needs its digits
     return os.path.join(folder, "trials", trial["task"], f"lr{lr}_sd{trial['seed']}.{ending}")
 
 
+def work(trials, folder, run, poll=2.0):
+    """Run the trials that nobody has run, until every trial of the list has a row.
+
+    run(trial) -> row, a dict for JSON. It writes the rows of the tasks in trial["also"] itself.
+    A worker that finds only claimed trials waits for them, since their owners may be killed.
+    Returns how many trials this process ran.
+    """
+    n_run = 0
+    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not speaks()) as bar:
+        while True:
+            open_trials = [trial for trial in trials if not is_done(folder, trial)]
+            bar.n = len(trials) - len(open_trials)
+            bar.refresh()
+            if not open_trials:
+                return n_run
+            trial = claim_one(open_trials, folder)
+            if trial is None:
+                time.sleep(poll)
+                continue
+            with alive(path_of(folder, trial, "claim")):
+                # the owner before may have finished it after this process had looked
+                if not is_done(folder, trial):
+                    finish(path_of(folder, trial), run(trial))
+                    n_run += 1
+
+
+def claim_one(trials, folder):
+    """Claim the first of these trials that is free, and return it; None if none is."""
+    for trial in trials:
+        if claim(path_of(folder, trial, "claim")):
+            return trial
+    return None
+
+
+def is_done(folder, trial):
+    """True if this trial, and every task scored with it (trial["also"]), already has a row."""
+    tasks = [trial["task"], *trial.get("also", ())]
+    return all(os.path.isfile(path_of(folder, trial | {"task": task})) for task in tasks)
+
+
+def finish(path, row):
+    """Write a row completely, unless the file exists: the first row stays."""
+    temporary = unique(path)
+    write_whole(temporary, json.dumps(row).encode())
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)          # a rename would replace the first
+    os.unlink(temporary)
+
+
+# ---- claims
+
 def claim(path):
-    """True if this process has the claim now, and nobody else."""
+    """True if this process has the claim now, and no other."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return steal(path) and claim(path)
     with os.fdopen(file, "w") as f:
-        f.write(json.dumps(myself()))
+        f.write(json.dumps(this_process()))
     return True
 
 
-def myself():
+def this_process():
+    """What a claim is signed with."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def owner_of(path):
-    """Who signed a claim; {} if its owner has just made it and not yet signed, None if there is none."""
+    """The process that signed a claim; {} if it has not yet signed; None if there is no claim."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.loads(f.read() or "{}")
@@ -55,27 +110,32 @@ def owner_of(path):
         return None
 
 
-def steal(path):
-    """Remove the claim of a worker that is gone. True if it was removed, by us."""
-    if not is_stale(path):
-        return False
-    aside = unique(path)
+@contextlib.contextmanager
+def alive(path):
+    """Touches a claim while the block runs, and removes it at the end, also when interrupted."""
+    stop = threading.Event()
+    heart = threading.Thread(target=keep_alive, args=(path, stop), daemon=True)
+    heart.start()
     try:
-        os.rename(path, aside)     # of several thieves one succeeds; a later one may find a new, living claim in its hands
-    except FileNotFoundError:
-        return False
-    if not is_stale(aside):
+        yield
+    finally:
+        stop.set()
+        heart.join()
+        # after a long silence another worker may have taken the claim: then it is not ours to remove
+        if owner_of(path) == this_process():
+            os.unlink(path)
+
+
+def keep_alive(path, stop):
+    while not stop.wait(HEARTBEAT):
         try:
-            os.link(aside, path)   # put it back as it was, unless a third has claimed the trial in this instant
-        except FileExistsError:
-            pass
-        os.unlink(aside)
-        return False
-    os.unlink(aside)
-    return True
+            os.utime(path)
+        except FileNotFoundError:         # another worker took us for dead, and the trial with it
+            return
 
 
 def is_stale(path):
+    """True if the worker that made a claim is gone."""
     owner = owner_of(path)
     if owner is None:
         return False
@@ -84,7 +144,7 @@ def is_stale(path):
             os.kill(owner["pid"], 0)
         except ProcessLookupError:
             return True
-        except PermissionError:                         # somebody else's process: alive
+        except PermissionError:           # a process of another user: alive
             pass
     try:
         return time.time() - os.stat(path).st_mtime > STALE
@@ -92,59 +152,20 @@ def is_stale(path):
         return False
 
 
-def keep_alive(path, stop):
-    while not stop.wait(HEARTBEAT):
-        try:
-            os.utime(path)
-        except FileNotFoundError:                       # taken for dead, and the trial by another
-            return
-
-
-def is_done(folder, trial):
-    """Has it its row, and has every task in trial["also"], which are scored after the same training?"""
-    return all(os.path.isfile(path_of(folder, trial | {"task": task})) for task in (trial["task"], *trial.get("also", ())))
-
-
-def finish(path, row):
-    """Write a row whole, unless one is there: the first stays."""
-    mine = unique(path)
-    write_whole(mine, json.dumps(row).encode())
+def steal(path):
+    """Remove the claim of a worker that is gone. True if this process removed it."""
+    if not is_stale(path):
+        return False
+    # Of several thieves only one can rename the file. A slow one may get hold of a claim that has
+    # been renewed since it looked, and puts it back, unless a third worker has claimed the trial.
+    aside = unique(path)
     try:
-        os.link(mine, path)
-    except FileExistsError:
-        pass
-    os.unlink(mine)
-
-
-def work(trials, folder, run, poll=2.0):
-    """Run what nobody has run, until every trial of the list has a row. run(trial) -> row, a dict for JSON; rows of the
-    tasks in trial["also"] are run's to finish before it returns.
-
-    A worker that finds only claimed trials waits for them: their owners may be killed. The first row of a trial stays.
-    -> how many trials this process ran
-    """
-    ran = 0
-    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not speaks()) as bar:
-        while True:
-            open_trials = [t for t in trials if not is_done(folder, t)]
-            bar.n = len(trials) - len(open_trials)
-            bar.refresh()
-            if not open_trials:
-                return ran
-            mine = next((t for t in open_trials if claim(path_of(folder, t, "claim"))), None)
-            if mine is None:
-                time.sleep(poll)
-                continue
-            claimed, stop = path_of(folder, mine, "claim"), threading.Event()
-            heart = threading.Thread(target=keep_alive, args=(claimed, stop), daemon=True)
-            heart.start()
-            try:
-                if not is_done(folder, mine):           # its owner may have finished it between the look and the claim
-                    row = run(mine)
-                    finish(path_of(folder, mine), row)
-                    ran += 1
-            finally:                                    # also when interrupted: the trial is anybody's again
-                stop.set()
-                heart.join()
-                if owner_of(claimed) == myself():       # else we were taken for dead and it is another's
-                    os.unlink(claimed)
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return False
+    was_stale = is_stale(aside)
+    if not was_stale:
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    os.unlink(aside)
+    return was_stale

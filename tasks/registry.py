@@ -43,26 +43,32 @@ PAPER_FAMILIES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One data set. Families may use fields of their own; a row of the data set has the fields that they name."""
-    kind: str                      # a key of FAMILIES, or "retrieval"
-    labels: tuple = ()             # names by id
-    template: str = ""             # sequence: the text, from a row's fields
-    label: str = "label"           # field of the label (sequence) or tags (token)
-    words: str = "tokens"          # token: field of the words
-    hub: str = ""                  # id of a data set on the Hugging Face hub
-    config: str = ""               # its configuration
-    revision: str = "main"         # a commit where one is known; sizes and labels are checked anyway
-    files: dict = field(default_factory=dict)     # {split: file pattern}, for repositories that need a script
-    splits: tuple = ("train", "", "validation")   # the hub's names for train, validation and test; "": cut from train
-    sizes: tuple = ()              # rows of train, validation and test
-    epochs: int = 0                # train so many epochs; 0: 1,000 steps, as the paper's code has it for each set
-    unanswerable: bool = False     # span: some questions have no answer
-    entities: bool = False         # span: the answer is one of the passage's marked entities (ReCoRD)
-    pairs: str = ""                # retrieval: texts on the hub to train on, (query, positive), instead of train qrels
-    train_on: str = ""             # retrieval: the task whose pairs it is trained on; its own if empty
-    pool: str = "full"             # retrieval: the documents that are searched unless --pool says otherwise
-    make: object = None            # a function -> {split: rows}, or a collection, instead of a hub
-    folder: str = ""               # of local files
+    """One data set. Some fields are for some families only; fields of a row are named by its field names."""
+    kind: str                   # a key of FAMILIES, or "retrieval"
+    labels: tuple = ()          # names by id
+    template: str = ""          # sequence: the text, made from a row's fields
+    label: str = "label"        # field of the label (sequence) or tags (token)
+    words: str = "tokens"       # token: field of the words
+    unanswerable: bool = False  # span: some questions have no answer
+    entities: bool = False      # span: the answer is one of the passage's marked entities (ReCoRD)
+    epochs: int = 0             # train so many epochs; 0: 1,000 steps. As the paper's code has it
+
+    # where the data comes from: the Hugging Face hub, a function, or a local folder
+    hub: str = ""               # id of a data set on the hub
+    config: str = ""            # its configuration
+    revision: str = "main"      # a commit where one is known; sizes and labels are checked anyway
+    # {split: file pattern}, for repositories that would need a script otherwise
+    files: dict = field(default_factory=dict)
+    # the hub's names for train, validation and test; "": cut from train
+    splits: tuple = ("train", "", "validation")
+    sizes: tuple = ()           # rows of train, validation and test
+    make: object = None         # a function -> {split: rows}, or -> a collection
+    folder: str = ""            # of local files
+
+    # retrieval only
+    pairs: str = ""             # texts on the hub to train on, (query, positive), instead of qrels
+    train_on: str = ""          # the task whose pairs it is trained on; its own if empty
+    pool: str = "full"          # the documents that are searched unless --pool says otherwise
 
 
 def family_of(task, mode="standard"):
@@ -79,37 +85,67 @@ def iob2(*types):
     return tuple(labels)
 
 
-GLUE = dict(kind="sequence", hub="nyu-mll/glue", revision="bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
-# the order of the data set's label.json, which is not one of sense
+GLUE = dict(
+    kind="sequence", hub="nyu-mll/glue", revision="bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
+ENTITIES = dict(kind="token", splits=("train", "validation", "test"))
+# in the order of the data set's label.json, which follows no rule
 ONTONOTES = tuple(
-    "O B-CARDINAL B-DATE I-DATE B-PERSON I-PERSON B-NORP B-GPE I-GPE B-LAW I-LAW B-ORG I-ORG B-PERCENT I-PERCENT B-ORDINAL B-MONEY "
-    "I-MONEY B-WORK_OF_ART I-WORK_OF_ART B-FAC B-TIME I-CARDINAL B-LOC B-QUANTITY I-QUANTITY I-NORP I-LOC B-PRODUCT I-TIME B-EVENT "
-    "I-EVENT I-FAC B-LANGUAGE I-PRODUCT I-ORDINAL I-LANGUAGE".split())
+    "O B-CARDINAL B-DATE I-DATE B-PERSON I-PERSON B-NORP B-GPE I-GPE B-LAW I-LAW B-ORG I-ORG "
+    "B-PERCENT I-PERCENT B-ORDINAL B-MONEY I-MONEY B-WORK_OF_ART I-WORK_OF_ART B-FAC B-TIME "
+    "I-CARDINAL B-LOC B-QUANTITY I-QUANTITY I-NORP I-LOC B-PRODUCT I-TIME B-EVENT I-EVENT I-FAC "
+    "B-LANGUAGE I-PRODUCT I-ORDINAL I-LANGUAGE".split())
+
 TASKS = {
-    "sst2": Task(**GLUE, config="sst2", template="{sentence}", labels=("negative", "positive"), sizes=(67_349, 0, 872)),
-    "mnli": Task(**GLUE, config="mnli", template="Premise: {premise}\nHypothesis: {hypothesis}", sizes=(392_702, 0, 9_815),
-                 labels=("entailment", "neutral", "contradiction"), splits=("train", "", "validation_matched")),
-    "qqp": Task(**GLUE, config="qqp", template="Question 1: {question1}\nQuestion 2: {question2}", sizes=(363_846, 0, 40_430),
-                labels=("not_duplicate", "duplicate")),
-    "conll2003": Task("token", iob2("PER", "ORG", "LOC", "MISC"), label="ner_tags", hub="lhoestq/conll2003", epochs=1,
-                      splits=("train", "validation", "test"), sizes=(14_041, 3_250, 3_453)),
-    "ontonotes5": Task("token", ONTONOTES, label="tags", hub="tner/ontonotes5", splits=("train", "validation", "test"),
-                       files={"train": "dataset/train*.json", "validation": "dataset/valid.json", "test": "dataset/test.json"},
-                       sizes=(59_924, 8_528, 8_262)),
-    "uner": Task("token", iob2("PER", "ORG", "LOC"), label="ner_tags", hub="hgissbkh/uner_en", epochs=1,
-                 splits=("train", "validation", "test"), sizes=(12_543, 2_001, 2_077)),
-    "squad": Task("span", hub="rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f", sizes=(87_599, 0, 10_570)),
-    "squad_v2": Task("span", hub="rajpurkar/squad_v2", revision="3ffb306f725f7d2ce8394bc1873b24868140c412",
-                     sizes=(130_319, 0, 11_873), unanswerable=True),
-    "record": Task("span", hub="aps/super_glue", revision="9f1f8088b6705f471970f4f2edbcdb450ccf8b22", entities=True,
-                   files={part: f"record/{part}/*.parquet" for part in ("train", "validation")}, sizes=(100_730, 0, 10_000)),
-    # the hub's mteb copies; the paper trains on MS MARCO and searches the documents judged for its queries, nothing else
-    "msmarco": Task("retrieval", hub="mteb/msmarco", revision="c5a29a104738b98a9e76336939199e264163d4a0", pool="judged",
-                    pairs="hgissbkh/msmarco-pairs", splits=("", "dev", "test"), sizes=(0, 6_980, 43)),
-    "nq": Task("retrieval", hub="mteb/nq", revision="b774495ed302d8c44a3a7ea25c90dbce03968f31", splits=("", "", "test"),
-               train_on="msmarco", pool="judged", sizes=(0, 0, 3_452)),
-    "mldr_en": Task("retrieval", hub="mteb/MultiLongDocRetrieval", config="en", revision="837028901907a7d419b4ab906f28e011ce1cc824",
-                    splits=("", "dev", "test"), train_on="msmarco", pool="judged", sizes=(0, 200, 800)),
+    "sst2": Task(
+        **GLUE, config="sst2", template="{sentence}",
+        labels=("negative", "positive"), sizes=(67_349, 0, 872)),
+    "mnli": Task(
+        **GLUE, config="mnli", template="Premise: {premise}\nHypothesis: {hypothesis}",
+        labels=("entailment", "neutral", "contradiction"),
+        splits=("train", "", "validation_matched"), sizes=(392_702, 0, 9_815)),
+    "qqp": Task(
+        **GLUE, config="qqp", template="Question 1: {question1}\nQuestion 2: {question2}",
+        labels=("not_duplicate", "duplicate"), sizes=(363_846, 0, 40_430)),
+
+    "conll2003": Task(
+        **ENTITIES, hub="lhoestq/conll2003", label="ner_tags", epochs=1,
+        labels=iob2("PER", "ORG", "LOC", "MISC"), sizes=(14_041, 3_250, 3_453)),
+    "ontonotes5": Task(
+        **ENTITIES, hub="tner/ontonotes5", label="tags", labels=ONTONOTES,
+        files={"train": "dataset/train*.json", "validation": "dataset/valid.json",
+               "test": "dataset/test.json"},
+        sizes=(59_924, 8_528, 8_262)),
+    "uner": Task(
+        **ENTITIES, hub="hgissbkh/uner_en", label="ner_tags", epochs=1,
+        labels=iob2("PER", "ORG", "LOC"), sizes=(12_543, 2_001, 2_077)),
+
+    "squad": Task(
+        "span", hub="rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f",
+        sizes=(87_599, 0, 10_570)),
+    "squad_v2": Task(
+        "span", hub="rajpurkar/squad_v2", revision="3ffb306f725f7d2ce8394bc1873b24868140c412",
+        unanswerable=True, sizes=(130_319, 0, 11_873)),
+    "record": Task(
+        "span", hub="aps/super_glue", revision="9f1f8088b6705f471970f4f2edbcdb450ccf8b22",
+        files={"train": "record/train/*.parquet", "validation": "record/validation/*.parquet"},
+        entities=True, sizes=(100_730, 0, 10_000)),
+
+    # Retrieval: the hub's mteb copies. The paper trains on MS MARCO, and searches only the documents
+    # that were judged for a collection's queries.
+    "msmarco": Task(
+        "retrieval", hub="mteb/msmarco", revision="c5a29a104738b98a9e76336939199e264163d4a0",
+        pairs="hgissbkh/msmarco-pairs", pool="judged",
+        splits=("", "dev", "test"), sizes=(0, 6_980, 43)),
+    "nq": Task(
+        "retrieval", hub="mteb/nq", revision="b774495ed302d8c44a3a7ea25c90dbce03968f31",
+        train_on="msmarco", pool="judged",
+        splits=("", "", "test"), sizes=(0, 0, 3_452)),
+    "mldr_en": Task(
+        "retrieval", hub="mteb/MultiLongDocRetrieval", config="en",
+        revision="837028901907a7d419b4ab906f28e011ce1cc824", train_on="msmarco", pool="judged",
+        splits=("", "dev", "test"), sizes=(0, 200, 800)),
+
+    # one of each kind without a network
     "sotu_era": Task("sequence", demo.ERAS, template="{sentence}", make=demo.era),
     "sotu_case": Task("token", iob2("CAP"), label="ner_tags", make=demo.case),
     "sotu_cloze": Task("span", make=demo.cloze, entities=True),

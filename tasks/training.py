@@ -1,4 +1,4 @@
-"""Training one trial: AdamW, warmup, decay, clipped gradients."""
+"""The training loop of one trial: AdamW, linear warmup and decay, clipped gradients."""
 import math
 
 import torch
@@ -12,41 +12,60 @@ class Diverged(Exception):
 
 
 def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
-    """Train one trial: AdamW, linear warmup and decay to 0, gradients clipped, as in the paper's section 4 and its code.
+    """Train one trial as in the paper's section 4 and its code. Returns the loss curve.
 
-    parameters: list of tensors; weight decay only on those of two dimensions. micro_batches(step) -> [(batch, number of
-    targets)]; loss_of(batch) -> the sum of its targets' losses. So how a batch is cut into micro-batches changes nothing.
-    reduce(): called before the clip, where processes share a step, to sum their gradients.
-    c: warmup (a share of the steps), beta1, beta2, adam_eps, weight_decay, grad_clip (0: no clipping).
-    -> [[step, mean loss since the entry before], ...], ten of them or so. Raises Diverged.
+    parameters: list of tensors; weight decay applies only to those of two or more dimensions.
+    micro_batches(step) -> [(batch, number of targets)]; loss_of(batch) -> the sum of its targets'
+    losses. The step's loss is the mean over all its targets, so how a step is cut into micro-batches
+    changes nothing.
+    c: GridSettings. name: for the progress bar. reduce(): sums the gradients of the processes that
+    share a step; called before the clip.
+    The curve is [[step, mean loss since the entry before], ...], with about ten entries. Raises Diverged.
     """
-    groups = [{"params": [p for p in parameters if (p.ndim >= 2) == matrix], "weight_decay": c.weight_decay * matrix}
-              for matrix in (True, False)]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-    warmup, curve, pending = math.ceil(c.warmup * steps), [], []
+    curve, pending = [], []
     bar = tqdm(range(steps), desc=name, leave=False, disable=not speaks())
     for step in bar:
-        # Hugging Face's schedule, whose first step has a learning rate of 0
-        share = step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr * share
+            group["lr"] = lr * share_of_peak(step, steps, c.warmup)
+
+        # gradients of the mean loss over the step's targets, summed over its micro-batches
         batches = micro_batches(step)
-        targets, loss = max(1, sum(n for _, n in batches)), 0.0
+        targets = max(1, sum(count for _, count in batches))
+        loss = 0.0
         for batch, _ in batches:
-            part = loss_of(batch) / targets
-            part.backward()
-            loss += part.detach()
+            batch_loss = loss_of(batch) / targets
+            batch_loss.backward()
+            loss += batch_loss.detach()
         if reduce:
             reduce()
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+        # Reading a loss makes the host wait for the device, so it is read only ten times. A gradient
+        # that is not finite ruins the weights, too.
         pending.append(torch.stack([loss.float(), norm.float()]))
-        if len(pending) >= steps / 10 or step == steps - 1:       # the only places where the host waits for the device
-            mean, norm = torch.stack(pending).mean(0).tolist()        # a gradient that is not finite ruins the weights, too
+        if len(pending) >= steps / 10 or step == steps - 1:
+            mean, norm = torch.stack(pending).mean(0).tolist()
             if not math.isfinite(mean + norm):
                 raise Diverged(f"loss {mean}, gradient norm {norm} in the {len(pending)} steps up to step {step + 1}")
             curve.append([step + 1, mean])
             bar.set_postfix_str(f"loss {mean:.4f}")
             pending = []
     return curve
+
+
+def share_of_peak(step, steps, warmup):
+    """The learning rate of a step as a share of the peak: Hugging Face's schedule, which begins at 0.
+
+    warmup: a share of the steps.
+    """
+    warmup_steps = math.ceil(warmup * steps)
+    if step < warmup_steps:
+        return step / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
