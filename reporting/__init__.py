@@ -6,6 +6,7 @@
     scores    scores of trials and of the paper, with their intervals
     stats     the paper's claims and their tests
     tables    the tables
+    caveats   the page's warnings: what is missing, failed or mixed
     figures   the figures
     page      the page they stand on
     output    the folder they are written to

@@ -81,8 +81,7 @@ def sections(names):
 
 
 def names_of_shares(paper_like, finished, longest):
-    """CLM then MLM under a budget, and the models at both ends of the line: MLM alone, CLM
-    alone."""
+    """CLM then MLM under a budget, and both ends of the line: MLM alone and CLM alone."""
     two_stages = set()
     ends = set()
     for name, recipe in paper_like.items():

@@ -1,4 +1,4 @@
-"""A report's tables and warnings, as Markdown. Only report.py imports this file."""
+"""The tables of a report, as Markdown."""
 import math
 from collections import Counter, defaultdict
 
@@ -6,282 +6,402 @@ import numpy as np
 from scipy import stats
 
 from core.files import table_cell
-from reporting.scores import DATASETS, IN_WORDS, column_of, interval, select_trials, split_seed, task_of
-from reporting.sections import sections
+from reporting.scores import (
+    DATASETS,
+    IN_WORDS,
+    RULES,
+    interval,
+    select_trials,
+    task_of,
+    with_remarks,
+)
 
-RULES = ("paper", "standard")
-SECTIONS = {    # heading, number of the paper's first table, its figures
-    "base": ("Objective, masking rate and size", 2, ("fig02_objectives_by_size", "fig03_masking_rate", "fig05_learning_rates")),
-    "steps": ("Data efficiency", 6, ("fig04_steps", "fig04_tokens", "fig04_targets", "fig10_flops")),
-    "shares": ("Two stages under a fixed budget", 10, ("fig06_share_of_clm", "fig07_masking_after_clm")),
-    "continued": ("Continued pretraining", 14, ("fig08_continued_bars", "fig09_continued_steps", "fig12_losses")),
-    "others": ("Beyond the paper's tables", 0, ())}
+NOTHING = "–"           # an en dash, in a cell without a value
+RANKING_SCORES = {"ndcg_10": "NDCG@10", "paper_ndcg_10": "the paper's NDCG@10",
+                  "mrr_10": "MRR@10", "recall_100": "Recall@100"}
 
 
-# ---- runs, and trials of no study
+def table_line(cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def markdown(header, lines):
+    """A whole table. header: the titles of its columns; lines: lists of cells"""
+    separator = ["---"] * len(header)
+    return "\n".join(table_line(cells) for cells in [header, separator, *lines]) + "\n"
+
+
+def lr_in_words(lr):
+    """5e-04, or 1.5e-03 where one digit is not enough."""
+    for text in (f"{lr:.0e}", f"{lr:.1e}"):
+        if float(text) == lr:
+            return text
+    return f"{lr:g}"
+
+
+# ---- runs
 
 def phases_in_words(phases):
     return ", ".join(f"{steps:,} {objective}" for objective, steps in phases)
 
 
 def run_table(runs):
-    """Markdown: the last validation of each run, its tokens, and the seconds it trained (a trunk's included)."""
-    lines = ["| run | steps | tokens | training seconds | validation CLM loss | validation MLM loss |", "|---|---|---|---|---|---|"]
-    best = min(r["validation"][-1]["val_mlm_loss"] for r in runs)
-    for r in runs:
-        v = r["validation"][-1]
-        mark = "**" if v["val_mlm_loss"] == best and len(runs) > 1 else ""
-        lines.append(f"| {table_cell(r['name'])} | {phases_in_words(r['settings']['phases'])} | {v['tokens']:,} "
-                     f"| {v['seconds']:,.0f} | {v['val_clm_loss']:.4f} | {mark}{v['val_mlm_loss']:.4f}{mark} |")
+    """The last validation of each run, its tokens, and its seconds of training with its trunk's."""
+    lines = ["| run | steps | tokens | training seconds "
+             "| validation CLM loss | validation MLM loss |",
+             "|---|---|---|---|---|---|"]
+    best = min(run["validation"][-1]["val_mlm_loss"] for run in runs)
+    for run in runs:
+        last = run["validation"][-1]
+        mlm_loss = f"{last['val_mlm_loss']:.4f}"
+        if last["val_mlm_loss"] == best and len(runs) > 1:
+            mlm_loss = f"**{mlm_loss}**"
+        lines.append(table_line([
+            table_cell(run["name"]),
+            phases_in_words(run["settings"]["phases"]),
+            f"{last['tokens']:,}",
+            f"{last['seconds']:,.0f}",
+            f"{last['val_clm_loss']:.4f}",
+            mlm_loss]))
     return "\n".join(lines) + "\n"
 
 
-def in_words(found, lrs):
-    """53.16 ± 0.42 (5e-05 x 3, 1e-04 x 2†); the dagger marks an edge of the grid, where a better LR may lie outside."""
-    if found is None:
+# ---- trials that belong to no study
+
+def selection_in_words(selection, lrs):
+    """53.16 ± 0.42 (5e-05 x 3, 1e-04 x 2†)
+
+    In parentheses are the selected learning rates. The dagger marks an edge of the grid `lrs`,
+    beyond which a better one may lie.
+    """
+    if selection is None:
         return "no trial succeeded"
-    edge = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
-    chosen = ", ".join(f"{lr_in_words(lr)}{f' x {k}' if k > 1 else ''}{'†' if lr in edge else ''}"
-                       for lr, k in sorted(Counter(found.lrs).items()))
-    interval = "" if math.isnan(found.half_width) else f" ± {100 * found.half_width:.2f}"
-    return f"{100 * found.mean:.2f}{interval} ({chosen})"
+    edges = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
+    chosen = []
+    for lr, count in sorted(Counter(selection.lrs).items()):
+        text = lr_in_words(lr)
+        if count > 1:
+            text += f" x {count}"
+        if lr in edges:
+            text += "†"
+        chosen.append(text)
+    score = f"{100 * selection.mean:.2f}"
+    if not math.isnan(selection.half_width):
+        score += f" ± {100 * selection.half_width:.2f}"
+    return f"{score} ({', '.join(chosen)})"
 
 
-def named(row):
-    """The model, and how it was fine-tuned where that is not the default: such rows are never mixed."""
-    unusual = [row["mode"]] if row.get("mode", "standard") != "standard" else []
-    unusual += [f"{row['param_dtype']} weights"] if row.get("param_dtype", "float32") != "float32" else []
-    unusual += ["causal"] if row.get("causal") else []
-    unusual += [f"{row['split']} split"] if row.get("split", "hash") != "hash" else []
-    unusual += [f"trained on {row['train_on']}"] if row.get("train_on", row["task"]) != row["task"] else []
-    return row["model"] + f" ({', '.join(unusual)})" * bool(unusual)
+def model_of(row):
+    """The model, and how it was fine-tuned if not as usual: such trials are never mixed."""
+    remarks = []
+    if row.get("mode", "standard") != "standard":
+        remarks.append(row["mode"])
+    if row.get("param_dtype", "float32") != "float32":
+        remarks.append(f"{row['param_dtype']} weights")
+    if row.get("causal"):
+        remarks.append("causal")
+    if row.get("split", "hash") != "hash":
+        remarks.append(f"{row['split']} split")
+    if row.get("train_on", row["task"]) != row["task"]:
+        remarks.append(f"trained on {row['train_on']}")
+    return with_remarks(row["model"], remarks)
+
+
+def by_task_and_model(rows):
+    """[((task, model), rows), ...], sorted"""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[task_of(row), model_of(row)].append(row)
+    return sorted(groups.items())
 
 
 def trial_table(rows):
-    """Markdown: a line a task and model, both rules side by side, and what is missing of the grid that the task's rows span."""
-    lines = ["| task | model | rule paper: test ± 1.96 s/√n (LR) | rule standard: test ± t s/√n (LR) "
+    """A line per task and model, with both rules side by side.
+
+    A task's grid has all learning rates and seeds of the task's trials. The last column counts the
+    trials that a model lacks of that grid.
+    """
+    lines = ["| task | model "
+             "| rule paper: test ± 1.96 s/√n (LR) | rule standard: test ± t s/√n (LR) "
              "| baseline | seeds | failed | missing |",
              "|---|---|---|---|---|---|---|---|"]
-    groups = defaultdict(list)
-    for r in rows:
-        groups[task_of(r), named(r)].append(r)
-    for (task, model), group in sorted(groups.items()):
-        lrs, seeds = ({r[k] for r in rows if task_of(r) == task} for k in ("lr", "seed"))
-        baseline = next((f"{100 * r['baseline']['score']:.2f} ({r['baseline']['name']})" for r in group if r.get("baseline")), "")
-        missing = len(lrs) * len(seeds) - len({(r["lr"], r["seed"]) for r in group})
-        by_rule = [in_words(select_trials(group, rule), lrs) for rule in RULES]
-        cells = [table_cell(task), table_cell(model), *by_rule, baseline, len({r["seed"] for r in group}),
-                 sum(r["failed"] for r in group), missing]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lrs = defaultdict(set)              # {task: its grid's learning rates}
+    seeds = defaultdict(set)
+    for row in rows:
+        lrs[task_of(row)].add(row["lr"])
+        seeds[task_of(row)].add(row["seed"])
+
+    for (task, model), group in by_task_and_model(rows):
+        trials = {(row["lr"], row["seed"]) for row in group}
+        n_missing = len(lrs[task]) * len(seeds[task]) - len(trials)
+        # the estimate under each rule, and the learning rates it selects
+        by_rule = [selection_in_words(select_trials(group, rule), lrs[task]) for rule in RULES]
+        lines.append(table_line([
+            table_cell(task),
+            table_cell(model),
+            *by_rule,
+            baseline_in_words(group),
+            len({row["seed"] for row in group}),
+            sum(row["failed"] for row in group),
+            n_missing]))
     return "\n".join(lines) + "\n"
 
 
+def baseline_in_words(rows):
+    """The baseline that trials recorded, as "34.56 (BM25)"; empty if none did."""
+    for row in rows:
+        if row.get("baseline"):
+            return f"{100 * row['baseline']['score']:.2f} ({row['baseline']['name']})"
+    return ""
+
+
 def retrieval_table(rows):
-    """Markdown: what else is known of the rankings, means over the seeds of rule standard's learning rate."""
-    keys = {"ndcg_10": "NDCG@10", "paper_ndcg_10": "the paper's NDCG@10", "mrr_10": "MRR@10", "recall_100": "Recall@100"}
-    lines = [f"| collection, pool | model | documents | queries | {' | '.join(keys.values())} |", "|" + "---|" * (4 + len(keys))]
-    groups = defaultdict(list)
-    for r in rows:
-        if r.get("kind") == "retrieval":
-            groups[task_of(r), named(r)].append(r)
-    for (task, model), group in sorted(groups.items()):
-        found = select_trials(group, "standard")
-        if found is not None:
-            means = [f"{100 * np.mean([r['test'][key] for r in found.rows]):.2f}" for key in keys]
-            first = found.rows[0]
-            lines.append(f"| {table_cell(task)} | {table_cell(model)} | {first['documents']:,} | {first['test']['n']:,} "
-                         f"| {' | '.join(means)} |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+    """More about the rankings of retrieval trials; empty if there are none.
+
+    Scores are means over the seeds that the rule "standard" selects.
+    """
+    titles = ["collection, pool", "model", "documents", "queries", *RANKING_SCORES.values()]
+    lines = []
+    for (task, model), group in by_task_and_model(rows):
+        retrieval_rows = [row for row in group if row.get("kind") == "retrieval"]
+        selection = select_trials(retrieval_rows, "standard")
+        if selection is None:
+            continue
+        means = []
+        for key in RANKING_SCORES:
+            mean = np.mean([row["test"][key] for row in selection.rows])
+            means.append(f"{100 * mean:.2f}")
+        first = selection.rows[0]
+        lines.append(table_line([
+            table_cell(task),
+            table_cell(model),
+            f"{first['documents']:,}",
+            f"{first['test']['n']:,}",
+            *means]))
+    if not lines:
+        return ""
+    separator = "|" + "---|" * len(titles)
+    return "\n".join([table_line(titles), separator, *lines]) + "\n"
 
 
-# ---- a study, and the paper
+# ---- scores of a study and of the paper
 
-def cell(score, line=None):
-    """52.31 ± 0.42, without the interval where there is one value, an en dash where there is none. line: a Score whose seeds the
-    table's line names; another number of them is said in the cell."""
+def score_cell(score, of_line=None):
+    """52.31 ± 0.42: a Score as a cell, without an interval where there is one value.
+
+    of_line: the Score whose seeds the table's line names. A cell with other seeds says which.
+    """
     if score is None:
-        return "–"
-    other = line and (score.n, score.over) != (line.n, line.over)
-    return f"{score.mean:.2f}" + ("" if math.isnan(score.half_width) else f" ± {score.half_width:.2f}") + (
-        f" ({score.n} {score.over})" if other else "")
+        return NOTHING
+    text = f"{score.mean:.2f}"
+    if not math.isnan(score.half_width):
+        text += f" ± {score.half_width:.2f}"
+    if of_line is not None and (score.n, score.over) != (of_line.n, of_line.over):
+        text += f" ({score.n} {score.over})"
+    return text
 
 
-def seeds_of(score):
-    """What the interval is over."""
+def seeds_in_words(score):
+    """Which seeds a Score's interval is over."""
     if score is None:
         return ""
-    few, many = score.fine
-    each = f"{few}" if few == many else f"{few} to {many}"
-    return {"pretraining": f"{score.n} pretraining ({each} fine-tuning each)", "published": f"{score.n} fine-tuning",
-            "fine-tuning": f"{score.n} fine-tuning"}[score.over]
+    if score.over == "pretraining":
+        fewest, most = score.fine
+        each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        return f"{score.n} pretraining ({each} fine-tuning each)"
+    return f"{score.n} fine-tuning"
 
 
-def markdown(header, lines):
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *lines)) + "\n"
+def family_table(source, names, family, paper=None):
+    """One family's table of some models: the scores of its tasks, and their mean.
 
-
-def table_of(source, names, family, paper=None):
-    """One family's table of some models: a line a model and rule, cells of its tasks, their mean; and, where ours stands beside it,
-    the paper's cells of the same name. -> text, or "" where no model has a score"""
-    columns, common = list(source.columns.get(family, ())), source.common(names, family)
-    names = [n for n in names if any(source.score(n, [c], "paper") for c in columns)]
-    if not names:
+    source: StudyResults or PaperResults; paper: PaperResults to stand beside a study's scores.
+    -> text, or "" where no model has a score
+    """
+    columns = list(source.columns.get(family, ()))
+    with_scores = []
+    for name in names:
+        if any(source.score(name, [column], "paper") for column in columns):
+            with_scores.append(name)
+    if not with_scores:
         return ""
-    beside = [DATASETS[source.columns[family][c]] for c in columns if source.columns[family][c] in DATASETS] if paper else []
-    known = [n for n in names if paper and n in paper.names]
     if source.is_paper:
-        whole = {n: [source.score(n, columns, rule) for rule in RULES] for n in names}
-        return markdown(["model", *columns, f"**{family}**", f"{family}, t interval"], [
-            [n, *(cell(source.score(n, [c], "paper")) for c in columns), f"**{cell(a)}**", cell(b)] for n, (a, b) in whole.items()])
+        return paper_table(source, with_scores, family)
+    return study_table(source, with_scores, family, paper)
+
+
+def paper_table(paper, names, family):
+    """A line per model of the paper."""
+    columns = list(paper.columns[family])
+    lines = []
+    for name in names:
+        # its score on each data set, the mean of all, and the same mean with a t interval
+        line = [name]
+        line += [score_cell(paper.score(name, [column], "paper")) for column in columns]
+        line.append(f"**{score_cell(paper.score(name, columns, 'paper'))}**")
+        line.append(score_cell(paper.score(name, columns, "standard")))
+        lines.append(line)
+    return markdown(["model", *columns, f"**{family}**", f"{family}, t interval"], lines)
+
+
+def study_table(results, names, family, paper):
+    """A line per model and rule; beside it the paper's scores of the models that it has, too."""
+    columns = list(results.columns[family])
+    common = results.common(names, family)
+    published = [name for name in names if paper and name in paper.names]
     header = ["model", "rule", "interval over seeds", *columns, f"**{family}**"]
-    if known:
-        header += [*(f"the paper's {d}" for d in beside), f"the paper's **{family}**"]
+    # columns of the paper's scores, if any model of the table has the name of one of the paper's
+    datasets = []
+    if published:
+        tasks = results.columns[family].values()
+        datasets = [DATASETS[task] for task in tasks if task in DATASETS]
+        header += [f"the paper's {dataset}" for dataset in datasets]
+        header.append(f"the paper's **{family}**")
+
     lines = []
     for name in names:
         for rule in RULES:
-            whole = source.score(name, common, rule) if common else None
-            first = whole or next(filter(None, (source.score(name, [c], rule) for c in columns)))
-            line = [name, rule, seeds_of(first), *(cell(source.score(name, [c], rule), first) for c in columns)]
-            line.append(f"**{cell(whole)}**")
-            if known:
-                theirs = name in known
-                line += [cell(paper.score(name, [d], rule)) if theirs else "" for d in beside]
-                line += [f"**{cell(paper.score(name, list(paper.columns[family]), rule))}**" if theirs else ""]
+            mean = results.score(name, common, rule) if common else None
+            scores = [results.score(name, [column], rule) for column in columns]
+            # the line names the seeds of the mean, or of the first score where there is no mean
+            of_line = mean or next(score for score in scores if score)
+            line = [name, rule, seeds_in_words(of_line)]
+            line += [score_cell(score, of_line) for score in scores]
+            line.append(f"**{score_cell(mean)}**")
+            if name in published:
+                line += [score_cell(paper.score(name, [dataset], rule)) for dataset in datasets]
+                whole_family = paper.score(name, list(paper.columns[family]), rule)
+                line.append(f"**{score_cell(whole_family)}**")
+            elif published:
+                line += [""] * (len(datasets) + 1)
             lines.append(line)
-    left = [c for c in columns if c not in common]
-    note = f"\n{family} is the mean of {', '.join(common) or 'nothing: no task is common to all models of this table'}"
-    note += f" (left out, because not every model here has it: {', '.join(left)})" if left else ""
-    return markdown(header, lines) + note + ".\n"
+    return markdown(header, lines) + "\n" + what_the_mean_is(family, columns, common)
 
 
-def coverage(n):
-    """In how many of 100 cases an interval of 1.96 s / sqrt(n) covers a normal mean."""
-    return 100 * (2 * stats.t.cdf(1.96, n - 1) - 1)
+def what_the_mean_is(family, columns, common):
+    """A sentence below a table: which columns its means are over, and which are left out."""
+    averaged = ", ".join(common) or "nothing: no task is common to all models of this table"
+    sentence = f"{family} is the mean of {averaged}"
+    left_out = [column for column in columns if column not in common]
+    if left_out:
+        sentence += (" (left out, because not every model here has it: "
+                     f"{', '.join(left_out)})")
+    return sentence + ".\n"
 
 
-def deviation(paper):
-    """How far a family's mean of its data sets is from the printed average, at most."""
-    return max(abs(paper.score(n, list(paper.columns[f]), "paper").mean - paper.printed_average(n, f))
-               for n in paper.names for f in paper.columns if paper.printed_average(n, f) is not None)
+# ---- what was trained, and learning rates
 
+def models_table(results):
+    """What each model was trained for, counted from its first ancestor's first step.
 
-def lr_in_words(lr):
-    """5e-04, or 1.5e-03 where one digit does not say it."""
-    return f"{lr:.0e}" if float(f"{lr:.0e}") == lr else f"{lr:.1e}" if float(f"{lr:.1e}") == lr else f"{lr:g}"
-
-
-def models_table(ours):
-    """What each model was trained for, the mean of its pretraining seeds, counted from the first ancestor's first step."""
+    Numbers are means over its pretraining seeds.
+    """
+    header = ["model", "pretraining seeds", "steps", "tokens", "supervised tokens", "FLOPs",
+              "seconds", "validation MLM loss", "validation CLM loss"]
     lines = []
-    for name in ours.names:
-        x = {axis: ours.amount(name, axis) for axis in ("steps", "tokens", "targets", "flops", "seconds")}
-        lines.append([name, ", ".join(map(str, sorted(ours.seeds[name]))),
-                      *("–" if x[k] is None else f"{x[k]:.3g}" if k == "flops" else f"{x[k]:,.0f}" for k in x),
-                      *(loss_in_words(ours.losses(name, objective)) for objective in ("mlm", "clm"))])
-    return markdown(["model", "pretraining seeds", "steps", "tokens", "supervised tokens", "FLOPs", "seconds",
-                     "validation MLM loss", "validation CLM loss"], lines)
+    for name in results.names:
+        line = [name, ", ".join(map(str, sorted(results.seeds[name])))]
+        for axis in ("steps", "tokens", "targets", "flops", "seconds"):
+            line.append(amount_in_words(results.amount(name, axis), axis))
+        for objective in ("mlm", "clm"):
+            line.append(loss_in_words(results.losses(name, objective)))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def amount_in_words(amount, axis):
+    if amount is None:
+        return NOTHING
+    return f"{amount:.3g}" if axis == "flops" else f"{amount:,.0f}"
 
 
 def loss_in_words(values):
-    """Mean and t interval of validation losses by pretraining seed."""
-    half = interval(values, "standard") if len(values) > 1 else math.nan
-    return f"{sum(values) / len(values):.3f}" + f" ± {half:.3f}" * (half == half) if values else "–"
+    """Mean and t interval of validation losses, one per pretraining seed."""
+    if not values:
+        return NOTHING
+    text = f"{sum(values) / len(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {interval(values, 'standard'):.3f}"
+    return text
 
 
-def lr_table(ours):
-    """Test scores at each learning rate, means over seeds and a family's common tasks, their spread, and failed trials."""
-    lines = []
+def lr_tables(results):
+    """A table per family: test scores at each learning rate, their spread, and failed trials.
+
+    Scores are means over all seeds and over the tasks that all models have.
+    """
+    texts = []
     for family in IN_WORDS:
-        columns = ours.common(ours.names, family)
-        rows = {n: [[r for _, r in ours.rows_of(n, c)] for c in columns] for n in ours.names}
-        lrs = sorted({r["lr"] for found in rows.values() for part in found for r in part})
-        table = []
-        for name, found in rows.items():
-            means = []
-            for lr in lrs:
-                of_tasks = [[100 * r["test"]["score"] for r in part if r["lr"] == lr and not r["failed"]] for part in found]
-                means.append(float(np.mean([np.mean(s) for s in of_tasks])) if of_tasks and all(of_tasks) else None)
-            there = [m for m in means if m is not None]
-            if there:
-                table.append([name, *("–" if m is None else f"{m:.2f}" for m in means), f"{max(there) - min(there):.2f}",
-                              f"{np.std(there, ddof=1):.2f}" if len(there) > 1 else "–",
-                              sum(r["failed"] for part in found for r in part)])
-        if ours.columns.get(family) and not columns:
-            lines.append(f"**{family}**: no task is common to all models that have any.\n")
+        columns = results.common(results.names, family)
+        if results.columns.get(family) and not columns:
+            texts.append(f"**{family}**: no task is common to all models that have any.\n")
+        table = lr_table(results, columns)
         if table:
-            lines.append(f"**{family}** ({', '.join(columns)})\n\n" + markdown(
-                ["model", *map(lr_in_words, lrs), "best - worst", "standard deviation", "failed"], table))
-    return "\n".join(lines)
+            texts.append(f"**{family}** ({', '.join(columns)})\n\n{table}")
+    return "\n".join(texts)
 
 
-# ---- warnings
+def lr_table(results, columns):
+    """One table of lr_tables, "" where no model has a score at any learning rate. columns: tasks"""
+    # {model: for each task, its trials}
+    trials = {}
+    lrs = set()
+    for name in results.names:
+        trials[name] = []
+        for column in columns:
+            rows = [row for _, row in results.rows_of(name, column)]
+            trials[name].append(rows)
+            lrs |= {row["lr"] for row in rows}
 
-def some(items, most=6):
-    items = list(items)
-    return "; ".join(items[:most]) + f"; and {len(items) - most} more" * (len(items) > most)
-
-
-def warnings(study, ours):
-    """What a reader should know before any number: a list of sentences."""
-    found = list(study.notes)
-    rows = [r for r in study.trials if r.get("name")]
-    grids, by_model = defaultdict(lambda: (set(), set())), defaultdict(list)
-    for r in rows:
-        by_model[r["name"], column_of(r)].append(r)
-        for values, key in zip(grids[column_of(r)], ("lr", "seed")):
-            values.add(r[key])
-    tried = list(dict.fromkeys(name for name, _ in by_model))      # not a set: their order should not depend on the process
-
-    missing, edges, failed, fewer, floor = [], [], [], [], []
-    for (name, column), group in by_model.items():
-        lrs, seeds = grids[column]
-        gaps = sorted({(lr, s) for lr in lrs for s in seeds} - {(r["lr"], r["seed"]) for r in group})
-        missing += [f"{name} on {column}, {len(gaps)} of {len(lrs) * len(seeds)} (lr {gaps[0][0]:g} seed {gaps[0][1]}"
-                    + ", ..." * (len(gaps) > 1) + ")"] if gaps else []
-        broken = [r for r in group if r["failed"]]
-        rates = ", ".join(f"{lr:g}" for lr in sorted({r["lr"] for r in broken}))
-        failed += [f"{name} on {column}, {len(broken)} (lr {rates})"] * bool(broken)
-        good = {r["seed"] for r in group if not r["failed"]}
-        fewer += [f"{name} on {column}, {len(good)} of {len(seeds)}"] * (len(good) < len(seeds))
-        best = select_trials(group, "standard")
-        if best and len(lrs) > 1 and best.lrs[0] in (min(lrs), max(lrs)):
-            edges.append(f"{name} on {column} ({best.lrs[0]:g})")
-        baseline = next((r["baseline"] for r in group if r.get("baseline")), None)
-        if best and baseline and best.mean <= baseline["score"]:
-            floor.append(f"{name} on {column} ({100 * best.mean:.2f}, {baseline['name']} {100 * baseline['score']:.2f})")
-    absent = [f"{name} on {column}" for name in tried for column in grids if (name, column) not in by_model]
-    singles = []
-    for names in (sections(ours.names).values() if ours else ()):
-        counts = {n: len({split_seed(t)[1] for t in tried if split_seed(t)[0] == n}) for n in names}
-        most = max(counts.values(), default=0)
-        singles += [f"{n}, {k} of {most}" for n, k in counts.items() if 0 < k < most and f"{n}, {k} of {most}" not in singles]
-    found += [f"**{what}**: {some(items)}." for what, items in (
-        ("No trial yet", [n for n in study.models if n not in tried]), ("No trial of a task that other models have", absent),
-        ("Missing trials of the grid that a task's rows span", missing), ("Failed trials", failed),
-        ("Fewer fine-tuning seeds than others", fewer), ("Fewer pretraining seeds than others in the same tables", singles),
-        ("Best learning rate at an edge of the grid, where a better one may lie outside", edges),
-        ("Not above an untrained baseline, so a difference there says little", floor)) if items]
-    return found + mixed(rows)
+    # a line per model, an en dash at a learning rate that one of its tasks lacks
+    lines = []
+    for name, trials_of_tasks in trials.items():
+        means = [mean_at_lr(trials_of_tasks, lr) for lr in sorted(lrs)]
+        scores = [mean for mean in means if mean is not None]
+        if not scores:
+            continue
+        spread = f"{max(scores) - min(scores):.2f}"
+        deviation = f"{np.std(scores, ddof=1):.2f}" if len(scores) > 1 else NOTHING
+        n_failed = 0
+        for rows in trials_of_tasks:
+            n_failed += sum(row["failed"] for row in rows)
+        cells = [NOTHING if mean is None else f"{mean:.2f}" for mean in means]
+        lines.append([name, *cells, spread, deviation, n_failed])
+    if not lines:
+        return ""
+    titles_of_lrs = [lr_in_words(lr) for lr in sorted(lrs)]
+    header = ["model", *titles_of_lrs, "best - worst", "standard deviation", "failed"]
+    return markdown(header, lines)
 
 
-def mixed(rows):
-    """Sentences on whatever differs between rows that a table compares."""
-    found = []
-    alike = {"param_dtype": "precisions of weights", "dtype": "precisions of arithmetic", "device": "devices",
-             "torch": "versions of torch", "code": "versions of this code", "mode": "modes", "split": "ways of cutting validation",
-             "causal": "masks"}
-    for key, words in alike.items():
-        values = Counter(str(r[key]) for r in rows if r.get(key) is not None)
-        if len(values) > 1:
-            found.append(f"**Mixed {words}** ({key}): {some(f'{v} in {n} rows' for v, n in values.most_common())}.")
-    of_task = {"pool": "pools, which are tasks of their own here", "documents": "numbers of documents",
-               "data": "versions of the data", "train_on": "training sets", "steps": "lengths of fine-tuning",
-               "max_length": "lengths of sequences"}
-    for key, words in of_task.items():
-        values = defaultdict(set)
-        for r in rows:
-            if r.get(key) is not None:
-                values[r["task"] if key == "pool" else column_of(r)].add(str(r[key]))
-        several = [f"{task}: {', '.join(sorted(v))}" for task, v in values.items() if len(v) > 1]
-        found += [f"**Mixed {words}** ({key}): {some(several)}."] * bool(several)
-    return found
+def mean_at_lr(trials_of_tasks, lr):
+    """The mean test score at one learning rate, in percent; None if a task has none."""
+    means = []
+    for rows in trials_of_tasks:
+        scores = []
+        for row in rows:
+            if row["lr"] == lr and not row["failed"]:
+                scores.append(100 * row["test"]["score"])
+        if not scores:
+            return None
+        means.append(np.mean(scores))
+    return float(np.mean(means)) if means else None
+
+
+# ---- two numbers that the page quotes
+
+def coverage(n):
+    """In how many of 100 cases an interval of 1.96 s / sqrt(n) covers the mean of a normal."""
+    return 100 * (2 * stats.t.cdf(1.96, n - 1) - 1)
+
+
+def largest_deviation(paper):
+    """How far a family's mean over its data sets is from the printed average, at most."""
+    deviations = []
+    for name in paper.names:
+        for family, columns in paper.columns.items():
+            printed = paper.printed_average(name, family)
+            if printed is not None:
+                mean = paper.score(name, list(columns), "paper").mean
+                deviations.append(abs(mean - printed))
+    return max(deviations)

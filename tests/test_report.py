@@ -6,10 +6,9 @@ import pytest
 from conftest import run_python
 
 from core.configurator import UserError
-from reporting import tables as report_tables
 from reporting.read import read_trials
 from reporting.scores import select_trials
-from reporting.tables import trial_table
+from reporting.tables import selection_in_words, trial_table
 
 # the 30 official runs of one model and data set: {lr: [(validation, test) of seeds 0 to 4]}, NDCG@10 of 610m-clm-42k on MLDR-en,
 # from results/610m-clm-42k/IR/mldr_en of github.com/hgissbkh/EncodEval (branch MLM_vs_CLM)
@@ -49,7 +48,7 @@ def test_the_papers_rule_gives_the_published_number(grid):
     rows = list(read_trials(grid).values())
     assert len(rows) == 30
     lrs = set(OFFICIAL)
-    assert report_tables.in_words(select_trials(rows, "paper"), lrs).startswith("53.16 ± 0.42 (")       # Table 2: 53.16 ± 0.42
+    assert selection_in_words(select_trials(rows, "paper"), lrs).startswith("53.16 ± 0.42 (")       # Table 2: 53.16 ± 0.42
     standard = select_trials(rows, "standard")
     assert round(100 * standard.mean, 2) == 53.14 and set(standard.lrs) == {5e-05}
     assert 100 * standard.half_width == pytest.approx(0.39 / 1.96 * 2.776, abs=0.01)           # its 0.39, as a t interval
@@ -71,8 +70,8 @@ def test_the_table_counts_what_failed_and_what_is_missing_and_marks_the_edge(gri
 
 def test_one_seed_has_no_interval_and_none_at_all_says_so():
     row = {"task": "t", "model": "m", "lr": 1e-4, "seed": 0, "failed": False, "validation": {"score": 0.5}, "test": {"score": 0.4}}
-    assert report_tables.in_words(select_trials([row], "standard"), {1e-4}) == "40.00 (1e-04)"
-    assert report_tables.in_words(select_trials([row | {"failed": True}], "paper"), {1e-4}) == "no trial succeeded"
+    assert selection_in_words(select_trials([row], "standard"), {1e-4}) == "40.00 (1e-04)"
+    assert selection_in_words(select_trials([row | {"failed": True}], "paper"), {1e-4}) == "no trial succeeded"
 
 
 def test_what_is_missing_is_counted_within_a_task():

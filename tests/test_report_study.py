@@ -139,7 +139,7 @@ def test_pretraining_seeds_are_the_values_that_an_interval_is_over(whole):
             means.append(100 * report_scores.select_trials(rows, rule).mean)
         assert found.values == pytest.approx(means) and (found.over, found.n, found.fine) == ("pretraining", 3, (2, 2))
         assert found.mean == pytest.approx(np.mean(means)) and found.half_width == pytest.approx(quantile * np.std(means, ddof=1) / 3 ** 0.5)
-    assert report_tables.seeds_of(found) == "3 pretraining (2 fine-tuning each)"
+    assert report_tables.seeds_in_words(found) == "3 pretraining (2 fine-tuning each)"
     one = ours.score("610m-mlm20-42k", ["sst2"], "standard")
     assert (one.over, one.n) == ("fine-tuning", 2)
 
@@ -271,8 +271,8 @@ def test_the_warnings_do_not_depend_on_the_process_that_writes_them(small):
     root = small(names=names)
     for name in names[:5]:
         shutil.rmtree(os.path.dirname(row_of(root, name)))
-    found = {run_python(["-c", f"from reporting.inputs import read_inputs; from reporting import scores as report_scores, tables as report_tables; study = read_inputs([{root!r}]).study; "
-                               "print(*report_tables.warnings(study, report_scores.StudyResults(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
+    found = {run_python(["-c", f"from reporting.inputs import read_inputs; from reporting.scores import StudyResults; from reporting.caveats import list_warnings; study = read_inputs([{root!r}]).study; "
+                               "print(*list_warnings(study, StudyResults(study)))"], env={"PYTHONHASHSEED": seed}).stdout for seed in "123"}
     assert len(found) == 1 and "on sst2; 210m-" in found.pop()
 
 
