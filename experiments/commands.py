@@ -1,162 +1,205 @@
-"""A plan -> the command lines of its jobs."""
+"""A study's command lines, as jobs: each run is trained, each checkpoint asked for is scored."""
+
 import json
 import os
-import shlex
-import sys
+from dataclasses import dataclass
 from functools import partial
 
 from core import checkpoint
-from core.configurator import UserError, differences
-from core.files import is_new, read_json, write_json
-from experiments import jobs
-from experiments.cost import cost
-from experiments.plan import holder, plan
-from experiments.recipes import DECAY, WARMUP, parse
-from experiments.scales import SCALES, scaled
-from pretraining import data
+from core.configurator import UserError
+from core.files import read_json
+from experiments.cost import cost_of
+from experiments.jobs import Job
+from experiments.layout import Place
+from experiments.recipes import DECAY, WARMUP
+from experiments.scales import batch_of
 from tasks import queue, registry, worker
 
-# ---- the commands
+
+def jobs_of(study):
+    """The Jobs of a Study (layout.py), each after those that it depends on."""
+    jobs = [training_job(study, run) for run in study.runs.values()]
+    if study.evaluate:
+        grids = grids_of(study)
+        for name in study.names:
+            jobs += [scoring_job(study, name, grid) for grid in grids]
+    return jobs
+
 
 def flag(key, value):
-    """A setting as a word of the command line."""
-    if type(value) is tuple:       # phases as [["clm", 10000], ["mlm40", 32000]], numbers as 1,2
-        value = json.dumps(value) if any(type(v) is tuple for v in value) else ",".join(map(str, value)) or "()"
-    return f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+    """A setting as a word of a command line."""
+    if isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, tuple) and any(isinstance(item, tuple) for item in value):
+        text = json.dumps(value)  # phases: [["clm", 10000], ["mlm40", 32000]]
+    elif isinstance(value, tuple):
+        text = ",".join(map(str, value)) or "()"  # numbers: 1,2
+    else:
+        text = str(value)
+    return f"--{key}={text}"
 
 
-def folder_of(c, name, step):
-    """Where the checkpoint of a run at a step of its own is."""
-    return checkpoint.path_of(os.path.join(c.out_dir, name), scaled(step, c))
+def flags(settings):
+    """Settings as words of a command line, without those that are empty."""
+    return [flag(key, value) for key, value in settings.items() if value != ""]
 
 
-def ckpt_of(c, runs, name):
-    """Where the checkpoint of any name is."""
-    r = parse(name)
-    return folder_of(c, holder(runs, r), r.step - r.start) if r.step else folder_of(c, name, runs[name].steps)
+def check_source(name, path):
+    """Raises UserError if the checkpoint that a job begins from is missing."""
+    if os.path.isdir(path):
+        return
+    run_dir = os.path.dirname(path)
+    message = f"{name} begins from {path}, which is missing: put it back"
+    if checkpoint.all_of(run_dir):
+        message += f", or delete {run_dir} to train it again"
+    raise UserError(message)
 
 
-def begins(c, r):
-    """The checkpoint a run begins from; "" for random weights."""
-    if r.trunk:
-        return folder_of(c, r.trunk, r.branch)
-    return folder_of(c, r.recipe.parent().name, r.recipe.start) if r.recipe.start else ""
+# ---- training
 
 
-def train_words(c, r):
-    """train.py and its settings for a recipes.Run."""
-    s, end, phases = SCALES[c.scale], r.recipe.start, []
-    for objective, n in r.recipe.own:
-        phases.append((objective, scaled(end + n, c) - scaled(end, c)))
-        end += n
-    values = s["train"] | {
-        "size": s["sizes"].get(r.recipe.size, r.recipe.size), "phases": tuple(phases), "seed": r.recipe.seed,
-        "warmup_steps": 0 if r.recipe.start else scaled(WARMUP, c), "decay_steps": scaled(DECAY, c), "keep_last": 1,
-        "milestones": tuple(scaled(k, c) for k in r.keep), "data_dir": c.data_dir, "device": c.device, "compile": c.compile,
-        "out_dir": os.path.join(c.out_dir, r.recipe.name)}
-    if c.launch != "local":        # rows that a GPU takes at once: at most a dozen, a number that divides its share
-        share = max(1, values.get("batch_rows", 1152) // (c.nodes * c.nproc_per_node))
-        values["micro_rows"] = max(n for n in range(1, 13) if share % n == 0)
-    if begins(c, r):
-        values["branch_from" if r.trunk else "init_from"] = begins(c, r)
-    begun = os.path.join(values["out_dir"], "config.json")
-    if os.path.isfile(begun):      # with fewer models around it may have begun from another trunk, or none: the bits are the same
-        values["branch_from"] = read_json(begun)["settings"]["branch_from"]
-    return ["train.py", *(flag(k, v) for k, v in values.items() if v != "")]
+def training_job(study, run):
+    """The Job that trains a run (plan.Run)."""
+    name = run.recipe.name
+    finished = study.path_of(Place(name, run.steps))
+    job = Job(
+        name=name,
+        kind="train",
+        words=training_words(study, run),
+        is_done=partial(os.path.isdir, finished),
+        cost=cost_of(run, study.scale, batch_of(study.scale, study.data_dir)).flops,
+    )
+    source = study.source_of(run)
+    if source:
+        job.after = [source.run]
+        job.check = partial(check_source, name, study.path_of(source))
+    return job
 
 
-def grids(c):
-    """[(script, its tasks)] of what every checkpoint is scored by."""
-    s, local = SCALES[c.scale], registry.folders(c.tasks_dir) if c.tasks_dir else {}
-    known = {"all": registry.PAPER + registry.PAPER_IR, "demo": registry.DEMO + registry.DEMO_IR}
-    names = known[s["tasks"]] + tuple(name for name in s["local"].split(",") if name in local)
-    if c.tasks:
-        names = known.get(c.tasks) or worker.split_names(c.tasks)
-    found = [], []
-    for name in names:
-        found[registry.find(name, c.tasks_dir).kind == "retrieval"].append(name)
-    return [(script, names) for script, names in zip(("finetune.py", "eval_ir.py"), found) if names]
+def training_words(study, run):
+    """train.py and its settings for a run (plan.Run)."""
+    recipe = run.recipe
+    scale = study.scale
+    run_dir = os.path.join(study.out_dir, recipe.name)
+    is_continued = recipe.start > 0  # continued pretraining has no second warmup
+    settings = scale.train | {
+        "size": scale.size(recipe.size),
+        "phases": phases_at(scale, recipe),
+        "seed": recipe.seed,
+        "warmup_steps": 0 if is_continued else scale.step(WARMUP),
+        "decay_steps": scale.step(DECAY),
+        "keep_last": 1,
+        "milestones": tuple(scale.step(step) for step in run.kept_steps),
+        "data_dir": study.data_dir,
+        "device": study.device,
+        "compile": study.compile,
+        "out_dir": run_dir,
+    }
+    if study.launch.is_printed:
+        batch_rows = settings.get("batch_rows", 1152)
+        settings["micro_rows"] = micro_rows(batch_rows, study.launch.n_gpus)
+    source = study.source_of(run)
+    if source:
+        settings["branch_from" if run.trunk else "init_from"] = study.path_of(source)
+
+    # A run that has begun keeps its beginning. If fewer models were asked for then, it may have
+    # begun from another trunk, or from none; its weights are the same to the bit.
+    begun = os.path.join(run_dir, "config.json")
+    if os.path.isfile(begun):
+        settings["branch_from"] = read_json(begun)["settings"]["branch_from"]
+    return ["train.py", *flags(settings)]
 
 
-def tune_words(c, script, names, ckpt):
-    """finetune.py or eval_ir.py and its settings for a checkpoint."""
-    config, values = SCALES[c.scale]["tune"][script]
-    values = values | {"ckpt": ckpt, "tasks": ",".join(names), "device": c.device, "data_dir": c.tasks_dir}
-    return [script, *filter(None, [config]), *(flag(k, v) for k, v in values.items() if v != "")]
+def phases_at(scale, recipe):
+    """The phases of a recipe at a scale: ((objective, number of steps), ...) for train.py."""
+    # Scale the steps where phases end, not their lengths: then rounding does not move the last end.
+    phases = []
+    begin = recipe.start
+    for objective, steps in recipe.phases:
+        end = begin + steps
+        phases.append((objective, scale.step(end) - scale.step(begin)))
+        begin = end
+    return tuple(phases)
 
 
-def has_rows(c, script, names, ckpt):
-    """Has every trial of these tasks its row?"""
-    tune = SCALES[c.scale]["tune"][script][1]
-    return all(os.path.isfile(queue.path_of(ckpt, {"task": task, "lr": lr, "seed": seed}))
-               for task in names for lr in tune["lrs"] for seed in tune["seeds"])
+def micro_rows(batch_rows, gpus):
+    """The rows that a GPU takes at once: at most 12, in equal parts of its share of the batch."""
+    share = max(1, batch_rows // gpus)
+    return max(rows for rows in range(1, 13) if share % rows == 0)
 
 
-def all_jobs(c, runs, names):
-    """The study as jobs: a run each, then what fine-tunes and searches with each checkpoint that was asked for."""
-    found = []
-    for name, r in runs.items():
-        source = begins(c, r)
-        found.append(jobs.Job(name, train_words(c, r), partial(os.path.isdir, folder_of(c, name, r.steps)),
-                              [os.path.basename(os.path.dirname(source))] * bool(source), cost(r, c)["flops"], "train",
-                              partial(there, name, source)))
-    for name in names if c.evaluate else ():
-        ckpt = ckpt_of(c, runs, name)
-        for script, its in grids(c):
-            kind, is_done = script.removesuffix(".py"), partial(has_rows, c, script, its, ckpt)
-            found.append(jobs.Job(f"{name}.{kind}", tune_words(c, script, its, ckpt), is_done,
-                                  [os.path.basename(os.path.dirname(ckpt))], len(its), kind, partial(there, name, ckpt)))
-    return found
+# ---- scoring
 
 
-def there(name, path):
-    """Raises UserError if a checkpoint that `name` begins from is not there."""
-    if path and not os.path.isdir(path):
-        begun = os.path.dirname(path)
-        raise UserError(f"{name} begins from {path}, which is not there: put it back"
-                        + f", or delete {begun} to train it again" * bool(checkpoint.all_of(begun)))
+@dataclass(frozen=True)
+class Grid:
+    """The tasks that one script scores a checkpoint on."""
+
+    script: str  # finetune.py or eval_ir.py
+    tasks: list
 
 
-def settle(c, runs, names):
-    """Write study.json: the scale, and which checkpoint is which model. Raises UserError for another study's folder."""
-    path, models, mine = os.path.join(c.out_dir, "study.json"), {}, {"plan": c.scale, "scale": SCALES[c.scale]}
-    if c.launch == "local" or os.path.isdir(c.data_dir):      # commands may be printed where the corpus is not
-        corpus = data.Corpus(c.data_dir, verify=False)
-        mine |= {"train_tokens": corpus.n_tokens, "tokenizer_hash": corpus.tokenizer_hash}
-    if os.path.isfile(path):
-        old = read_json(path)
-        changed = differences(mine | old, json.loads(json.dumps(mine)), free=())
-        if changed:
-            raise UserError(f"{c.out_dir} holds another study ({'; '.join(changed)}): choose another --out_dir")
-        mine, models = mine | old, old["models"]
-    elif not is_new(c.out_dir, "lock"):
-        raise UserError(f"{c.out_dir} is not empty and holds no study: choose another --out_dir")
-    models |= {name: {"folder": os.path.relpath(ckpt_of(c, runs, name), c.out_dir)} for name in names}
-    write_json(path, {"code": worker.code()} | mine | {"models": models})
-
-
-def print_commands(c, names):
-    """The study as a shell script: torchrun one after the other, or Slurm jobs with their dependencies."""
-    slurm, gang = c.launch == "slurm", f"torchrun --nproc_per_node={c.nproc_per_node}"
-    host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)' if slurm else "$HOST"
-    meet = f' --nnodes={c.nodes} --rdzv_backend=c10d --rdzv_endpoint="{host}:29500"' if c.nodes > 1 else ""
-    command = " ".join(map(shlex.quote, sys.argv[1:])).replace("\n", " ")      # a line feed would end the comment it stands in
-    print(f"#!/usr/bin/env bash\n# python study.py {command}\nset -euo pipefail")
-    if slurm:
-        print("declare -A job\nsubmit() {   # NAME NODES AFTER, what to run on standard input: prints the job's number\n"
-              "  { echo '#!/usr/bin/env bash'; cat; } | sbatch --parsable --job-name=\"$1\" --nodes=\"$2\" --ntasks-per-node=1 \\\n"
-              f"    --gpus-per-node={c.nproc_per_node} ${{3:+--dependency=afterok:$3}}\n}}")
-    elif meet:
-        print("# on every machine alike, with HOST set to the name of the first")
-    runs = plan(names)
-    os.makedirs(c.out_dir, exist_ok=True)
-    settle(c, runs, names)
-    todo = [job for job in all_jobs(c, runs, names) if not job.is_done()]
-    for job in todo:
-        trains = job.kind == "train"
-        words = f"{gang}{meet * trains} {' '.join(map(shlex.quote, job.words))}"
-        if slurm:
-            after = "".join(f"${{job[{other.name}]}}" for other in todo if other.name in job.after)      # one at most
-            print(f"job[{job.name}]=$(submit {job.name} {c.nodes if trains else 1} \"{after}\" <<'END'\nsrun {words}\nEND\n)")
+def grids_of(study):
+    """The Grids that every checkpoint of a study is scored with."""
+    finetuning = []
+    retrieval = []
+    for name in task_names(study):
+        task = registry.find(name, study.tasks_dir)
+        if task.kind == "retrieval":
+            retrieval.append(name)
         else:
-            print(words)
+            finetuning.append(name)
+    grids = [Grid("finetune.py", finetuning), Grid("eval_ir.py", retrieval)]
+    return [grid for grid in grids if grid.tasks]
+
+
+def task_names(study):
+    """The tasks that every checkpoint is scored on: those of --tasks, or the scale's."""
+    lists = {"all": registry.PAPER + registry.PAPER_IR, "demo": registry.DEMO + registry.DEMO_IR}
+    if study.tasks:
+        return lists.get(study.tasks) or worker.split_names(study.tasks)
+    # The scale's local tasks count only where there are files of them.
+    local = registry.folders(study.tasks_dir) if study.tasks_dir else {}
+    names_if_local = study.scale.local.split(",")
+    return lists[study.scale.tasks] + tuple(name for name in names_if_local if name in local)
+
+
+def scoring_job(study, name, grid):
+    """The Job that scores the checkpoint of a name with a Grid."""
+    place = study.place_of(name)
+    path = study.path_of(place)
+    kind = grid.script.removesuffix(".py")
+    return Job(
+        name=f"{name}.{kind}",
+        kind=kind,
+        words=scoring_words(study, grid, path),
+        is_done=partial(has_all_rows, study.scale, grid, path),
+        after=[place.run],
+        cost=len(grid.tasks),
+        check=partial(check_source, name, path),
+    )
+
+
+def scoring_words(study, grid, ckpt):
+    """finetune.py or eval_ir.py and its settings for a checkpoint."""
+    config_file, settings = study.scale.tune[grid.script]
+    settings = settings | {
+        "ckpt": ckpt,
+        "tasks": ",".join(grid.tasks),
+        "device": study.device,
+        "data_dir": study.tasks_dir,
+    }
+    config_files = [config_file] if config_file else []
+    return [grid.script, *config_files, *flags(settings)]
+
+
+def has_all_rows(scale, grid, ckpt):
+    """True if every trial of a Grid has its result file."""
+    _, settings = scale.tune[grid.script]
+    for task in grid.tasks:
+        for lr in settings["lrs"]:
+            for seed in settings["seeds"]:
+                trial = {"task": task, "lr": lr, "seed": seed}
+                if not os.path.isfile(queue.path_of(ckpt, trial)):
+                    return False
+    return True

@@ -1,8 +1,9 @@
-"""Commands with an order among them, run a few at a time, that can be stopped at any moment and begun again.
+"""Run commands that depend on each other, a few at a time.
 
-A job is done when what it makes is there, so nothing is remembered but the files: whoever starts the same jobs again goes on behind
-what is finished. Each job is a process of its own, its words go to a log of its own.
+A job is done when the files it makes exist. Nothing else is remembered: you can stop at any moment,
+and to resume, start the same jobs again. Each job is a process of its own, with a log of its own.
 """
+
 import ctypes
 import fcntl
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -22,113 +24,237 @@ from core.device import pick_device
 
 @dataclass
 class Job:
+    """A command of this repository."""
+
     name: str
-    words: list               # of the command, behind the interpreter
-    is_done: object           # () -> bool: is what it makes there?
-    after: list = field(default_factory=list)     # names of jobs that must be done before
-    cost: float = 1.0         # in any unit that is the same for jobs of a kind, for the time that is left
+    words: list  # a program and its settings, without the Python interpreter
+    is_done: Callable  # () -> bool: do the files that it makes exist?
+    after: list = field(default_factory=list)  # names of the jobs that must be done before
+    cost: float = 1.0  # in a unit that all jobs of its kind share: estimates the time left
     kind: str = ""
-    check: object = None      # () that raises UserError if what it needs is not there
+    # () -> None; raises UserError if something that it needs is missing
+    check: Callable | None = None
 
 
-def hold(folder):
-    """Take a folder for this process and those it starts, until the last of them ends. -> the file to pass on
+@dataclass
+class Running:
+    """A job that has been started."""
 
-    Raises UserError if others hold it: the kernel lets go of the lock when they end, however they do.
+    job: Job
+    process: subprocess.Popen
+    slot: int  # the index of its environment
+    log: str  # the path of its log
+    started: float  # time.time()
+    seconds: float = 0.0  # how long it took, once it has ended
+
+
+@dataclass
+class Spent:
+    """What the jobs of one kind that have ended cost, and the seconds they took."""
+
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+def lock_folder(folder):
+    """Lock a folder for this process and those it starts. -> the file of the lock, to hand to them
+
+    The kernel frees the lock when the last of them ends, however it ends. Raises UserError if
+    others hold it.
     """
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, "lock"), "w")      # open as long as the process lives
+    file = open(os.path.join(folder, "lock"), "w")  # stays open as long as the process lives
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another study.py, or a process it started, is at work in {folder}: wait for it, or stop it") from None
+        raise UserError(
+            f"another study.py, or a process it started, is at work in {folder}: "
+            "wait for it, or stop it"
+        ) from None
     return file
 
 
-def environments(device, n):
-    """What each of n processes sees of this machine: a GPU, which they may share, or some of the cores. n = 0: one a GPU, or
-    one a core, at most 8: each has a gigabyte or more."""
-    gpus, cores = torch.cuda.device_count() if pick_device(device) == "cuda" else 0, os.cpu_count()
-    n = n or gpus or min(cores, 8)
-    return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // n))} for i in range(n)]
+def environments(device, n_processes):
+    """The environment variables of each process: its GPU, which several may share, or its cores.
 
-
-def die_with_parent():
-    """In a new process: be killed when the one that started it is (Linux; elsewhere the lock keeps others out until it ends)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-
-
-def tail(path):
-    """The last line of a log that says something."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f.read().replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
-
-
-def work(jobs, folder, lock, environments):
-    """Run what is not done, len(environments) at a time, each with an environment of its own (a GPU, a number of threads).
-
-    Logs are FOLDER/logs/<name>.txt. The first failure lets the others finish their step and stops: RunError with its last words.
+    n_processes = 0 means one for each GPU, or one for each core, at most 8 (a process takes a
+    gigabyte of memory or more).
     """
-    todo = [job for job in jobs if not job.is_done()]
-    names, running, free, failed = {job.name for job in todo}, {}, list(range(len(environments))), None
-    spent = {}      # {kind: (cost, seconds)} of what has ended
+    cores = os.cpu_count()
+    gpus = torch.cuda.device_count() if pick_device(device) == "cuda" else 0
+    n_processes = n_processes or gpus or min(cores, 8)
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} for i in range(n_processes)]
+    threads = max(1, cores // n_processes)
+    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(n_processes)]
+
+
+def check_first(jobs):
+    """Raises UserError if a job that can start now lacks something: before hours of other work."""
+    done = {job.name for job in jobs if job.is_done()}
+    for job in jobs:
+        can_start = job.name not in done and done.issuperset(job.after)
+        if can_start and job.check:
+            job.check()
+
+
+def run_jobs(jobs, folder, lock, environments):
+    """Run the jobs that are not done, as many at a time as there are environments.
+
+    A job's log is FOLDER/logs/NAME.txt. After the first failure the jobs at work finish their step
+    and stop; then this raises RunError with the last line that the failed one printed.
+    """
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # as Ctrl-C: what runs finishes its step and saves
-    often = 1.0 if sys.stderr.isatty() else 60.0       # a log wants fewer lines than a terminal
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), mininterval=often, miniters=0,
-              bar_format="{n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}") as bar:
+    # SIGTERM does the same as Ctrl-C: the jobs at work finish their step and save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    queue = JobQueue(jobs, folder, lock, environments)
+    # A log needs fewer lines than a terminal.
+    seconds_between_updates = 1.0 if sys.stderr.isatty() else 60.0
+    n_done = len(jobs) - len(queue.waiting)
+    with tqdm(
+        total=len(jobs),
+        initial=n_done,
+        mininterval=seconds_between_updates,
+        miniters=0,
+        bar_format="{n_fmt}/{total_fmt} jobs |{bar}| {elapsed}{postfix}",
+    ) as bar:
         try:
-            while running or (todo and failed is None):
-                ready = [job for job in todo if not names & set(job.after)] if failed is None else []
-                for job in ready[:len(free)]:
-                    if job.check:
-                        job.check()
-                    slot, path = free.pop(), os.path.join(folder, "logs", f"{job.name}.txt")
-                    with open(path, "a", encoding="utf-8") as log:
-                        process = subprocess.Popen([sys.executable, *job.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                                   env=os.environ | environments[slot], pass_fds=(lock.fileno(),),
-                                                   preexec_fn=die_with_parent)
-                    todo.remove(job)
-                    running[process] = job, slot, path, time.time()
-                ended = [process for process in running if process.poll() is not None]
-                for process in ended:
-                    job, slot, path, since = running.pop(process)
-                    free.append(slot)
-                    names.discard(job.name)
-                    seconds, before = time.time() - since, spent.get(job.kind, (0.0, 0.0))
-                    spent[job.kind] = before[0] + job.cost, before[1] + seconds
+            while queue.has_work():
+                queue.start_ready()
+                ended = queue.collect_ended()
+                # Tell what has ended, and how much time is left.
+                for running in ended:
                     bar.update()
-                    bar.set_postfix_str(f"eta {eta([*todo, *(j for j, *_ in running.values())], spent, len(environments))}")
-                    tqdm.write(f"{job.name}: {timedelta(seconds=int(seconds))}, {tail(path)}")
-                    if process.returncode or not job.is_done():
-                        failed = failed or (job.name, path)
-                        stop(running)
-                if not ended:
+                    bar.set_postfix_str(f"eta {queue.time_left()}")
+                    duration = timedelta(seconds=int(running.seconds))
+                    tqdm.write(f"{running.job.name}: {duration}, {last_line(running.log)}")
+                if queue.failed:
+                    queue.stop()
+                elif not ended:
                     time.sleep(0.2)
                     bar.update(0)
         except BaseException:
-            stop(running)
+            queue.stop()
             raise
-    if failed:
-        raise RunError(f"{failed[0]} failed: {tail(failed[1])} (all it said: {failed[1]}); the rest is as it was, and the same "
-                       "command goes on from here")
+    if queue.failed:
+        log = queue.failed.log
+        raise RunError(
+            f"{queue.failed.job.name} failed: {last_line(log)} (its whole log: {log}); "
+            "all else is kept, run the same command to resume"
+        )
 
 
-def eta(jobs, spent, n):
-    """In words, from what jobs of the same kind took; n: processes at a time. Of a kind that none has ended of, only the name."""
-    seconds = sum(job.cost * spent[job.kind][1] / spent[job.kind][0] for job in jobs if job.kind in spent) / n
-    new = sorted({job.kind for job in jobs} - spent.keys())
-    return f"{timedelta(seconds=int(seconds))}" + f", and then {' and '.join(new)}" * bool(new)
+class JobQueue:
+    """The jobs of run_jobs: those that wait, those at work, and what has ended."""
+
+    def __init__(self, jobs, folder, lock, environments):
+        self.folder = folder
+        self.lock = lock
+        self.environments = environments
+        self.waiting = [job for job in jobs if not job.is_done()]
+        self.running = []
+        self.failed = None  # the first Running that failed
+        self.unfinished = {job.name for job in self.waiting}
+        self.free_slots = list(range(len(environments)))
+        self.spent = {}  # {kind: Spent}
+
+    def has_work(self):
+        """True while jobs are at work, or wait and may still be started."""
+        if self.failed:
+            return bool(self.running)
+        return bool(self.running or self.waiting)
+
+    def start_ready(self):
+        """Start the jobs that need not wait, while slots are free; none after a failure."""
+        if self.failed:
+            return
+        ready = [job for job in self.waiting if self.unfinished.isdisjoint(job.after)]
+        for job in ready[: len(self.free_slots)]:
+            if job.check:
+                job.check()
+            self.waiting.remove(job)
+            self.running.append(self.start(job, self.free_slots.pop()))
+
+    def start(self, job, slot):
+        """Start a job in the environment of a slot. -> Running"""
+        path = os.path.join(self.folder, "logs", f"{job.name}.txt")
+        with open(path, "a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [sys.executable, *job.words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.environments[slot],
+                pass_fds=(self.lock.fileno(),),
+                preexec_fn=die_with_parent,
+            )
+        return Running(job, process, slot, path, started=time.time())
+
+    def collect_ended(self):
+        """Take the jobs that have ended off the ones at work. -> list of Running"""
+        ended = [running for running in self.running if running.process.poll() is not None]
+        for running in ended:
+            job = running.job
+            running.seconds = time.time() - running.started
+            # Make room for the next job, and for those that waited for this one.
+            self.running.remove(running)
+            self.free_slots.append(running.slot)
+            self.unfinished.discard(job.name)
+            # The seconds it took tell how long others of its kind will take.
+            spent = self.spent.setdefault(job.kind, Spent())
+            spent.cost += job.cost
+            spent.seconds += running.seconds
+            # A job that says all is well but has not made its files has failed, too.
+            has_failed = running.process.returncode != 0 or not job.is_done()
+            if has_failed and not self.failed:
+                self.failed = running
+        return ended
+
+    def time_left(self):
+        """The time that is left, in words."""
+        at_work = [running.job for running in self.running]
+        return eta([*self.waiting, *at_work], self.spent, len(self.environments))
+
+    def stop(self):
+        """Ask the jobs at work to finish their step and save, and wait for them."""
+        for running in self.running:
+            running.process.terminate()
+        for running in self.running:
+            try:
+                running.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
 
 
-def stop(running):
-    """Ask processes to finish their step and save, and wait for them."""
-    for process in running:
-        process.terminate()
-    for process in running:
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+def die_with_parent():
+    """In a new process on Linux: ask to be killed when the process that started it is.
+
+    Elsewhere the process lives on, and the lock keeps others out of the folder until it ends.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def last_line(path):
+    """The last line of a log that is not blank."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        text = f.read().replace("\r", "\n")  # progress bars return to the beginning of their line
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def eta(jobs, spent, n_processes):
+    """The time that jobs will take, in words, if they take as long as others of their kind took.
+
+    spent: {kind: Spent} of the jobs that have ended. A kind of which none has ended is only named.
+    """
+    seconds = 0.0
+    for job in jobs:
+        if job.kind in spent:
+            seconds += job.cost * spent[job.kind].seconds / spent[job.kind].cost
+    words = str(timedelta(seconds=int(seconds / n_processes)))
+    unknown_kinds = {job.kind for job in jobs} - spent.keys()
+    if unknown_kinds:
+        words += f", and then {' and '.join(sorted(unknown_kinds))}"
+    return words

@@ -1,75 +1,147 @@
-"""Which training runs a list of models takes, and which of them share a beginning."""
+"""Which training runs a list of models takes, and which steps they share.
+
+Models whose first steps are equal train them once. A run that others branch from is their trunk: it
+keeps its checkpoint at each step where one does. Only steps before the learning rate decays can be
+shared.
+"""
+
 from dataclasses import dataclass, replace
 
 from core.configurator import UserError
-from experiments.recipes import BEYOND, DECAY, WARMUP, Recipe, paper, parse
+from experiments.recipes import DECAY, WARMUP, Recipe, groups, parse
 
-# ---- the plan: what shares what
 
 @dataclass(frozen=True)
 class Run:
-    """One call of train.py. Steps are the paper's, counted from the run's own step 0 (a CPT's from its start)."""
+    """One call of train.py.
+
+    Steps are the paper's. They count from the run's own step 0, which in continued pretraining is
+    its start.
+    """
+
     recipe: Recipe
-    trunk: str = ""           # branches from this run ...
-    branch: int = 0           # ... at this step
-    keep: tuple = ()          # steps whose checkpoints stay
+    trunk: str = ""  # the name of the run it branches from; "": it does not branch
+    branch_step: int = 0  # where it branches: the trunk has trained the steps before
+    kept_steps: tuple = ()  # the steps whose checkpoints stay
 
     @property
     def steps(self):
+        """The length of its schedule."""
         return self.recipe.steps - self.recipe.start
 
     @property
-    def own(self):
-        return self.steps - self.branch
+    def own_steps(self):
+        """The number of steps that it trains itself."""
+        return self.steps - self.branch_step
 
 
-def shared(a, b):
-    """How many first steps two recipes have in common, up to where either decays: what a trunk can do for a branch."""
+def plan_runs(names):
+    """{name: Run} of what has to be trained for these models, each run after those it begins from.
+
+    The decayed starts of continued pretraining are added. Raises UserError for a name outside the
+    grammar, or a schedule too short for its warmup and decay.
+    """
+    recipes = {parse(name).finished() for name in names}
+    recipes |= {recipe.parent() for recipe in recipes if recipe.start}
+    for recipe in recipes:
+        check_length(recipe)
+
+    # Long runs with one objective come first, so they become the trunks. (Another order shares as
+    # many steps, between other runs.)
+    sizes = list(dict.fromkeys(parse(name).size for name in names))
+
+    def order(recipe):
+        return (
+            recipe.start > 0,
+            recipe.seed,
+            sizes.index(recipe.size),
+            len(recipe.stages),
+            -recipe.steps,
+            recipe.name,
+        )
+
+    runs = {}
+    for recipe in sorted(recipes, key=order):
+        trunk, branch_step = find_trunk(recipe, runs)
+        runs[recipe.name] = Run(recipe, trunk, branch_step)
+
+    kept = kept_steps(names, runs)
+    return {name: replace(run, kept_steps=tuple(sorted(kept[name]))) for name, run in runs.items()}
+
+
+def check_length(recipe):
+    """Raises UserError for a schedule that is too short for its warmup and decay."""
+    least = DECAY if recipe.start else WARMUP + DECAY
+    if recipe.steps - recipe.start < least:
+        raise UserError(
+            f"{recipe.name} is too short: a schedule has {WARMUP:,} steps of warmup and {DECAY:,} "
+            "of decay, continued pretraining the decay alone"
+        )
+
+
+def find_trunk(recipe, runs):
+    """The run that shares most first steps with a recipe, and how many; ("", 0) for none."""
+    trunk = ""
+    most_steps = 0
+    for name, run in runs.items():
+        steps = shared_steps(recipe, run.recipe)
+        if steps > most_steps:  # of equals, the first
+            trunk = name
+            most_steps = steps
+    return trunk, most_steps
+
+
+def shared_steps(a, b):
+    """How many first steps two recipes have in common, of those before either decays."""
     if (a.size, a.seed, a.parent()) != (b.size, b.seed, b.parent()):
         return 0
-    first, ends = a.start, [end for _, end in (*a.stages, *b.stages)]
-    for end in sorted(e for e in ends if e > a.start):
-        if first >= min(a.steps, b.steps) or a.objective_at(first) != b.objective_at(first):
+    # An objective changes only where a stage of either ends: compare between these steps.
+    shorter = min(a.steps, b.steps)
+    ends = {stage.end for stage in (*a.stages, *b.stages) if a.start < stage.end <= shorter}
+    common_end = a.start
+    for end in sorted(ends):
+        if a.objective_at(common_end) != b.objective_at(common_end):
             break
-        first = end
-    return max(0, min(first, a.steps - DECAY, b.steps - DECAY) - a.start)
+        common_end = end
+    # The last steps of the shorter one are its decay, which nothing can branch from.
+    common_end = min(common_end, shorter - DECAY)
+    return max(0, common_end - a.start)
 
 
-def plan(names):
-    """Names -> {name: Run} in an order in which each comes after what it begins from; decayed starts are added.
+# ---- which checkpoints stay
 
-    Raises UserError for a name outside the grammar, or a schedule too short for its warmup and decay.
-    """
-    wanted = {parse(name).finished() for name in names}
-    wanted |= {r.parent() for r in wanted} - {None}
-    for r in wanted:
-        if r.steps - r.start < (DECAY if r.start else WARMUP + DECAY):
-            raise UserError(f"{r.name} is too short: a schedule has {WARMUP:,} steps of warmup and {DECAY:,} of decay, continued "
-                            "pretraining the decay alone")
-    sizes, runs = list(dict.fromkeys(parse(name).size for name in names)), {}
-    # single long runs first: they are the trunks; whatever the order, the steps in common are the same
-    for r in sorted(wanted, key=lambda r: (r.start > 0, r.seed, sizes.index(r.size), len(r.stages), -r.steps, r.name)):
-        common = [(name, shared(r, run.recipe)) for name, run in runs.items()]
-        trunk, branch = max(common, key=lambda found: found[1], default=("", 0))      # the first of equals
-        runs[r.name] = Run(r, trunk if branch else "", branch)
-    keep = {name: {run.branch for run in runs.values() if run.trunk == name} | wanted_later(run) for name, run in runs.items()}
+
+def kept_steps(names, runs):
+    """{name of a run: the steps whose checkpoints stay}."""
+    kept = {name: steps_for_later(run) for name, run in runs.items()}
+    # Others branch there ...
+    for run in runs.values():
+        if run.trunk:
+            kept[run.trunk].add(run.branch_step)
+    # ... or a name asks for the checkpoint itself.
     for name in names:
-        r = parse(name)
-        if r.step:
-            keep[holder(runs, r)].add(r.step - r.start)
-    return {name: replace(run, keep=tuple(sorted(keep[name]))) for name, run in runs.items()}
+        recipe = parse(name)
+        if recipe.step:
+            kept[run_holding(recipe, runs)].add(recipe.step - recipe.start)
+    return kept
 
 
-def wanted_later(run):
-    """Steps of a run that other names of ours begin from or are: kept even if nobody asks for these names yet."""
-    others = [replace(parse(name), seed=run.recipe.seed) for names in (*paper().values(), BEYOND) for name in names]
-    steps = {r.step if r.finished() == run.recipe else 0 if r.step else shared(r, run.recipe) for r in others if r != run.recipe}
-    return {step for step in steps if step > run.branch}
+def steps_for_later(run):
+    """The steps of a run that any model of recipes.py needs, also if it is not asked for yet."""
+    steps = set()
+    for names in groups().values():
+        for name in names:
+            recipe = replace(parse(name), seed=run.recipe.seed)
+            if recipe.step and recipe.finished() == run.recipe:
+                steps.add(recipe.step - recipe.start)
+            elif not recipe.step and recipe != run.recipe:
+                steps.add(shared_steps(recipe, run.recipe))
+    return {step for step in steps if step > run.branch_step}
 
 
-def holder(runs, r):
-    """The name of the run whose folder has the checkpoint of an intermediate recipe: its own, or a trunk's it branched from."""
-    name = r.finished().name
-    while r.step - r.start <= runs[name].branch:
+def run_holding(recipe, runs):
+    """The name of the run that has an intermediate checkpoint: its own, or a trunk before it."""
+    name = recipe.finished().name
+    while recipe.step - recipe.start <= runs[name].branch_step:
         name = runs[name].trunk
     return name

@@ -5,9 +5,9 @@ from conftest import run_python
 import study
 from core.configurator import UserError, configure
 from experiments import recipes
-from experiments.plan import holder, plan
+from experiments.plan import plan_runs, run_holding
 from experiments.recipes import parse
-from experiments.scales import SCALES, settings
+from experiments.scales import SCALES, batch_of, scale_called
 
 PAPER = recipes.paper()
 EVERY = [name for names in PAPER.values() for name in names]
@@ -22,10 +22,10 @@ def test_all_50_names_parse_and_back():
 
 def test_names_mean_what_the_paper_means():
     two = parse("610m-clm-10k-mlm40-42k")
-    assert (two.size, two.stages, two.own) == ("610m", (("clm", 10_000), ("mlm40", 42_000)), (("clm", 10_000), ("mlm40", 32_000)))
+    assert (two.size, two.stages, two.phases) == ("610m", (("clm", 10_000), ("mlm40", 42_000)), (("clm", 10_000), ("mlm40", 32_000)))
     assert two.parent() is None and two.clm_share() == pytest.approx(10 / 42) and two.objective_at(9_999) == "clm" != two.objective_at(10_000)
     more = parse("610m-clm-dec42k-mlm40-64k")                           # 42k + 22k of MLM, on the decayed model
-    assert more.parent().name == "610m-clm-42k" and more.own == (("mlm40", 22_000),) and more.steps == 64_000
+    assert more.parent().name == "610m-clm-42k" and more.phases == (("mlm40", 22_000),) and more.steps == 64_000
     assert parse("610m-clm-10k-mlm40-dec42k-mlm40-64k").parent().name == "610m-clm-10k-mlm40-42k"
     early = parse("610m-mlm40-42k-1000")
     assert early.step == 1_000 and early.finished().name == "610m-mlm40-42k"
@@ -35,10 +35,11 @@ def test_names_mean_what_the_paper_means():
 
 
 @pytest.mark.parametrize("name, says", [
-    ("", "'' is no size"), ("610m", "come in pairs"), ("clm-42k", "'clm' is no size"), ("610m-clm", "come in pairs"), ("610m-clm-x", "'x' is no number"),
-    ("610m-CLM-42k", "'CLM' is no objective"), ("610m-mlm0-42k", "'mlm0' is no objective"), ("610m-mlm40-12k-clm-10k", "not behind step 12,000"),
+    ("", "'' is not a size"), ("610m", "come in pairs"), ("clm-42k", "'clm' is not a size"), ("610m-clm", "come in pairs"), ("610m-clm-x", "'x' is not a number"),
+    ("610m-CLM-42k", "'CLM' is not an objective"), ("610m-mlm0-42k", "'mlm0' is not an objective"), ("610m-mlm40-12k-clm-10k", "not after step 12,000"),
     ("610m-clm-dec42k", "without dec"), ("610m-clm-dec1k-clm-dec2k-clm-42k", "only one"), ("610m-clm-42000", "it is written 610m-clm-42k"),
-    ("610m-clm-42k-seed42", "it is written 610m-clm-42k"), ("610m-clm-42k-42000", "not one before its end"), ("610m-alt1k-clm-42k", "altNk wants")])
+    ("610m-clm-42k-seed42", "it is written 610m-clm-42k"), ("610m-clm-42k-42000", "not one before its end"), ("610m-alt1k-clm-42k", "altN needs"),
+    ("610m-alt1k", "altN needs"), ("610m-alt1k-clm-mlm40-dec42k", "altN needs"), ("610m-clm-seed5-mlm40-42k", "'seed5' is not a number")])
 def test_a_name_outside_the_grammar_says_what_was_expected(name, says):
     with pytest.raises(UserError) as error:
         parse(name)
@@ -46,14 +47,13 @@ def test_a_name_outside_the_grammar_says_what_was_expected(name, says):
 
 
 def steps_of(names):
-    runs = plan(EVERY)
-    return sum(runs[name].own for name in names)
+    runs = plan_runs(EVERY)
+    return sum(runs[name].own_steps for name in names)
 
 
 def test_the_plan_is_the_papers_15_and_17_and_6_models_and_a_step_its_2359296_tokens():
-    assert [len(PAPER[g]) for g in "ABCDEF"] == [15, 5, 5, 3, 4, 6] and len(plan(EVERY)) == 15 + 17 + 6
-    s = settings(study.Config())
-    assert s["batch_rows"] * s["block_size"] == 2_359_296
+    assert [len(PAPER[g]) for g in "ABCDEF"] == [15, 5, 5, 3, 4, 6] and len(plan_runs(EVERY)) == 15 + 17 + 6
+    assert batch_of(scale_called("paper"), data_dir="nowhere").tokens == 2_359_296
     assert steps_of(PAPER["A"]) == 630_000
     assert steps_of(PAPER["B"] + PAPER["C"] + PAPER["D"]) == 122_000 and steps_of(PAPER["E"]) == 8_000      # the paper says 120k in all
     assert steps_of(PAPER["F"][:3]) == steps_of(PAPER["F"][3:]) == 26_000
@@ -67,23 +67,23 @@ def test_no_other_sharing_is_cheaper():
         if not r.step:
             before = [o for s in range(r.start, r.steps - recipes.DECAY, 1000) for o in [r.objective_at(s)]]
             seen |= {(r.size, r.parent(), tuple(before[:i + 1])) for i in range(len(before))}
-    assert 1000 * len(seen) + recipes.DECAY * 38 == steps_of(plan(EVERY))
+    assert 1000 * len(seen) + recipes.DECAY * 38 == steps_of(plan_runs(EVERY))
 
 
 def test_trunks_come_first_and_keep_what_others_begin_from():
-    runs, done = plan(EVERY), set()
+    runs, done = plan_runs(EVERY), set()
     for name, r in runs.items():
-        for needed in filter(None, (r.trunk, getattr(r.recipe.parent(), "name", ""))):
+        for needed in filter(None, (r.trunk, r.recipe.parent_name)):
             assert needed in done
         if r.trunk:
-            assert r.branch in runs[r.trunk].keep and r.branch <= runs[r.trunk].steps - recipes.DECAY
-            assert all(r.recipe.objective_at(s + r.recipe.start) == runs[r.trunk].recipe.objective_at(s + r.recipe.start) for s in range(r.branch))
+            assert r.branch_step in runs[r.trunk].kept_steps and r.branch_step <= runs[r.trunk].steps - recipes.DECAY
+            assert all(r.recipe.objective_at(s + r.recipe.start) == runs[r.trunk].recipe.objective_at(s + r.recipe.start) for s in range(r.branch_step))
         done.add(name)
-    assert set(runs["610m-mlm40-42k"].keep) == {1_000, 2_000, 5_000, 10_000, 20_000, 40_000}
-    for name, r in plan(["610m-clm-42k-seed7", "610m-mlm40-42k-seed7"]).items():      # and what may be asked for later
-        assert r.keep == runs[name.removesuffix("-seed7")].keep
-    alone = plan(["610m-clm-10k-mlm40-42k-5000", "610m-clm-42k"])        # a checkpoint that lies in the trunk's folder
-    assert {5_000, 10_000} <= set(alone["610m-clm-42k"].keep) and holder(alone, parse("610m-clm-10k-mlm40-42k-5000")) == "610m-clm-42k"
+    assert set(runs["610m-mlm40-42k"].kept_steps) == {1_000, 2_000, 5_000, 10_000, 20_000, 40_000}
+    for name, r in plan_runs(["610m-clm-42k-seed7", "610m-mlm40-42k-seed7"]).items():      # and what may be asked for later
+        assert r.kept_steps == runs[name.removesuffix("-seed7")].kept_steps
+    alone = plan_runs(["610m-clm-10k-mlm40-42k-5000", "610m-clm-42k"])        # a checkpoint that lies in the trunk's folder
+    assert {5_000, 10_000} <= set(alone["610m-clm-42k"].kept_steps) and run_holding(parse("610m-clm-10k-mlm40-42k-5000"), alone) == "610m-clm-42k"
 
 
 def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
@@ -92,7 +92,7 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
         return capsys.readouterr().out
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in printed("--scale=cpu", "--seeds=42,43").splitlines() if line.startswith("| ")}
-    assert lines["all"][0] == "76" and int(lines["all"][1].replace(",", "")) == 2 * steps_of(plan(EVERY)) * SCALES["cpu"]["steps"] // 42_000
+    assert lines["all"][0] == "76" and int(lines["all"][1].replace(",", "")) == 2 * steps_of(plan_runs(EVERY)) * SCALES["cpu"]["steps"] // 42_000
     paper = printed("--tok_per_s=4900")        # about the paper's own: 16k hours for 120k steps
     cells = next(line for line in paper.splitlines() if line.startswith("| all")).split("|")
     assert cells[2].strip() == "38" and cells[3].strip() == "812,000" and "2,359,296 tokens" in paper
@@ -104,7 +104,7 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
     ([], "plan or run?"), (["plan", "--scale=mars"], "scale=mars"), (["plan", "--only=610m-clm"], "expected SIZE-OBJECTIVE-STEPS"),
     (["plan", "--only=9b-clm-42k"], "no size 9b"), (["plan", "--only=610m-rtd-42k"], "objectives are clm"), (["plan", "--only=7*"], "matches none"),
     (["plan", "--only=610m-clm-3k"], "too short"), (["run", "--launch=kubernetes"], "launch=kubernetes"), (["plan", "--seeds=()"], "seeds=()"),
-    (["plan", "--scale=smoke", "--only=610m-clm-4500"], "a step is 1000 of the paper's, and 4,500 is no multiple"),
+    (["plan", "--scale=smoke", "--only=610m-clm-4500"], "a step is 1000 of the paper's, and 4,500 is not a multiple"),
     (["run", "--data_dir=nowhere", "--out_dir=build/nowhere"], "no corpus in 'nowhere'")])
 def test_a_wrong_call_is_explained_in_one_line(words, says, tmp_path):
     with pytest.raises(UserError) as error:

@@ -16,7 +16,7 @@ import train
 from core.configurator import RunError, UserError
 from core.files import find_files, is_new
 from experiments import jobs
-from experiments.commands import flag, settle
+from experiments.commands import flag
 from experiments.scales import SCALES
 
 ONLY = "610m-clm-3k-mlm40-12k,610m-clm-12k,610m-clm-12k-3000"
@@ -155,7 +155,7 @@ def test_a_missing_parent_checkpoint_is_named_before_anything_runs(undisturbed, 
     shutil.rmtree(out / "610m-clm-3k-mlm40-12k")
     shutil.rmtree(out / "610m-clm-12k" / "step_0000003")
     done = run_python(words(corpus_dir, out))
-    assert done.returncode == 2 and "610m-clm-3k-mlm40-12k begins from" in done.stderr and "step_0000003, which is not there" in done.stderr
+    assert done.returncode == 2 and "610m-clm-3k-mlm40-12k begins from" in done.stderr and "step_0000003, which is missing" in done.stderr
     assert done.stderr.strip().count("\n") == 0 and not (out / "610m-clm-3k-mlm40-12k").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_job_that_fails_stops_the_study_with_its_own_words(corpus_dir, tmp_pat
     (tmp_path / "x" / "610m-clm-12k" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds no study"):
         study.main(c)
-    settle.__globals__["os"].makedirs(tmp_path / "y" / "610m-clm-12k")
+    os.makedirs(tmp_path / "y" / "610m-clm-12k")
     (tmp_path / "y" / "study.json").write_text(json.dumps({"plan": "smoke", "scale": json.loads(json.dumps(SCALES["smoke"])), "models": {}}))
     (tmp_path / "y" / "610m-clm-12k" / "mine.txt").write_text("precious")
     c.out_dir = str(tmp_path / "y")
@@ -216,5 +216,5 @@ def test_printed_commands_are_those_that_would_run_with_slurm_waiting_for_what_c
 
 def test_the_time_that_is_left_counts_kinds_that_have_ended_and_names_the_others():
     left = [jobs.Job("a", [], None, cost=3.0, kind="train"), jobs.Job("b", [], None, cost=2.0, kind="finetune")]
-    assert jobs.eta(left, {"train": (6.0, 60.0)}, 2) == "0:00:15, and then finetune"
-    assert jobs.eta(left, {"train": (6.0, 60.0), "finetune": (1.0, 5.0)}, 2) == "0:00:20"
+    assert jobs.eta(left, {"train": jobs.Spent(6.0, 60.0)}, 2) == "0:00:15, and then finetune"
+    assert jobs.eta(left, {"train": jobs.Spent(6.0, 60.0), "finetune": jobs.Spent(1.0, 5.0)}, 2) == "0:00:20"

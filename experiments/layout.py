@@ -1,0 +1,133 @@
+"""A study: its plan, the settings that its commands need, and where its checkpoints lie.
+
+The folder of a study:
+
+    out_dir/study.json           the scale and the corpus, and the folder of each model's checkpoint
+            610m-clm-42k/        a run of train.py
+                step_0042000/    a checkpoint ...
+                    trials/      ... and its results
+            logs/                what each command printed
+            lock                 held while a study.py is at work here
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+from core import checkpoint
+from core.configurator import UserError, differences
+from core.files import is_new, read_json, write_json
+from experiments.plan import run_holding
+from experiments.recipes import parse
+from experiments.scales import SCALES, Scale
+from pretraining import data
+from tasks import worker
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How commands are started."""
+
+    program: str  # local: here and now; torchrun or slurm: they are printed
+    nodes: int  # machines of a printed training command
+    gpus_per_node: int
+
+    @property
+    def n_gpus(self):
+        """The number of GPUs of a printed training command."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def is_printed(self):
+        """True if commands are printed instead of run."""
+        return self.program != "local"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies."""
+
+    run: str  # the name of a run
+    step: int  # the paper's, counted from the run's own step 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to make, and how."""
+
+    names: list  # the models and checkpoints asked for
+    runs: dict  # {name: plan.Run} that make them
+    scale: Scale
+    out_dir: str  # the study's folder
+    data_dir: str  # the corpus of pretraining
+    tasks_dir: str  # local data sets of the tasks; "": none
+    tasks: str  # what each checkpoint is scored on; "": the scale's tasks
+    evaluate: bool  # are the checkpoints scored, too?
+    device: str
+    compile: bool  # train.py's
+    launch: Launch
+
+    def path_of(self, place):
+        """The folder of the checkpoint at a Place."""
+        run_dir = os.path.join(self.out_dir, place.run)
+        return checkpoint.path_of(run_dir, self.scale.step(place.step))
+
+    def place_of(self, name):
+        """The Place of the checkpoint that a name asks for."""
+        recipe = parse(name)
+        if recipe.step:
+            return Place(run_holding(recipe, self.runs), recipe.step - recipe.start)
+        return Place(name, self.runs[name].steps)
+
+    def source_of(self, run):
+        """The Place of the checkpoint that a run begins from, or None: from random weights."""
+        if run.trunk:
+            return Place(run.trunk, run.branch_step)
+        if run.recipe.start:
+            return Place(run.recipe.parent_name, run.recipe.start)
+        return None
+
+
+# ---- study.json
+
+
+def write_study(study):
+    """Write study.json, or add the study's models to the one that its folder has.
+
+    Raises UserError if the folder holds another study, or something else.
+    """
+    path = os.path.join(study.out_dir, "study.json")
+    facts = facts_of(study)
+    models = {}
+    if os.path.isfile(path):
+        old = read_json(path)
+        # Compare as JSON. A study that was printed without its corpus has no facts of a corpus yet.
+        facts_as_json = json.loads(json.dumps(facts))
+        changed = differences(facts | old, facts_as_json, free=())
+        if changed:
+            raise UserError(
+                f"{study.out_dir} holds another study ({'; '.join(changed)}): "
+                "choose another --out_dir"
+            )
+        facts = facts | old
+        models = old["models"]
+    # A new study needs a new folder, which may already hold our lock.
+    elif not is_new(study.out_dir, "lock"):
+        raise UserError(
+            f"{study.out_dir} is not empty and holds no study: choose another --out_dir"
+        )
+    for name in study.names:
+        folder = study.path_of(study.place_of(name))
+        models[name] = {"folder": os.path.relpath(folder, study.out_dir)}
+    write_json(path, {"code": worker.code()} | facts | {"models": models})
+
+
+def facts_of(study):
+    """What may not change while a study's folder is used: the scale and the corpus."""
+    facts = {"plan": study.scale.name, "scale": SCALES[study.scale.name]}
+    # Commands may be printed on a machine without the corpus.
+    if not study.launch.is_printed or os.path.isdir(study.data_dir):
+        corpus = data.Corpus(study.data_dir, verify=False)
+        facts["train_tokens"] = corpus.n_tokens
+        facts["tokenizer_hash"] = corpus.tokenizer_hash
+    return facts
