@@ -38,7 +38,7 @@ class Objective:
     most_targets: Callable
 
 
-def clm(rows, corpus, settings, rate=None):
+def clm(rows, _corpus, settings, rate=None):
     """Causal language modelling: every token but a sequence's last predicts the next one.
 
     With a rate, only that share of them does.
@@ -58,11 +58,13 @@ def mlm(rows, corpus, settings, rate=None):
     stay. The paper uses (1, 0, 0), BERT used (0.8, 0.1, 0.1).
     """
     ids = rows.tokens
+    # Special tokens, such as the end of a document, are never hidden.
     is_special = (ids >= corpus.special_start) | (ids == corpus.eos_id) | (ids == corpus.mask_id)
     is_hidden = is_drawn(rows, settings, rate or settings.mask_rate) & ~is_special
     inputs = np.where(is_hidden, corpus.mask_id, ids)
     share_masked, share_random, _ = settings.mask_replace
     if share_masked < 1.0:
+        # A second draw for each hidden token decides what becomes of it.
         draw = hashed(rows.position, settings.seed, rows.epoch, REPLACE)
         number = (draw >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
         random_ids = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
@@ -98,11 +100,12 @@ def all_but_the_last(n_tokens, n_sequences, rate, settings):
     return a_share(n_tokens, n_sequences, rate, settings)
 
 
-def a_share(n_tokens, n_sequences, rate, settings):
+def a_share(n_tokens, _n_sequences, rate, settings):
     """A random share of the tokens has a target: the expected number and six standard
     deviations."""
     rate = rate or settings.mask_rate
     six_sigmas = 6 * (n_tokens * rate * (1 - rate)) ** 0.5
+    # Rounded up to a multiple of 64, which matrix products on a GPU like.
     most = int(n_tokens * rate + six_sigmas)
     in_whole_64s = -(-most // 64) * 64
     return min(n_tokens, in_whole_64s)
@@ -117,7 +120,7 @@ OBJECTIVES = {
 
 
 def split_name(name):
-    """ "mlm40" -> ("mlm", 0.4); "clm" -> ("clm", None).
+    """Split the name of a phase: "mlm40" -> ("mlm", 0.4), "clm" -> ("clm", None).
 
     Raises ValueError, naming all objectives, for a name that is not one.
     """
@@ -133,7 +136,10 @@ def split_name(name):
 
 
 def parse(name):
-    """ "mlm40" -> (OBJECTIVES["mlm"], 0.4). Raises ValueError, see split_name."""
+    """Look up the name of a phase: "mlm40" -> (OBJECTIVES["mlm"], 0.4).
+
+    Raises ValueError, as split_name does.
+    """
     kind, rate = split_name(name)
     return OBJECTIVES[kind], rate
 

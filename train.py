@@ -212,7 +212,7 @@ def stop_on_signals():
     """
     signals = []
 
-    def on_signal(number, frame):
+    def on_signal(number, _frame):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -77,6 +77,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     path = path_of(out_dir, step)
     temporary = os.path.join(out_dir, f".writing_{step:07d}")
     shutil.rmtree(temporary, ignore_errors=True)
+    # What goes into which file.
     tensors = {"model.safetensors": model.state_dict()}
     if model.config.tied:
         del tensors["model.safetensors"]["lm_head.weight"]  # safetensors stores a tensor once
@@ -86,6 +87,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         tensors["head.safetensors"] = {
             name: value.float() for name, value in head.state_dict().items()
         }
+    # Write everything, with its checksums, and force it to disk.
     try:
         os.makedirs(temporary)
         for file_name, values in tensors.items():
@@ -230,6 +232,23 @@ def same_model(stored, expected, path):
         )
 
 
+def same_tensors(stored, expected, path):
+    """Raises UserError, naming one, if a checkpoint has other tensors than the model: model.py was
+    changed since."""
+    missing = expected - stored
+    if missing:
+        raise UserError(
+            f"{path} lacks {min(missing)}, and the model here has it ({len(missing)} such tensors): "
+            "model.py is not the one it was trained with"
+        )
+    unknown = stored - expected
+    if unknown:
+        raise UserError(
+            f"{path} has {min(unknown)}, and the model here lacks it ({len(unknown)} such tensors): "
+            "model.py is not the one it was trained with"
+        )
+
+
 def tokenizer_of(path):
     """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises
     UserError."""
@@ -253,13 +272,7 @@ def load(path, model, optimizer=None):
     weights = load_file(os.path.join(path, "model.safetensors"))
     if model.config.tied:
         weights["lm_head.weight"] = weights["embedding.weight"]
-    names = model.state_dict().keys()
-    for problem, tensors in (("lacks", names - weights.keys()), ("has", weights.keys() - names)):
-        if tensors:
-            raise UserError(
-                f"{path} {problem} {min(tensors)}, and the model here {'has' if problem == 'lacks' else 'lacks'}"
-                f" it ({len(tensors)} such tensors): model.py is not the one it was trained with"
-            )
+    same_tensors(weights.keys(), model.state_dict().keys(), path)
     model.load_state_dict(weights)
     if optimizer is not None:
         stored = os.path.join(path, "optimizer.safetensors")
@@ -276,10 +289,12 @@ def load_optimizer_state(model, optimizer, tensors):
 
     The optimizer's own load_state_dict decides on which device each tensor belongs.
     """
+    # {parameter name: {"exp_avg": tensor, ...}}
     values_of = defaultdict(dict)
     for key, value in tensors.items():
         state_key, _, name = key.partition(".")
         values_of[name][state_key] = value.clone()  # out of the mapped file
+    # An optimizer numbers its parameters in the order of its groups.
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = []
     for group in optimizer.param_groups:
@@ -297,7 +312,8 @@ def load_optimizer_state(model, optimizer, tensors):
 def load_model(path, device="cpu", attention="auto"):
     """The Encoder of a checkpoint or of a run's newest one, in eval mode. Raises UserError."""
     path = find(path)
-    with torch.device("meta"):  # no time spent on random weights
+    # Random weights would take time to draw, and are overwritten at once: make none.
+    with torch.device("meta"):
         model = Encoder(config_of(path), attention=attention)
     model.to_empty(device=device)
     if model.config.tied:

@@ -270,8 +270,8 @@ def micro_batches(corpus, step, objective_name, settings, rank, world_size, micr
     per_rank = len(row) // world_size
     batches = []
     for first in range(rank * per_rank, (rank + 1) * per_rank, micro_rows):
-        part = slice(first, first + micro_rows)
-        batches.append(make_batch(corpus, row[part], epoch[part], objective_name, settings))
+        chunk = slice(first, first + micro_rows)
+        batches.append(make_batch(corpus, row[chunk], epoch[chunk], objective_name, settings))
     return batches
 
 
@@ -299,9 +299,9 @@ def validation_batches(corpus, objective_name, settings, eval_rows, rank, world_
     for first in range(
         rank * n_padded // world_size, (rank + 1) * n_padded // world_size, micro_rows
     ):
-        part = slice(first, first + micro_rows)
+        chunk = slice(first, first + micro_rows)
         epoch = np.zeros(micro_rows, np.int64)
-        yield make_batch(corpus, row[part], epoch, objective_name, settings, is_filler[part])
+        yield make_batch(corpus, row[chunk], epoch, objective_name, settings, is_filler[chunk])
 
 
 def prefetch(make, first, last, depth=2):

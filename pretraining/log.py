@@ -107,6 +107,7 @@ class RunLog:
             "peak_memory": peak_memory(self.device),
         }
 
+        # The totals grow row by row, so each row says how far the run was after its step.
         for row, loss, step_flops, grad_norm in zip(rows, losses, flops, grad_norms):
             loss /= row["targets"]
             self.check_finite(row["step"], loss, grad_norm)
@@ -117,6 +118,7 @@ class RunLog:
             row |= {"loss": loss, "grad_norm": grad_norm} | speed | self.totals
         self.write(rows)
 
+        # One line on the console for all of them.
         last = rows[-1]
         eta = timedelta(seconds=int((self.max_steps - last["step"]) * seconds / n))
         mfu_text = f"{mfu:.1%}" if mfu else "n/a"
@@ -176,6 +178,7 @@ def trim(path, step):
     the validation at `step` itself."""
     if not os.path.isfile(path):
         return
+    # A training row of `step` describes what was done before it was saved: it stays.
     kept = []
     for row, line in read_rows(path):
         is_training_row = "loss" in row

@@ -77,6 +77,7 @@ def start(c, settings, processes, say):
     here. Raises UserError, listing what changed, if the run or the trunk was trained with other
     settings. Writes nothing.
     """
+    # Resume, if out_dir holds this run.
     config_path = os.path.join(c.out_dir, "config.json")
     if os.path.isfile(config_path):
         if not c.resume:
@@ -99,6 +100,7 @@ def start(c, settings, processes, say):
     ):  # written before config.json
         raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
 
+    # Otherwise begin as the settings say.
     if c.branch_from:
         source = checkpoint.find(c.branch_from)
         state = checkpoint.read_state(source)
@@ -138,6 +140,7 @@ def new_schedule(source, c, settings, say):
     """Start a new schedule from the weights of a checkpoint, on rows that its run has not read."""
     state = checkpoint.read_state(source)
     old_settings = state.get("settings", {})  # imported weights have none
+    # The same tokenizer? Two with different hashes may still give the same ids.
     old_hash = old_settings.get("tokenizer_hash", settings["tokenizer_hash"])
     if old_hash != settings["tokenizer_hash"]:
         same_ids = checkpoint.tokenizer_of(source).same_ids(tokenizer.load(c.data_dir))
@@ -231,12 +234,14 @@ def check_trunk(state, c, settings, path):
             "schedule from its weights"
         )
 
+    # The trunk's learning rate must not have decayed yet.
     decay_begins = sum(n for _, n in old_phases) - old_settings["decay_steps"]
     if old_settings["decay_steps"] and step > decay_begins:
         raise UserError(
             f"{path} lies in its run's decay (from step {decay_begins} on): branch from an earlier step, "
             "or start a new schedule with --init_from"
         )
+    # The phases must agree up to here, and must not end or decay before.
     for s in range(step):
         if objective_at(s, c.phases) != objective_at(s, old_phases):
             raise UserError(
