@@ -26,20 +26,25 @@ import tokenize
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message says how. Exit code 2."""
+    """A mistake that the user can correct; the message says how. Exit code 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on (a full disk, a loss that is not finite); the message says what is
-    safe. Exit code 1."""
+    """A failure that stops a run (a full disk, a loss that is not finite). Exit code 1.
+
+    The message says what is safe.
+    """
 
 
 def run(main, config_class):
-    """Call main(config) with the command line's settings; print an expected error as one line and
-    exit with its code."""
+    """Call main(config) with the settings of the command line.
+
+    An expected error is printed as one line, and the process exits with its code.
+    """
     try:
         main(configure(config_class))
-    except (UserError, RunError, OSError) as error:      # OSError: a full disk, a folder that may not be written
+    except (UserError, RunError, OSError) as error:
+        # OSError: a full disk, a folder that we may not write to.
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
@@ -49,67 +54,97 @@ def run(main, config_class):
 
 
 def configure(config_class, argv=None):
-    """Build config_class from its defaults, then the .py files, then the --key=value words of argv
-    (default sys.argv[1:]).
+    """The config_class that argv asks for (default: sys.argv[1:]).
 
-    Files are read before the command line, wherever they stand on it. Words that are neither go to
-    the field `args` (a tuple), if the class has one. Raises UserError; prints the help and exits 0
-    on --help.
+    Its defaults come first, then the .py files of argv, wherever they stand, then --key=value
+    words. Other words go to the field `args` (a tuple), if the class has one. Raises UserError; prints the
+    help and exits 0 on --help.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(help_text(config_class))
         sys.exit(0)
-    fields = {f.name: f for f in dataclasses.fields(config_class) if f.name != "args"}
-    takes_args = "args" in {f.name for f in dataclasses.fields(config_class)}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    takes_args = fields.pop("args", None) is not None
+    values = {}
+
+    # The config files.
     files = [word for word in argv if not word.startswith("-") and word.endswith(".py")]
-    values, args = {}, []
     for path in files:
         for key, value in read_file(path).items():
             values[key] = check(key, value, fields, where=path)
-    rest = [word for word in argv if word not in files]
-    while rest:
-        word = rest.pop(0)
+
+    # The command line.
+    where = "the command line"
+    words = [word for word in argv if word not in files]
+    args = []
+    while words:
+        word = words.pop(0)
         if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")   # the first = only, so --x=a=b is the string "a=b"
-            kind = find(key, fields, where="the command line").type
-            value, ahead = parse(text, kind), next((i for i, w in enumerate(rest) if w.startswith("--")), len(rest))
-            if not equals:
-                if not ahead:
-                    raise UserError(f"--{key} needs a value: write --{key}=VALUE")
-                words = [parse(w, kind) for w in rest[:ahead if kind is tuple else 1]]
-                value = words[0] if len(words) == 1 and type(words[0]) is not str or kind is not tuple else tuple(words)
-                del rest[:len(words)]
-            values[key] = check(key, value, fields, where="the command line")
+            key, equals, text = word[2:].partition("=")   # only the first =, so --x=a=b is "a=b"
+            kind = find_field(key, fields, where).type
+            value = parse(text, kind) if equals else take_value(key, kind, words)
+            values[key] = check(key, value, fields, where)
         elif takes_args and not word.startswith("-"):
             args.append(word)
         else:
-            raise UserError(f"what is '{word}'? Settings are --key=value, config files end in .py; --help lists every key")
-    return config_class(**values, **({"args": tuple(args)} if takes_args else {}))
+            raise UserError(
+                f"what is '{word}'? Settings are --key=value, config files end in .py; --help "
+                "lists every key"
+            )
+    if takes_args:
+        values["args"] = tuple(args)
+    return config_class(**values)
 
 
 def read_file(path):
-    """Run a config file in an empty namespace -> {name: value}, without names that start with an
-    underscore."""
+    """Run a config file. -> {name: value}, without names that start with an underscore"""
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist")
     try:
         names = runpy.run_path(path)
-    except Exception as error:   # whatever a user's file can raise: report it as theirs, with its own words
-        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from None
+    except Exception as error:
+        # A user's file can raise anything: report it in its own words.
+        raise UserError(
+            f"config file {path} does not run: {type(error).__name__}: {error}"
+        ) from None
     return {key: value for key, value in names.items() if not key.startswith("_")}
 
 
-def find(key, fields, where):
+def take_value(key, kind, words):
+    """The value that follows "--key" on the command line. It is removed from `words`."""
+    n_values = 0
+    while n_values < len(words) and not words[n_values].startswith("--"):
+        n_values += 1
+    if n_values == 0:
+        raise UserError(f"--{key} needs a value: write --{key}=VALUE")
+    if kind is not tuple:
+        return parse(words.pop(0), kind)
+
+    # A tuple takes all of them. A single word may hold the whole tuple: --phases "(('mlm', 3),)".
+    values = [parse(word, kind) for word in words[:n_values]]
+    del words[:n_values]
+    if len(values) == 1 and not isinstance(values[0], str):
+        return values[0]
+    return tuple(values)
+
+
+def find_field(key, fields, where):
+    """The field called `key`. Raises UserError that names the nearest key."""
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-        raise UserError(f"unknown key '{key}' in {where}; the nearest is '{near[0]}' (--help lists every key)")
+        nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown key '{key}' in {where}; the nearest is '{nearest}' (--help lists every key)"
+        )
     return fields[key]
 
 
 def parse(text, kind):
-    """A command-line word as the field's type would have it written; text that is no literal stays
-    text for check()."""
+    """The Python value that a word of the command line stands for.
+
+    Text that is not a literal of Python stays text; check() then decides.
+    """
     if kind is str:
         return text
     if kind is bool:
@@ -121,25 +156,33 @@ def parse(text, kind):
 
 
 def check(key, value, fields, where):
-    """The value, with int widened to float and list to tuple; UserError if the key or the type is
-    wrong."""
-    find(key, fields, where)
-    kind = fields[key].type
+    """The value in its field's type: an int may stand for a float, and a list for a tuple.
+
+    Raises UserError if the key or the type is wrong.
+    """
+    field = find_field(key, fields, where)
+    kind = field.type
     if kind is float and type(value) is int:
         value = float(value)
     if kind is tuple and isinstance(value, (tuple, list)):
         value = as_tuple(value)
-    if kind is tuple and type(value) in (int, float):      # --seeds=0, a grid of one
-        value = (value,)
+    if kind is tuple and type(value) in (int, float):
+        value = (value,)      # --seeds=0
     if type(value) is not kind:
-        raise UserError(f"{key}={value!r} in {where}: expected {kind.__name__}, as in {key}={fields[key].default!r}")
+        raise UserError(
+            f"{key}={value!r} in {where}: expected {kind.__name__}, as in {key}={field.default!r}"
+        )
     return value
 
 
 def as_tuple(value):
-    """Lists to tuples at every depth, so that a config file's list equals a command line's tuple
-    and JSON's list."""
-    return tuple(as_tuple(v) for v in value) if isinstance(value, (tuple, list)) else value
+    """The value with lists turned into tuples at every depth.
+
+    So a config file's list equals a command line's tuple and JSON's list.
+    """
+    if isinstance(value, (tuple, list)):
+        return tuple(as_tuple(item) for item in value)
+    return value
 
 
 def help_text(config_class):
@@ -191,5 +234,10 @@ def commented_lines(config_class):
 
 
 def differences(old, new, free):
-    """["key: OLD then, NEW now", ...] for every setting outside `free` that changed."""
-    return [f"{k}: {old.get(k)} then, {v} now" for k, v in new.items() if k not in free and as_tuple(old.get(k)) != as_tuple(v)]
+    """["key: OLD then, NEW now", ...] for every setting that changed and is not in `free`."""
+    changed = []
+    for key, value in new.items():
+        old_value = old.get(key)
+        if key not in free and as_tuple(old_value) != as_tuple(value):
+            changed.append(f"{key}: {old_value} then, {value} now")
+    return changed

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 @dataclass
 class Processes:
-    """This process among those torchrun started; (0, 0, 1) without torchrun."""
-    rank: int
-    local_rank: int
+    """This process among those that torchrun started; (0, 0, 1) without torchrun."""
+
+    rank: int           # among all processes
+    local_rank: int     # among those of this machine
     world_size: int
 
     @property
@@ -21,31 +22,40 @@ class Processes:
 
 
 def start_processes(device):
-    """Join torchrun's process group (nccl on GPUs, gloo on CPUs). -> (Processes, this process' device)"""
+    """Join torchrun's process group. -> (Processes, this process' device)"""
     if "RANK" not in os.environ:
         return Processes(0, 0, 1), device
-    p = Processes(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    rank = int(os.environ["RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
     if device == "cuda":
-        device = f"cuda:{p.local_rank}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    # with a GPU: gradients travel by nccl, the few numbers of all_sum by gloo, so that they never wait for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    return p, device
+    # Gradients travel by nccl, the few numbers of all_sum by gloo, so that these never wait for the
+    # GPU. Without a GPU all is gloo.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend)
+    return Processes(rank, local_rank, world_size), device
 
 
 def all_sum(values, processes):
     """Sum a list of numbers over all processes. -> list of floats"""
     if processes.world_size == 1:
-        return [float(v) for v in values]
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
-    for _ in range(1000):      # gloo's thread lets go of the tensor under Python's lock; a process that ends before it has, aborts
+    # gloo's thread drops its reference to the tensor a moment later, and needs Python's lock to do
+    # so. A process that ends before that aborts. So wait until we hold the only reference.
+    for _ in range(1000):
         if sys.getrefcount(total) == 2:
             break
         time.sleep(0)
     return total.tolist()
 
 
-def speaks():
-    """Is this the worker that draws progress bars? Of torchrun's workers one a machine."""
+def shows_progress():
+    """True in the process that draws progress bars: the first on each machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+speaks = shows_progress      # its name until all callers use the new one

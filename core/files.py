@@ -1,4 +1,7 @@
-"""Files and folders under names that users choose: such a name is never a pattern, nor markup."""
+"""Files and folders: complete writes, JSON, lines of packed files, and reading ahead.
+
+Users choose the names of folders. Here a name is never taken for a pattern, and never for markup.
+"""
 import glob
 import gzip
 import hashlib
@@ -13,27 +16,39 @@ import threading
 
 from core.configurator import UserError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))      # the folder of this repository
+# The folder of this repository.
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+# -------------------------------------------------------------------------------------------------
+# names
 def find_files(folder, pattern):
-    """The sorted paths of all files and folders in `folder` that match a pattern like "step_*" or "**/*.parquet".
+    """The sorted paths of everything in `folder` that matches a pattern like "**/*.parquet".
 
-    Only `pattern` is a pattern. The folder's own name is taken literally, so a run may be called "lr [5e-4]" or "what?".
-    No other file of this repository imports the glob module, so that no user's path becomes part of a pattern.
+    Only `pattern` is a pattern. The folder's own name is taken literally, so a run may be called
+    "lr [5e-4]" or "what?". No other file of this repository imports the glob module, so that no
+    user's path becomes part of a pattern.
     """
     names = glob.glob(pattern, root_dir=folder, recursive=True)
     return [os.path.join(folder, name) for name in sorted(names)]
 
 
 def table_cell(name):
-    """A name as it stands in a Markdown table, whose columns end at a bar: folders may have one in their names."""
+    """A name as a cell of a Markdown table: a bar would end the cell."""
     return name.replace("|", "\\|")
 
 
+def unique(path):
+    """A name beside `path` that no other process uses."""
+    return f"{path}.{socket.gethostname()}.{os.getpid()}"
+
+
+# -------------------------------------------------------------------------------------------------
+# writing and reading
 def write_whole(path, content):
-    """Write bytes so that `path` holds the old or the new content whole, whatever happens meanwhile."""
-    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"     # several machines may write the same
+    """Write bytes to a file. An interruption leaves the old content, never half of the new one."""
+    # Several processes, also of several machines, may write the same file.
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     with open(temporary, "wb") as f:
         f.write(content)
         f.flush()
@@ -41,77 +56,115 @@ def write_whole(path, content):
     os.replace(temporary, path)
 
 
-def is_new(folder, *ours):
-    """Is a folder not there, or empty but for files of ours and what a killed write_whole left? Anything else is somebody's."""
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
-    return all(name in ours or re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp", name) for name in names)
+def is_new(folder, *own_files):
+    """True if the folder is missing, empty, or holds only our own files and leftovers of an
+    interrupted write."""
+    if not os.path.isdir(folder):
+        return True
+    for name in os.listdir(folder):
+        is_leftover = re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp", name)
+        if name not in own_files and not is_leftover:
+            return False
+    return True
 
 
 def write_json(path, value):
+    """Write a JSON file, complete or not at all."""
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def read_json(path):
+    """The content of a JSON file."""
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 
 
-def hashed(text):
-    """A number in [0, 1) decided by the text alone: no order, no seed, and two copies of a text land on the same side of a cut."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2 ** 64
-
-
-def lines_of(path):
-    """(where, line) of every line that is not blank; path may end in .gz, .xz or .zst. Raises UserError naming file and line."""
-    if path.endswith(".zst"):
-        import zstandard
-        file = io.BufferedReader(zstandard.open(path, "rb"))
-    else:
-        file = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)(path, "rb")
-    with file as f:
-        for number, line in enumerate(unpacked(f, path), start=1):
-            if line.strip():
-                yield f"{path}, line {number}", decode(line, f"{path}, line {number}")
-
-
-def unpacked(lines, path):
-    """The lines of a file; a compressed one that breaks off or is no such archive becomes a UserError."""
-    try:
-        yield from lines
-    except Exception as error:       # gzip, lzma and zstandard each raise their own
-        raise UserError(f"{path} cannot be unpacked ({error}): fetch or compress it again") from None
-
-
 def decode(raw, where):
+    """Bytes -> text. Raises UserError that names `where` if they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8") from None
+        raise UserError(
+            f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
+        ) from None
+
+
+def lines_of(path):
+    """Yield (where, line) of every line that is not blank; `where` names file and line.
+
+    A file that ends in .gz, .xz or .zst is unpacked. Raises UserError naming file and line.
+    """
+    with open_packed(path) as f:
+        for number, line in enumerate(unpacked(f, path), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, decode(line, where)
+
+
+def open_packed(path):
+    """Open a file to read bytes; one that ends in .gz, .xz or .zst is unpacked."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".xz"):
+        return lzma.open(path, "rb")
+    if path.endswith(".zst"):
+        import zstandard
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    return open(path, "rb")
+
+
+def unpacked(lines, path):
+    """Yield the lines of a file. Raises UserError if it breaks off or is not such an archive."""
+    try:
+        yield from lines
+    except Exception as error:
+        # gzip, lzma and zstandard each raise errors of their own.
+        raise UserError(
+            f"{path} cannot be unpacked ({error}): fetch or compress it again"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------------
+# texts and threads
+def hashed(text):
+    """A number in [0, 1) that the text alone decides.
+
+    It cuts a data set in two without an order or a seed; copies of a text land on the same side.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
 
 
 def ahead(items, depth):
-    """The same items, drawn in a background thread; at most `depth` wait, so memory stays flat whichever side is slower."""
-    ready, stop, end = queue.Queue(depth), threading.Event(), object()
+    """Yield the same items, drawn in a background thread.
 
-    def put(item):
+    At most `depth` items wait, so memory stays flat whichever side is slower. What `items` raises
+    is raised here.
+    """
+    ready = queue.Queue(depth)      # (item, error) pairs
+    stop = threading.Event()
+    end = object()
+
+    def put(item, error=None):
+        # The consumer may stop at any time: look for that instead of waiting forever.
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.2)
+                ready.put((item, error), timeout=0.2)
+                return
             except queue.Full:
                 continue
 
-    def work():
+    def draw():
         try:
             for item in items:
-                put((item, None))
+                put(item)
                 if stop.is_set():
                     return
-            put((end, None))
-        except BaseException as error:   # handed to the consumer's thread, which raises it
-            put((None, error))
+            put(end)
+        except BaseException as error:
+            put(None, error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=draw, daemon=True)
     thread.start()
     try:
         while True:
@@ -122,10 +175,6 @@ def ahead(items, depth):
                 return
             yield item
     finally:
+        # A thread that waits for a network may take longer than this; it is a daemon.
         stop.set()
-        thread.join(10.0)     # a thread that waits for a network may take its time: it dies with the process
-
-
-def unique(path):
-    """A name beside path that no other process uses."""
-    return f"{path}.{socket.gethostname()}.{os.getpid()}"
+        thread.join(10.0)

@@ -1,24 +1,35 @@
-"""Randomness without state: every draw is a hash of what it is drawn for.
+"""Randomness without state: every number is a hash of what it is drawn for.
 
-splitmix64's finalizer over keys and indices, and a Feistel network for shuffles. Nothing here remembers anything, so whoever asks
-for the same (seed, epoch, index) gets the same number: after a resume, on another number of GPUs, in another process.
+splitmix64's finalizer hashes keys and indices, and a Feistel network shuffles. Nothing here
+remembers anything, so the same (seed, epoch, index) gives the same number: after a resume, on
+another number of GPUs, in another process.
 """
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
-SHUFFLE, CUT, MASK, REPLACE = 1, 2, 3, 4      # what a number is drawn for, so that no two uses share a stream
+FEISTEL_ROUNDS = 6
+
+# What a number is drawn for. Each use has its own key, so that no two share a stream.
+SHUFFLE = 1
+CUT = 2
+MASK = 3
+REPLACE = 4
 
 
 def mix(x):
-    """uint64 array or numpy scalar -> its hash, every bit depending on every bit (Steele, Lea & Flood 2014)."""
-    with np.errstate(over="ignore"):          # multiplication modulo 2^64 is the point
+    """The hash of a uint64 array or scalar: each bit depends on all bits (Steele et al. 2014)."""
+    # Multiplication modulo 2^64 is what we mean.
+    with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
 
 def hashed(index, *keys):
-    """A uint64 for every entry of the int array `index`; `keys` are ints or int arrays that broadcast against it."""
+    """A uint64 for every entry of the int array `index`.
+
+    keys: ints, or int arrays that broadcast against it: the seed, the epoch, the use.
+    """
     with np.errstate(over="ignore"):
         key = np.uint64(0)
         for k in keys:
@@ -27,22 +38,28 @@ def hashed(index, *keys):
 
 
 def threshold(probability):
-    """hash < threshold(p) with probability p; p = 1 is always, which needs the type's last value as well."""
-    return np.uint64(min(int(probability * 2.0 ** 64), 2 ** 64 - 1))
+    """The uint64 that a hash is below with this probability. 1 gives the largest, for "always"."""
+    return np.uint64(min(int(probability * 2.0**64), 2**64 - 1))
 
 
 def permute(index, n, seed, epoch):
-    """Where a shuffle of range(n) puts each of `index`: a Feistel network on the next even power of two, walked until
-    the result is below n. No memory, no state, a bijection for every (seed, epoch). int64 [R] -> int64 [R]"""
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
+    """Where a shuffle of range(n) puts each entry of `index`. int64 [R] -> int64 [R]
+
+    A Feistel network shuffles the next even power of two; what lands at n or above is shuffled
+    again until it lands below. No memory, no state, a bijection for every (seed, epoch).
+    """
+    bits = max(n - 1, 1).bit_length()
+    half = np.uint64(max(1, (bits + 1) // 2))               # bits of each half
+    low = (np.uint64(1) << half) - np.uint64(1)             # mask of the right half
     x = np.asarray(index).astype(np.uint64)
     epoch = np.broadcast_to(np.asarray(epoch), x.shape)
-    todo = np.ones(x.shape, bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & low
-        for r in range(6):
-            left, right = right, left ^ (hashed(right, seed, epoch[todo], SHUFFLE, r) & low)
-        x[todo] = (left << half) | right
-        todo = x >= n
+    is_outside = np.ones(x.shape, bool)
+    while is_outside.any():
+        left = x[is_outside] >> half
+        right = x[is_outside] & low
+        for r in range(FEISTEL_ROUNDS):
+            key = hashed(right, seed, epoch[is_outside], SHUFFLE, r) & low
+            left, right = right, left ^ key
+        x[is_outside] = (left << half) | right
+        is_outside = x >= n
     return x.astype(np.int64)
