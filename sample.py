@@ -1,11 +1,13 @@
-"""What a checkpoint says: text that goes on from a prompt (causal mask), or words for the gaps of one (bidirectional mask).
+"""What a checkpoint has learned: text that continues a prompt (causal mask), or words for the gaps
+of a text (bidirectional mask).
 
     python sample.py --ckpt=runs/demo/clm --prompt="The state of the Union"
     python sample.py --ckpt=runs/demo/mlm --fill="We will [MASK] the war and keep the [MASK]."
-    python sample.py --compare runs/demo/clm/step_0000200 runs/demo/clm_then_mlm --fill="the Congress of the [MASK] States"
+    python sample.py --compare runs/demo/clm runs/demo/mlm --fill="the Congress of the [MASK] States"
 
-The same weights do both, so --compare shows what the swap of objectives did: before it a model writes but cannot fill, after it, it
-can. Without --prompt and --fill it writes from the beginning of a document.
+The same weights do both, so --compare shows what the swap of objectives did: before it a model
+writes but cannot fill, after it, it can. Without --prompt and --fill a model writes from the
+beginning of a document.
 """
 import re
 import shutil
@@ -22,102 +24,169 @@ from core.device import pick_attention, pick_device
 
 @dataclass
 class Config:
-    ckpt: str = ""              # RUN/step_NNNNNNN, or RUN for its newest one
-    compare: tuple = ()         # several of them instead, side by side
-    prompt: str = ""            # text to go on from, under the causal mask
-    fill: str = ""              # text whose every [MASK] is to be filled, under the bidirectional mask
-    max_new_tokens: int = 100   # how far to go on
-    num_samples: int = 1        # how many times
+    ckpt: str = ""              # RUN/step_NNNNNNN, or RUN for its newest checkpoint
+    compare: tuple = ()         # several checkpoints instead, side by side
+    prompt: str = ""            # text to continue, under the causal mask
+    fill: str = ""              # text whose [MASK]s are to be filled, under the bidirectional mask
+    max_new_tokens: int = 100   # the longest continuation
+    num_samples: int = 1        # how many continuations
     temperature: float = 0.8    # 0: always the likeliest token
     top_k: int = 200            # choose among so many likeliest tokens; 0: among all
     show: int = 5               # candidates for each [MASK]
     seed: int = 1337            # same seed, same text
-    device: str = "auto"        # cuda where there is one, else cpu
+    device: str = "auto"        # cuda where there is a GPU, else cpu
     attention: str = "auto"     # triton or varlen (CUDA), sdpa (anywhere) or reference
 
 
 @torch.inference_mode()
 def generate(model, tok, prompt, c, device):
-    """-> num_samples texts that go on from prompt, each until eos or max_new_tokens.
+    """Return c.num_samples texts that continue the prompt, each up to eos or c.max_new_tokens.
 
-    Every token is a whole forward pass: no cache of keys and values, which would be more code than the rest of this file.
+    Every token is a whole forward pass. A cache of keys and values would be more code than the rest
+    of this file.
     """
-    unheard = torch.ones(model.config.vocab_size, dtype=torch.bool, device=device)
-    unheard[[i for i in tok.known_ids if i < len(unheard) and i != tok.mask_id]] = False            # rows that stand for nothing
-    chance = torch.Generator(device).manual_seed(c.seed)
-    start = tok.encode(prompt) or [tok.eos_id]             # behind an eos a new document begins
-    tokens = torch.tensor([start] * c.num_samples, device=device)                               # [S, L]
+    is_never_written = unwritable(model, tok, device)
+    generator = torch.Generator(device).manual_seed(c.seed)
+    start = tok.encode(prompt) or [tok.eos_id]      # a new document begins after an eos
+    tokens = torch.tensor([start] * c.num_samples, device=device)           # [S, L]
     for _ in tqdm(range(c.max_new_tokens), desc="writing", leave=False, disable=None):
-        seen = tokens[:, -model.config.block_size:]
-        cu_seqlens = torch.arange(0, seen.numel() + 1, seen.shape[1], dtype=torch.int32, device=device)
-        hidden = model(seen.flatten(), cu_seqlens, True, cu_seqlens[1:].long() - 1)             # [S, C]
-        logits = model.logits(hidden).float().masked_fill(unheard, float("-inf"))               # [S, V]
-        if c.temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            best, ids = logits.topk(min(c.top_k or logits.shape[1], logits.shape[1]))
-            new = ids.gather(1, torch.multinomial((best / c.temperature).softmax(-1), 1, generator=chance))
-        tokens = torch.cat([tokens, new], dim=1)
-        if (tokens[:, len(start):] == tok.eos_id).any(1).all():
+        # the model sees S sequences of equal length, laid end to end
+        context = tokens[:, -model.config.block_size:]
+        S, L = context.shape
+        cu_seqlens = torch.arange(0, S * L + 1, L, dtype=torch.int32, device=device)
+        last_positions = cu_seqlens[1:].long() - 1
+        hidden = model(context.flatten(), cu_seqlens, True, last_positions)                 # [S, C]
+        logits = model.logits(hidden).float().masked_fill(is_never_written, float("-inf"))  # [S, V]
+
+        next_tokens = choose(logits, c.temperature, c.top_k, generator)                     # [S, 1]
+        tokens = torch.cat([tokens, next_tokens], dim=1)
+        is_finished = (tokens[:, len(start):] == tok.eos_id).any(1)                         # [S]
+        if is_finished.all():
             break
+
+    # a text ends before its eos
     texts = []
-    for row in tokens[:, len(start):].tolist():
-        texts.append(tok.decode(row[:row.index(tok.eos_id)] if tok.eos_id in row else row))
+    for ids in tokens[:, len(start):].tolist():
+        if tok.eos_id in ids:
+            ids = ids[:ids.index(tok.eos_id)]
+        texts.append(tok.decode(ids))
     return texts
+
+
+def unwritable(model, tok, device):
+    """Return which ids a text must not have: the mask, and rows of the vocabulary without a token.
+    [V] bool"""
+    V = model.config.vocab_size
+    is_never_written = torch.ones(V, dtype=torch.bool, device=device)
+    writable = [i for i in tok.known_ids if i < V and i != tok.mask_id]
+    is_never_written[writable] = False
+    return is_never_written
+
+
+def choose(logits, temperature, top_k, generator):
+    """Draw a token for each row of logits [S, V]. -> ids [S, 1]"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    V = logits.shape[1]
+    best, ids = logits.topk(min(top_k or V, V))
+    p = (best / temperature).softmax(-1)
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator))
 
 
 @torch.inference_mode()
 def fill(model, tok, text, show, device):
-    """-> for each [MASK] of text the `show` likeliest tokens as (text, probability), over all rows of the vocabulary.
+    """Return, for each [MASK] of the text, the `show` likeliest tokens as (token, probability).
 
-    A mask stands for a token, and tokens begin with the space before a word: the space before [MASK] is the mask's.
+    The probability is over the whole vocabulary. A mask stands for one token, and a token begins
+    with the space before its word, so the space before [MASK] belongs to the mask.
     """
-    mask = tok.encoding.decode([tok.mask_id])
-    parts = re.split(rf"\s*(?:\[MASK\]|{re.escape(mask)})", text)
-    ids = tok.encode(parts[0])
-    for part in parts[1:]:
-        ids += [tok.mask_id, *tok.encode(part)]
-    tokens = torch.tensor([*ids, tok.eos_id], device=device)                                    # closed by eos, as in pretraining
-    positions = (tokens == tok.mask_id).nonzero()[:, 0]                                         # [N]
-    hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32, device=device), False, positions)
-    p, candidates = (x.tolist() for x in model.logits(hidden).float().softmax(-1).topk(show))    # [N, show] each
-    return [[(tok.decode([i]) or f"(row {i})", share) for i, share in zip(*gap)] for gap in zip(candidates, p)]
+    mask_text = tok.encoding.decode([tok.mask_id])
+    pieces = re.split(rf"\s*(?:\[MASK\]|{re.escape(mask_text)})", text)
+    ids = tok.encode(pieces[0])
+    for piece in pieces[1:]:
+        ids += [tok.mask_id, *tok.encode(piece)]
+    ids.append(tok.eos_id)      # closes the text, as in pretraining
+
+    tokens = torch.tensor(ids, device=device)                               # [T]
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+    positions = (tokens == tok.mask_id).nonzero()[:, 0]                     # [N]
+    hidden = model(tokens, cu_seqlens, False, positions)                    # [N, C]
+    best = model.logits(hidden).float().softmax(-1).topk(show)              # [N, show]
+
+    gaps = []
+    for gap_ids, probabilities in zip(best.indices.tolist(), best.values.tolist()):
+        candidates = [tok.decode([i]) or f"(row {i})" for i in gap_ids]
+        gaps.append(list(zip(candidates, probabilities)))
+    return gaps
 
 
-def side_by_side(names, cells):
-    """Print a column for each name with the text that belongs to it."""
-    width = max(20, (shutil.get_terminal_size().columns - 3 * (len(names) - 1)) // len(names))
-    columns = [[line for paragraph in [name, "-" * min(width, len(name)), *text.splitlines()]
-                for line in textwrap.wrap(paragraph, width) or [""]] for name, text in zip(names, cells)]
-    for i in range(max(map(len, columns))):
-        print("   ".join((column[i] if i < len(column) else "").ljust(width) for column in columns).rstrip())
+def answers(c, path, device):
+    """Return what the checkpoint at `path` answers: a text for each gap of --fill, or for each
+    sample."""
+    tok = checkpoint.tokenizer_of(path)
+    config = checkpoint.config_of(path)
+    pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here
+    model = checkpoint.load_model(path, device, c.attention)
+    if not c.fill:
+        return [c.prompt + text for text in generate(model, tok, c.prompt, c, device)]
+    gaps = fill(model, tok, c.fill, min(c.show, config.vocab_size), device)
+    if not gaps:
+        raise UserError(f"--fill={c.fill}: there is no [MASK] in it")
+    texts = []
+    for candidates in gaps:
+        lines = [f"{p:7.2%}  {token.strip() or repr(token)}" for token, p in candidates]
+        texts.append("\n".join(lines))
+    return texts
+
+
+def print_side_by_side(names, texts):
+    """Print a column for each name, with its text below it."""
+    terminal = shutil.get_terminal_size().columns
+    gaps_between = 3 * (len(names) - 1)
+    width = max(20, (terminal - gaps_between) // len(names))
+    # break each text into the lines of its column
+    columns = []
+    for name, text in zip(names, texts):
+        lines = []
+        for paragraph in [name, "-" * min(width, len(name)), *text.splitlines()]:
+            lines += textwrap.wrap(paragraph, width) or [""]
+        columns.append(lines)
+
+    # print line by line; short columns end in blanks
+    for i in range(max(len(lines) for lines in columns)):
+        cells = []
+        for lines in columns:
+            cell = lines[i] if i < len(lines) else ""
+            cells.append(cell.ljust(width))
+        print("   ".join(cells).rstrip())
     print()
 
 
-def main(c):
+def check_settings(c):
+    """Raises UserError for settings that contradict each other or make no sense."""
     if bool(c.ckpt) == bool(c.compare):
-        raise UserError("which checkpoint? --ckpt=RUN/step_NNNNNNN, or --compare A B to see several side by side")
+        raise UserError("which checkpoint? --ckpt=RUN/step_NNNNNNN, or --compare A B to see "
+                        "several side by side")
     if c.prompt and c.fill:
-        raise UserError("--prompt goes on from a text and --fill fills one: give one of them")
+        raise UserError("--prompt continues a text and --fill fills the gaps of a text: give one "
+                        "of them")
     if min(c.max_new_tokens, c.num_samples, c.show) < 1 or min(c.top_k, c.temperature) < 0:
-        raise UserError("max_new_tokens, num_samples and show must be at least 1, top_k and temperature at least 0")
+        raise UserError("max_new_tokens, num_samples and show must be at least 1, top_k and "
+                        "temperature at least 0")
+
+
+def main(c):
+    check_settings(c)
     device = pick_device(c.device)
-    paths, found = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)], []
-    for path in paths:
-        tok, config = checkpoint.tokenizer_of(path), checkpoint.config_of(path)
-        pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here
-        model = checkpoint.load_model(path, device, c.attention)
-        if c.fill:
-            gaps = fill(model, tok, c.fill, min(c.show, config.vocab_size), device)
-            if not gaps:
-                raise UserError(f"--fill={c.fill}: there is no [MASK] in it")
-            found.append(["\n".join(f"{p:7.2%}  {token.strip() or repr(token)}" for token, p in gap) for gap in gaps])
-        else:
-            found.append([c.prompt + text for text in generate(model, tok, c.prompt, c, device)])
-    for i, cells in enumerate(zip(*found)):
-        if len(found[0]) > 1:
-            print(f"{'mask' if c.fill else 'sample'} {i + 1}")
-        side_by_side(paths, cells)
+    paths = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)]
+    texts_of_checkpoint = [answers(c, path, device) for path in paths]
+
+    # first every checkpoint's answer to the first gap, or its first sample, then the second, ...
+    noun = "mask" if c.fill else "sample"
+    for i, texts in enumerate(zip(*texts_of_checkpoint)):
+        if len(texts_of_checkpoint[0]) > 1:
+            print(f"{noun} {i + 1}")
+        print_side_by_side(paths, texts)
 
 
 if __name__ == "__main__":
