@@ -1,4 +1,4 @@
-# The study's advice: begin with a decoder that somebody has trained, and go on with masked language modelling.
+# The study's advice: start from a decoder that exists, and continue with masked language modelling.
 #   python prepare_fineweb.py --source=my_texts/ --tokenizer=hf:HuggingFaceTB/SmolLM2-135M --out=data/smollm2
 #   python train.py config/cpt_from_decoder.py
 # 128 rows x 2,048 tokens = 262,144 tokens a step; 4,000 steps = 1.05 G tokens. Published (arXiv 2507.00994, section 5):

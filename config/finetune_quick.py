@@ -1,6 +1,6 @@
 # A first look in minutes on two CPU cores: one learning rate, two seeds, 40 steps of 16, for a small encoder and any tasks.
 #   python finetune.py --ckpt=runs/demo/clm_then_mlm config/finetune_quick.py
-# One learning rate is no comparison of encoders: each has its own best one. For that leave this file out.
+# To compare encoders, leave this file out: each encoder has a best learning rate of its own.
 lrs = (1e-3,)
 seeds = (0, 1)
 steps = 40

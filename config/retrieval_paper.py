@@ -1,7 +1,7 @@
-# The paper's retrieval, as its code has it: 6 learning rates x 5 seeds = 30 trainings an encoder on MS MARCO's pairs, each of
+# The paper's retrieval, with the settings of its code: 6 learning rates x 5 seeds = 30 trainings an encoder on MS MARCO's pairs, each of
 # which searches the judged documents of MS MARCO, NQ and MLDR.
 #   torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN config/retrieval_paper.py --out_dir=RUN/paper
-# 1,000 steps of 32 pairs, every other document of a batch is a negative; weights and moments in bfloat16, which lose small
+# 1,000 steps of 32 pairs, every other document of a batch is a negative; weights and optimizer state in bfloat16, which loses small
 # updates (finetune_paper.py). For numbers of your own prefer the defaults: the same grid without this file.
 tasks = "all"
 mode, param_dtype = "paper", "bfloat16"

@@ -26,7 +26,7 @@ from core.files import ahead, find_files
 from core.rng import CUT, hashed, permute
 from corpus.shards import HEADER_BYTES, read_header, verify_shard
 
-VERIFY_AT_ONCE = 2 << 30  # bytes; larger corpora are checked while training goes on
+VERIFY_AT_ONCE = 2 << 30  # bytes; larger corpora are checked while training runs
 MIN_LENGTH = 12  # tokens of the paper's shortest sequence
 
 
