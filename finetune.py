@@ -28,7 +28,7 @@ from tqdm import tqdm
 from core import checkpoint
 from core.configurator import UserError, run
 from core.device import keep_freed_memory
-from core.distributed import speaks
+from core.distributed import shows_progress
 from core.rng import permute
 from tasks import loading, packing, queue, registry, worker
 from tasks.family import Family, Outputs, Split
@@ -126,7 +126,7 @@ class Worker(worker.Worker):
                  "baseline": family.baseline(splits)}
         self.settle(folder, name, facts)
         self.data = TaskData(family, splits, facts)
-        if speaks():
+        if shows_progress():
             sizes = " + ".join(f"{len(examples[split]):,}" for split in examples)
             tqdm.write("; ".join([f"{name}: {family.title}, {sizes} examples, {steps} steps of {c.batch} "
                                   f"({facts['epochs']:g} epochs)", *notes]))
@@ -163,7 +163,7 @@ class Worker(worker.Worker):
         order = np.argsort(-lengths, kind="stable")
         logits = [None] * len(lengths)
         for indices in tqdm(packing.by_budget(order, data.sequences, self.c.eval_tokens), desc=split, leave=False,
-                            disable=not speaks()):
+                            disable=not shows_progress()):
             batch = packing.batch_of(data.sequences, indices, self.device)
             with torch.inference_mode():
                 batch_logits = self.logits(head, batch).cpu()
@@ -207,7 +207,7 @@ def main(c):
     for name, lr, seed in itertools.product(names, c.lrs, c.seeds):
         trials.append({"task": name, "lr": lr, "seed": seed})
     queue.work(trials, folder, lambda trial: this_worker.run(trial, folder))
-    if speaks():
+    if shows_progress():
         report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
         print(f"{len(trials)} trials in {folder}/trials; the table: {report}")
 

@@ -18,7 +18,7 @@ import time
 
 from tqdm import tqdm
 
-from core.distributed import speaks
+from core.distributed import shows_progress
 from core.files import unique, write_whole
 
 HEARTBEAT = 10.0      # seconds between two touches of a claim
@@ -41,7 +41,7 @@ def work(trials, folder, run, poll=2.0):
     Returns how many trials this process ran.
     """
     n_run = 0
-    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not speaks()) as bar:
+    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not shows_progress()) as bar:
         while True:
             open_trials = [trial for trial in trials if not is_done(folder, trial)]
             bar.n = len(trials) - len(open_trials)

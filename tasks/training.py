@@ -4,7 +4,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from core.distributed import speaks
+from core.distributed import shows_progress
 
 
 class Diverged(Exception):
@@ -28,7 +28,7 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
     curve, pending = [], []
-    bar = tqdm(range(steps), desc=name, leave=False, disable=not speaks())
+    bar = tqdm(range(steps), desc=name, leave=False, disable=not shows_progress())
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * share_of_peak(step, steps, c.warmup)
