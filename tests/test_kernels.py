@@ -5,6 +5,7 @@ With a GPU the grid runs compiled, in bf16 and fp16 (marked gpu), with what only
 """
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from conftest import DEVICE, GPU, ROOT, losses, run_python
 
 import kernels
 import train
-from kernels import varlen
+from kernels import blocks, varlen
 from kernels.reference import attention as reference
 from kernels.sdpa import attention as sdpa
 from model import SIZES
@@ -39,11 +40,12 @@ def way(request, monkeypatch):
     arch = 89
     if GPU and request.param:
         arch = T.architecture(*torch.cuda.get_device_capability())
-        if arch not in T.HAS_TMA:
+        if arch not in blocks.HAS_TMA:
             pytest.skip("no TMA on this GPU")
-    for key, blocks in list(T.TABLE.items()):
-        monkeypatch.setitem(T.TABLE, key, T.TABLE[(arch, *key[1:])]._replace(tma=request.param) if GPU else
-                            blocks._replace(tma=request.param))
+    for key, row in list(T.TABLE.items()):
+        if GPU:
+            row = T.TABLE[(arch, *key[1:])]
+        monkeypatch.setitem(T.TABLE, key, row._replace(tma=request.param))
     return request.param
 
 
@@ -380,11 +382,18 @@ def test_every_shipped_configuration_compiles_ahead_of_time(cc, instruction, sha
 
 
 def test_every_gpu_has_blocks_and_an_unknown_one_gets_small_ones_without_tma():
-    known = set(T.ARCHITECTURES.values())
-    assert set(T.TABLE) == {(arch, name, width) for arch in known for name in N_PRODUCTS for width in (64, 128)}
-    assert {T.architecture(*capability) for capability in [(7, 5), (8, 7), (11, 0), (13, 0)]} == {89}
-    for (arch, *_), blocks in T.TABLE.items():
-        assert arch in T.HAS_TMA or not blocks.tma
+    keys = itertools.product(set(blocks.ARCHITECTURES.values()), N_PRODUCTS, (64, 128))
+    assert set(blocks.TABLE) == set(keys)
+    assert {blocks.architecture(*capability) for capability in [(7, 5), (8, 7), (11, 0), (13, 0)]} == {89}
+    for (arch, *_), row in blocks.TABLE.items():
+        assert arch in blocks.HAS_TMA or not row.tma
+
+
+def test_a_search_tries_the_tables_blocks_first_no_blocks_twice_and_tma_only_where_there_is_some():
+    for key in blocks.TABLE:
+        candidates = blocks.candidates(key)
+        assert candidates[0] == blocks.TABLE[key] and len(candidates) == len(set(candidates))
+        assert any(row.tma for row in candidates) == (key[0] in blocks.HAS_TMA)
 
 
 # ---- on a GPU
