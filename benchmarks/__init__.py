@@ -1,14 +1,22 @@
 """The parts of bench.py.
 
-    train     whole training steps: ours, with one feature off at a time, and the peers
-    race      the contestants as processes that take turns
-    kernels   attention and the loss beside PyTorch's
-    gpu       what runs/gpu.sh measures
-    data      reading and preparing a corpus
-    finetune  a grid of trials beside a Hugging Face Trainer loop
-    search    exact search beside numpy and FAISS
-    runs      train.py over a thousand steps, on two processes, at the end of the memory
-    rows      a row of JSON for each fact
-    tables    the README's tables, from the rows
-    summary   the figures of a rows file that decide something
+    train        a whole training step, beside the peers
+    contestants  who takes part: ours, ours with one feature off, EuroBERT, nanoGPT
+    race         the contestants as processes that take turns
+    profile      where the time of a step goes
+    steady       train.py over a thousand steps
+    ddp          train.py by two processes
+    memory       the most rows that a step can have
+    runs         train.py, started and watched from outside
+    kernels      attention and the loss beside PyTorch's
+    data         batches from a corpus, and preparing one
+    preparation  the ways to prepare a corpus that data times
+    finetune     a grid of trials beside a Hugging Face Trainer loop
+    search       exact search beside numpy and FAISS
+    alive        does everything run on this machine?
+    steps        the training step of several sizes in one process
+    settings     the settings that several parts share
+    rows         a row of JSON for each fact
+    tables       the README's tables, from the rows
+    summary      the figures of a rows file that decide something
 """

@@ -1,46 +1,95 @@
-"""The fine-tuning part of bench.py: a grid of trials by finetune.py, by one worker and by several that share the machine, and
-the same grid by a Hugging Face Trainer loop.
+"""A grid of fine-tuning trials by finetune.py, by one worker and by several, beside a Hugging Face
+Trainer loop.
 
-All start as a user starts them, in a process of their own, and are timed from there to the last row: imports, tokenizing and
-loading included. The loop is what upstream does for each trial, from_pretrained, a Trainer that pads each batch to its
-longest, evaluation of validation and test set, with three favours: tokens come from our tokenizer ready made, evaluation takes
-batches as large as training, and one process runs all trials. Several loops side by side are not measured here: compare one
-worker with the loop for what a process does, several for what a user of either gets without more work.
+    python bench.py finetune
+    python bench.py finetune --task=sst2 --task_dir=FOLDER_OF_THE_DATA
+
+All start as a user starts them, in a process of their own, and are timed from there to the last
+row: imports, tokenizing and loading included. The loop is what upstream does for each trial:
+from_pretrained, a Trainer that pads each batch to its longest sequence, evaluation of the
+validation and test set. It has three favours: tokens come from our tokenizer ready made, evaluation
+takes batches as large as training, and one process runs all trials. Several loops side by side are
+not measured. Compare one worker with the loop for what a process does, several workers for what a
+user of either gets without more work.
 """
+import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 
 import torch
 
+from benchmarks.rows import describe, record
+from benchmarks.settings import as_flags, check_sizes, settings_for
 from core import checkpoint, tokenizer
-from core.configurator import RunError
-from core.device import synchronize
+from core.configurator import RunError, UserError
+from core.device import pick_device, pick_dtype, synchronize
 from core.files import ROOT
 from huggingface import weights as hf_weights
 from model import SIZES, Encoder, ModelConfig
 from tasks import demo, loading, packing, registry
 
-MAX_LENGTH = 507    # 0.99 * 512
+MAX_LENGTH = 507                   # tokens of a sequence: 0.99 * 512
+LEARNING_RATES = (5e-5, 1e-4)
+BATCH = 32
 
 
-def new_run(c, folder):
-    """A run with random weights, which are as fast as trained ones: the size and vocabulary of c. -> its checkpoint"""
-    os.makedirs(folder)
-    texts = (sentence for *_, sentence in demo.sentences())
-    tok = tokenizer.get(f"train:{c.vocab_size}", texts)
-    tokenizer.save(tok, folder)
-    torch.manual_seed(0)
-    model = Encoder(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=512))
-    return checkpoint.save(folder, 0, model, {"settings": {"tokenizer_hash": tok.hash.hex()}})
+@dataclass
+class Config:
+    # the model, from random weights
+    size: str = "small"          # a row of model.SIZES
+    vocab_size: int = 8192       # of its tokenizer
+    # the grid
+    task: str = "sotu_era"       # a sequence classification task of tasks/registry.py
+    task_dir: str = ""           # local data for it, as finetune.py's data_dir
+    trials: int = 8              # two learning rates, half as many seeds
+    trial_steps: int = 50        # of each
+    # how
+    device: str = "auto"         # cuda where there is one, else cpu
+    dtype: str = "auto"          # bfloat16 or float32
+    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
-def grid(c):
-    return [{"lr": lr, "seed": seed} for lr in (5e-5, 1e-4) for seed in range(c.trials // 2)]
+def finetune(c):
+    device = pick_device(c.device)
+    dtype = pick_dtype(c.dtype, device)
+    check_settings(c)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure(c, device, dtype, folder)
+    n_workers = count_workers(c)
+    names = {
+        "one": "finetune.py, one worker",
+        "several": f"finetune.py, {n_workers} workers (torchrun)",
+        "trainer": "Hugging Face Trainer loop: pads, loads the model anew for each trial",
+    }
+    print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of {c.trial_steps} steps of {BATCH}, "
+          "and evaluation\n\n"
+          "| grid | seconds | trials/hour | faster than the loop by |\n|---|---|---|---|")
+    ratio = {key: seconds["trainer"] / value for key, value in seconds.items()}
+    for key, name in names.items():
+        trials_an_hour = 3600 * c.trials / seconds[key]
+        print(f"| {name} | {seconds[key]:.0f} | {trials_an_hour:.0f} | {ratio[key]:.2f} x |")
+    row = {"bench": "finetune", "task": c.task, "size": c.size, "dtype": dtype, "trials": c.trials,
+           "steps": c.trial_steps, "workers": n_workers, "seconds": seconds, "ratio": ratio}
+    record(c.to, row, device)
 
 
-def workers(c):
+def check_settings(c):
+    check_sizes((c.size,), f"size={c.size}")
+    if c.trials < 2 or c.trials % 2:
+        raise UserError(f"trials={c.trials}: expected an even number, half of them at each learning rate")
+    if registry.find(c.task, c.task_dir).kind != "sequence":
+        raise UserError(f"task={c.task}: expected a sequence classification task, which is what the peer's "
+                        "loop trains")
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the peer needs {' and '.join(missing)} (requirements-dev.txt)")
+
+
+def count_workers(c):
     """How many share the grid: one a core, four at most, and no more than there are seeds."""
     return min(4, os.cpu_count() or 1, c.trials // 2)
 
@@ -48,52 +97,112 @@ def workers(c):
 def measure(c, device, dtype, folder):
     """-> {"one" worker | "several" | "trainer": seconds of the whole grid}"""
     path = new_run(c, os.path.join(folder, "run"))
-    seeds = sorted({t["seed"] for t in grid(c)})
-    ours = ["finetune.py", f"--ckpt={path}", f"--tasks={c.task}", f"--data_dir={c.task_dir}", "--lrs=5e-5,1e-4",
-            f"--seeds={','.join(map(str, seeds))}", f"--steps={c.trial_steps}", f"--device={device}", f"--dtype={dtype}"]
-    theirs = ["bench.py", "trainer", path, *(w for w in sys.argv[1:] if w.startswith("--"))]
-    commands = {"one": [*ours, f"--out_dir={folder}/one", f"--cache_dir={folder}/one"],
-                "several": ["-m", "torch.distributed.run", f"--nproc_per_node={workers(c)}", *ours, f"--out_dir={folder}/several",
-                            f"--cache_dir={folder}/several"],
-                "trainer": theirs}
-    here, seconds = ROOT, {}
+    rates = ",".join(f"{lr:g}" for lr in LEARNING_RATES)
+    seeds = ",".join(str(seed) for seed in range(c.trials // 2))
+    ours = ["finetune.py", f"--ckpt={path}", f"--tasks={c.task}", f"--data_dir={c.task_dir}", f"--lrs={rates}",
+            f"--seeds={seeds}", f"--steps={c.trial_steps}", f"--device={device}", f"--dtype={dtype}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={count_workers(c)}"]
+    commands = {
+        "one": [*ours, f"--out_dir={folder}/one", f"--cache_dir={folder}/one"],
+        "several": [*torchrun, *ours, f"--out_dir={folder}/several", f"--cache_dir={folder}/several"],
+        "trainer": ["bench.py", "trainer", path, *as_flags(settings_for(TrainerConfig, c))],
+    }
+    seconds = {}
     for name, command in commands.items():
         began = time.time()
-        done = subprocess.run([sys.executable, *command], cwd=here, check=False, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
         if done.returncode:
             raise RunError(f"{name} ended with exit code {done.returncode}")
         seconds[name] = time.time() - began
     return seconds
 
 
-def trainer(c, path, device, dtype):
-    """The loop: every trial loads the model anew and pads."""
+def new_run(c, folder):
+    """A run with random weights, which are as fast as trained ones: the size and vocabulary of c.
+    -> its checkpoint"""
+    os.makedirs(folder)
+    texts = (sentence for *_, sentence in demo.sentences())
+    tok = tokenizer.get(f"train:{c.vocab_size}", texts)
+    tokenizer.save(tok, folder)
+    torch.manual_seed(0)
+    model = Encoder(model_config(c))
+    return checkpoint.save(folder, 0, model, {"settings": {"tokenizer_hash": tok.hash.hex()}})
+
+
+def model_config(c):
+    return ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=512)
+
+
+# --------------------------------------------------------------------------------------------------
+# the process of the Trainer loop
+
+@dataclass
+class TrainerConfig(Config):
+    args: tuple = ()             # a checkpoint, for its tokenizer
+
+
+def run_trainer(c):
+    """bench.py trainer CHECKPOINT: every trial loads the model anew and pads."""
     from transformers import EuroBertConfig, EuroBertForSequenceClassification, Trainer, TrainingArguments
-    tok = tokenizer.load(os.path.dirname(path))
+
+    device = pick_device(c.device)
+    dtype = pick_dtype(c.dtype, device)
+    run_dir = os.path.dirname(c.args[0])
+    tok = tokenizer.load(run_dir)
     task, examples, _ = loading.load(c.task, c.task_dir)
-    data = {split: packing.encode(registry.family_of(task), part, tok, MAX_LENGTH) for split, part in examples.items()}
-    data = {split: [{"ids": packing.rows(d, "tokens", [i]).tolist(), "label": int(d["target"][i])} for i in range(len(d["target"]))]
-            for split, d in data.items()}
-    folder = os.path.join(os.path.dirname(path), "hugging_face")
-    same = hf_weights.write_config(ModelConfig(**SIZES[c.size], vocab_size=c.vocab_size, block_size=512), causal=False)
+    splits = {split: encode_split(task, rows, tok) for split, rows in examples.items()}
+
+    # the model of the checkpoint, with other random weights, as Hugging Face saves one
+    folder = os.path.join(run_dir, "hugging_face")
+    dimensions = hf_weights.write_config(model_config(c), causal=False)
     ids = dict(bos_token_id=0, eos_token_id=tok.eos_id, pad_token_id=tok.eos_id, mask_token_id=tok.mask_id)
-    config = EuroBertConfig.from_dict(same | ids | {"classifier_pooling": "mean"}, num_labels=len(task.labels))
+    config = EuroBertConfig.from_dict(dimensions | ids | {"classifier_pooling": "mean"}, num_labels=len(task.labels))
     EuroBertForSequenceClassification(config).save_pretrained(folder)
 
     def pad(items):
-        longest = max(len(x["ids"]) for x in items)
-        ids = torch.tensor([x["ids"] + [tok.eos_id] * (longest - len(x["ids"])) for x in items])
-        mask = torch.tensor([[1] * len(x["ids"]) + [0] * (longest - len(x["ids"])) for x in items])
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([x["label"] for x in items])}
+        longest = max(len(item["ids"]) for item in items)
+        ids = []
+        mask = []
+        for item in items:
+            n_padding = longest - len(item["ids"])
+            ids.append(item["ids"] + [tok.eos_id] * n_padding)
+            mask.append([1] * len(item["ids"]) + [0] * n_padding)
+        labels = [item["label"] for item in items]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
 
-    for trial in grid(c):
-        model = EuroBertForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa")
-        run = Trainer(model, TrainingArguments(
-            output_dir=os.path.join(folder, "out"), max_steps=c.trial_steps, per_device_train_batch_size=32,
-            per_device_eval_batch_size=32, learning_rate=trial["lr"], seed=trial["seed"], warmup_steps=c.trial_steps // 10,
-            weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-5, bf16=dtype == "bfloat16", use_cpu=device == "cpu",
-            remove_unused_columns=False, save_strategy="no", report_to="none"), train_dataset=data["train"], data_collator=pad)
-        run.train()
-        for split in ("validation", "test"):
-            run.predict(data[split])
+    for lr in LEARNING_RATES:
+        for seed in range(c.trials // 2):
+            model = EuroBertForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa")
+            arguments = TrainingArguments(
+                output_dir=os.path.join(folder, "out"),
+                max_steps=c.trial_steps,
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=BATCH,
+                learning_rate=lr,
+                seed=seed,
+                warmup_steps=c.trial_steps // 10,
+                weight_decay=0.1,
+                adam_beta2=0.95,
+                adam_epsilon=1e-5,
+                bf16=dtype == "bfloat16",
+                use_cpu=device == "cpu",
+                remove_unused_columns=False,
+                save_strategy="no",
+                report_to="none",
+            )
+            loop = Trainer(model, arguments, train_dataset=splits["train"], data_collator=pad)
+            loop.train()
+            loop.predict(splits["validation"])
+            loop.predict(splits["test"])
     synchronize(device)
+
+
+def encode_split(task, examples, tok):
+    """The examples of a split as the Trainer takes them. -> [{"ids": [token id, ...], "label":
+    label id}]"""
+    encoded = packing.encode(registry.family_of(task), examples, tok, MAX_LENGTH)
+    items = []
+    for i, label in enumerate(encoded["target"]):
+        ids = packing.rows(encoded, "tokens", [i]).tolist()
+        items.append({"ids": ids, "label": int(label)})
+    return items

@@ -1,4 +1,10 @@
-"""Contestants of bench.py train as processes that take turns."""
+"""Contestants of `bench.py train` as processes that take turns.
+
+Each contestant is a process of its own, as a user would run it, with an empty compiler cache. It
+makes one round of steps whenever a line arrives on its stdin, and answers with a line of JSON. On a
+CPU the contestants take turns, up to five at a time and the first always among them. On a GPU,
+whose memory they would have to share, they run one by one.
+"""
 import json
 import os
 import subprocess
@@ -6,154 +12,210 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.train import AT_ONCE, NAMES, contestants, write_corpus
-from core.configurator import UserError
+from benchmarks.contestants import NAMES, contestants, write_corpus
+from benchmarks.settings import StepSettings, as_flags, settings_for
 from core.device import keep_freed_memory, limit_memory, peak_memory, pick_device, synchronize
 from core.files import ROOT
 
+AT_ONCE = 4            # contestants beside the first, on a CPU: each keeps 2 to 4 GiB
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the race
-def contestant(c, key):
-    """The process of one contestant. Each line on its stdin asks for c.steps steps, each answer is a line of JSON."""
+
+# --------------------------------------------------------------------------------------------------
+# the process of one contestant
+
+@dataclass
+class ContestantConfig(StepSettings):
+    args: tuple = ()             # the contestant's key in NAMES
+    data_dir: str = "data/demo"  # the corpus
+    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
+    memory_gib: float = 0.0      # of a device that is larger; 0: all it has
+    steps: int = 4               # in a round
+
+
+def run_contestant(c):
+    """bench.py contestant KEY: each line on stdin asks for c.steps steps, each answer is a line of
+    JSON."""
+    key = c.args[0]
     device = pick_device(c.device)
     if key.startswith("ours") and key != "ours-malloc":
         keep_freed_memory()
     limit_memory(device, c.memory_gib)
     try:
-        step, flops = contestants(c)[key][0]()
-        step()
+        training_step = contestants(c, c.nanogpt)[key].build(c, c.data_dir)
+        training_step.run()
         synchronize(device)
         answer(first=True)
-        step()      # may compile once more, for gradients that are laid out otherwise
+        # The second step may compile once more, for gradients with another memory layout.
+        training_step.run()
         synchronize(device)
         answer(ready=True)
         for _ in sys.stdin:
-            step()      # untimed: caches and clocks are another contestant's until then
-            synchronize(device)
-            began = time.perf_counter()
-            seen = [step() for _ in range(c.steps)]
-            synchronize(device)
-            answer(seconds=time.perf_counter() - began, flops=sum(map(flops, seen)))
+            race_one_round(training_step, c.steps, device)
         answer(peak=peak_memory(device))
-    except (RuntimeError, MemoryError) as error:      # a GPU's and a CPU's allocator have each their own words for it
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        # A GPU's and a CPU's allocator each have their own words for it.
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_memory and "can't allocate memory" not in str(error):
             raise
         answer(failed="out of memory")
 
 
-def profile(c, key, steps=3):
-    """torch.profiler's table of a contestant's steps, most time of its own first."""
-    device = pick_device(c.device)
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * device.startswith("cuda")
-    keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        write_corpus(c, folder)
-        step, _ = contestants(replace(c, data_dir=folder))[key][0]()
-        for _ in range(3):
-            step()
-        synchronize(device)
-        with torch.profiler.profile(activities=kinds) as found:
-            for _ in range(steps):
-                step()
-            synchronize(device)
-    sort = f"self_{'device' if device.startswith('cuda') else 'cpu'}_time_total"
-    return found.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=70)
+def race_one_round(training_step, n_steps, device):
+    # One untimed step first: until then, caches and clocks are another contestant's.
+    training_step.run()
+    synchronize(device)
+    began = time.perf_counter()
+    batches = [training_step.run() for _ in range(n_steps)]
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    answer(seconds=seconds, flops=sum(training_step.flops_of(batch) for batch in batches))
 
 
 def answer(**facts):
     print("answer " + json.dumps(facts), flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# that process, seen from outside
+
 class Runner:
-    """A contestant's process, seen from outside."""
+    """Starts a contestant's process and waits for its first two steps.
 
-    def __init__(self, c, key, folder):
-        default, script = type(c)(), os.path.join(ROOT, "bench.py")
-        flags = [f"--{k}={v}" for k, v in vars(c).items() if k not in ("args", "to", "data_dir") and v != getattr(default, k)]
-        self.errors, self.began = open(os.path.join(folder, key), "w+"), time.time()
-        self.seconds, self.flops, self.failed = [], 0, None
-        empty = {name: os.path.join(folder, f"{name}-{key}") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        self.process = subprocess.Popen([sys.executable, script, "contestant", key, *flags, f"--data_dir={folder}"], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=os.environ | empty)
-        self.hear()
-        self.first = time.time() - self.began
-        self.hear()      # else its second step runs into another's first round
+    seconds: of each round; flops: of all rounds; first: seconds from the start of the process to
+    the end of its first step; peak: bytes; failed: why there is no further answer, or None.
+    """
 
-    def hear(self):
-        """The next answer, or {}: `failed` says why there is none."""
+    def __init__(self, settings, key, folder):
+        """settings: ContestantConfig; folder: the corpus, and a place for the process' files."""
+        began = time.time()
+        self.seconds = []
+        self.flops = 0
+        self.failed = None
+        self.peak = None
+        self.reference = None      # (key, Runner) of the one it is compared with
+        self.errors = open(os.path.join(folder, key), "w+")
+        empty_caches = {}
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            empty_caches[name] = os.path.join(folder, f"{name}-{key}")
+        settings = settings_for(ContestantConfig, settings, data_dir=folder)
+        command = [sys.executable, os.path.join(ROOT, "bench.py"), "contestant", key, *as_flags(settings)]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, env=os.environ | empty_caches)
+        self.read_answer()
+        self.first = time.time() - began
+        # Wait for the second step, too, else it would run into another contestant's first round.
+        self.read_answer()
+
+    def read_answer(self):
+        """The next answer, or {}: then `failed` says why there is none."""
         for line in self.process.stdout:
-            if line.startswith("answer "):      # what else it prints is its own business
+            # The peers may print lines of their own.
+            if line.startswith("answer "):
                 facts = json.loads(line.removeprefix("answer "))
                 self.failed = self.failed or facts.get("failed")
                 return facts
         self.errors.seek(0)
         lines = [line for line in self.errors.read().splitlines() if line.strip()]
-        self.failed = self.failed or f"exit code {self.process.wait()}: {lines[-1] if lines else 'no message'}"
+        last_line = lines[-1] if lines else "no message"
+        self.failed = self.failed or f"exit code {self.process.wait()}: {last_line}"
         return {}
 
     def race(self):
-        if not self.failed:
-            with suppress(BrokenPipeError):      # it died: hear() will find out why
-                print(file=self.process.stdin, flush=True)
-            facts = self.hear()
-            self.seconds.append(facts.get("seconds"))
-            self.flops += facts.get("flops", 0)
+        """Run one round."""
+        if self.failed:
+            return
+        # A pipe breaks if the process has died: read_answer() will find out why.
+        with suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
+        facts = self.read_answer()
+        self.seconds.append(facts.get("seconds"))
+        self.flops += facts.get("flops", 0)
 
     def finish(self):
         with suppress(BrokenPipeError):
             self.process.stdin.close()
-        self.peak = None if self.failed else self.hear().get("peak")
+        if not self.failed:
+            self.peak = self.read_answer().get("peak")
         self.process.wait()
         self.errors.close()
 
 
-def measure(c, device, show):
-    """-> {key: row}, a row with either `why` it was not measured or seconds a step of each round, tok_per_s, the median ratio
-    within a round to the `reference` (the first contestant), flops_per_s, peak bytes, and `first`, seconds from the start of its
-    process to the end of its first step"""
-    everybody, found = contestants(c), {}
-    racing = [key for key, (_, why) in everybody.items() if not why]
-    if not racing:
-        raise UserError(f"contestants={c.contestants}: none can be measured here: "
-                        + "; ".join(f"{key}: {why}" for key, (_, why) in everybody.items()))
-    groups = [[key] for key in racing]
-    if device == "cpu":      # who waits keeps its memory; the first races in each group, begun anew
-        groups = [racing[:1] + racing[i:i + AT_ONCE] for i in range(1, len(racing), AT_ONCE)] or groups
-    bar = tqdm(total=sum(map(len, groups)) * (c.rounds + 1), desc="rounds", smoothing=0)
-    with tempfile.TemporaryDirectory() as folder:
-        write_corpus(c, folder)
+# --------------------------------------------------------------------------------------------------
+# the race
+
+def measure(settings, keys, rounds, device, show):
+    """Race the contestants `keys`. -> {key: its Runner, finished}
+
+    settings: ContestantConfig; show(line) reports progress.
+    """
+    finished = {}
+    groups = groups_of(keys, device)
+    n_turns = sum(len(group) for group in groups) * (rounds + 1)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=n_turns, desc="rounds", smoothing=0) as bar:
+        write_corpus(settings, folder)
         for group in groups:
-            runners = {}
-            for key in group:
-                runners[key] = Runner(c, key, folder)
-                bar.update()
-                show(f"{NAMES[key]}: " + (runners[key].failed or f"first step after {runners[key].first:.1f} s"))
-            for _ in range(c.rounds):
-                for runner in runners.values():
-                    runner.race()
-                    bar.update()
+            runners = race_group(settings, group, rounds, folder, bar, show)
+            # The first contestant runs in each group. What counts is its first run, which found an
+            # empty cache.
             for key, runner in runners.items():
-                runner.finish()
-                found.setdefault(key, runner)      # of the first, who ran in each group, the run with an empty cache
+                finished.setdefault(key, runner)
+            # On a CPU ratios hold within a group only, whose members took turns.
+            comparable = runners if device == "cpu" else finished
+            working = [(key, runner) for key, runner in comparable.items() if not runner.failed]
             for runner in runners.values():
-                runner.beside = next(((k, r) for k, r in (runners if device == "cpu" else found).items() if not r.failed), None)
-    bar.close()
-    tokens, table = c.rows * c.block_size * c.steps, {}
-    for key, (_, why) in everybody.items():
-        runner = found.get(key)
-        table[key] = row = {"key": key}
-        if runner is None or runner.failed:
-            row["why"] = why or runner.failed
-            continue
-        first, beside = runner.beside
-        row |= {"seconds": [s / c.steps for s in runner.seconds], "tok_per_s": tokens / np.median(runner.seconds),
-                "reference": first, "ratio": float(np.median(np.divide(runner.seconds, beside.seconds))),
-                "flops_per_s": runner.flops / c.rounds / np.median(runner.seconds), "peak": runner.peak, "first": runner.first}
-    return table
+                runner.reference = working[0] if working else None
+    return finished
+
+
+def groups_of(keys, device):
+    """Which contestants are in memory at the same time. -> [[key, ...], ...]"""
+    if device != "cpu" or len(keys) == 1:
+        return [[key] for key in keys]
+    groups = []
+    for i in range(1, len(keys), AT_ONCE):
+        groups.append([keys[0], *keys[i:i + AT_ONCE]])
+    return groups
+
+
+def race_group(settings, keys, rounds, folder, bar, show):
+    """Start these contestants and let them take turns for `rounds` rounds. -> {key: Runner}"""
+    runners = {}
+    for key in keys:
+        runners[key] = Runner(settings, key, folder)
+        bar.update()
+        show(f"{NAMES[key]}: " + (runners[key].failed or f"first step after {runners[key].first:.1f} s"))
+    for _ in range(rounds):
+        for runner in runners.values():
+            runner.race()
+            bar.update()
+    for runner in runners.values():
+        runner.finish()
+    return runners
+
+
+def row_of(key, runner, tokens, n_steps):
+    """What a race found out about one contestant, as a row.
+
+    tokens: of a step. `seconds` are those of a step in each round, `ratio` is the median of the
+    ratios to the reference within a round.
+    """
+    if runner.failed:
+        return {"key": key, "why": runner.failed}
+    median = np.median(runner.seconds)
+    reference_key, reference = runner.reference
+    return {
+        "key": key,
+        "seconds": [seconds / n_steps for seconds in runner.seconds],
+        "tok_per_s": tokens * n_steps / median,
+        "reference": reference_key,
+        "ratio": float(np.median(np.divide(runner.seconds, reference.seconds))),
+        "flops_per_s": runner.flops / len(runner.seconds) / median,
+        "peak": runner.peak,
+        "first": runner.first,
+    }

@@ -19,12 +19,14 @@ def describe(device):
     if os.path.isfile("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        model = names[0] if names else model
+        if names:
+            model = names[0]
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def versions(device):
-    """What decides a kernel's speed and correctness besides its source."""
+    """The versions that decide a kernel's speed and correctness besides its source. -> {name:
+    version}"""
     facts = {"torch": torch.__version__}
     if kernels.triton_kernels is None:
         return facts
@@ -41,20 +43,21 @@ def versions(device):
     return facts
 
 
-def step_of(c):
-    return f"{c.size}, vocabulary {c.vocab_size:,}, {c.rows} x {c.block_size} tokens a step"
-
-
-def record(c, row, device):
-    """Append a row to the file c.to, if there is one."""
-    if not c.to:
+def record(path, row, device):
+    """Append a row to the .jsonl file `path`, unless that is ""."""
+    if not path:
         return
-    os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "kind": device.partition(":")[0],
         "device": describe(device),
         "python": platform.python_version(),
     }
-    with open(c.to, "a", encoding="utf-8") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(facts | row) + "\n")
+
+
+def log(line):
+    """Print a line at once, so that a run that is cut short has shown what it knows."""
+    print(line, flush=True)

@@ -1,27 +1,88 @@
-"""README's tables of the training step's speed and memory, from what bench.py left in results/speed/*.jsonl: of each cell the
-newest row, and a cell that nobody measured says so. `python bench.py readme` puts them in place."""
+"""The README's tables of the training step's speed and memory, made anew from the rows in
+results/speed/.
+
+    python bench.py readme
+
+A cell shows the newest row that was measured for it, and says so if there is none.
+"""
 import json
+import os
+from dataclasses import dataclass
 
-from benchmarks.train import NAMES
-from core.files import find_files
+from benchmarks.contestants import NAMES
+from core.files import ROOT, find_files, write_whole
 
-BEGIN, END = "<!-- bench.py readme: begin -->\n", "<!-- bench.py readme: end -->\n"
+# The page with the tables: the first of these that exists and holds the two marks.
+PAGES = (os.path.join("docs", "speed.md"), "README.md")
+BEGIN = "<!-- bench.py readme: begin -->\n"
+END = "<!-- bench.py readme: end -->\n"
+
+# The GPU's tables: the paper's sizes, and the step that its column headings describe.
 SIZES = ("210m", "610m", "1b")
 GPU = {"vocab_size": 128_256, "rows": 12, "block_size": 2048, "random_length": True, "dtype": "bfloat16",
        "checkpoint_activations": False}
+# What makes a column of the CPU's table.
+CPU_COLUMN = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "random_length")
 
+
+@dataclass
+class Config:
+    rows: str = "results/speed"  # folder of the .jsonl files that hold them
+
+
+def readme(c):
+    for name in PAGES:
+        path = os.path.join(ROOT, name)
+        if not os.path.isfile(path):
+            continue
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        if BEGIN in text and END in text:
+            new_text = put(text, c.rows)
+            write_whole(path, new_text.encode())
+            news = "the tables are new" if new_text != text else "nothing to change"
+            print(f"{name}: {news}")
+            return
+
+
+def put(text, folder):
+    """A page's text, with the tables between the two marks made anew from the rows in `folder`."""
+    rows = read(folder)
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    tables = "\n".join((
+        "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, MFU, peak memory, "
+        "seconds to\nthe first step, how many times ours is as fast:\n",
+        gpu_table(rows),
+        memory_table(rows),
+        "A CPU: tokens/s, and how many times ours is as fast in the same run:\n",
+        cpu_table(rows),
+    ))
+    return before + BEGIN + tables + END + after
+
+
+# --------------------------------------------------------------------------------------------------
+# rows
 
 def read(folder):
     """All rows, older before newer within a file."""
-    found = []
+    rows = []
     for path in find_files(folder, "*.jsonl"):
         with open(path, encoding="utf-8") as f:
-            found += [json.loads(line) for line in f if line.strip()]
-    return found
+            rows += [json.loads(line) for line in f if line.strip()]
+    return rows
 
 
-def newest(rows, /, **wanted):
-    return next((row for row in reversed(rows) if all(row.get(k) == v for k, v in wanted.items())), None)
+def fits(row, values):
+    return all(row.get(key) == value for key, value in values.items())
+
+
+def newest(rows, values):
+    """The last row that has these values, or None."""
+    for row in reversed(rows):
+        if fits(row, values):
+            return row
+    return None
 
 
 def kind(row):
@@ -29,61 +90,94 @@ def kind(row):
     return row.get("kind", "cpu")
 
 
-def cell(row, gpu):
-    """What one measured row says; the ratio is theirs / ours within one run."""
-    if row is None:
-        return "not measured"
-    if "why" in row:
-        return row["why"]
-    ratio = f", {row['ratio']:.2f} x" if row.get("reference") == "ours" and row["key"] != "ours" else ""
-    if gpu:
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "no published peak"
-        return f"{row['tok_per_s']:,.0f}, {mfu}, {row['peak'] / 2 ** 30:.0f} GiB, {row['first']:.0f} s{ratio}"
-    return f"{row['tok_per_s']:,.0f}{ratio}"
+# --------------------------------------------------------------------------------------------------
+# tables
 
-
-def table(head, body):
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
+def markdown(head, body):
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def gpu_table(rows):
     """The paper's three sizes on every GPU that has rows; on "one H100" if there is none."""
-    rows = [r for r in rows if r["bench"] == "train" and kind(r) != "cpu" and r["size"] in SIZES
-            and all(r.get(k) == v for k, v in GPU.items())]
-    devices = list(dict.fromkeys(r["device"] for r in rows)) or ["one H100"]
-    body = [[name, *(cell(newest(rows, device=d, size=size, key=key), gpu=True) for d in devices for size in SIZES)]
-            for key, name in NAMES.items() if key != "ours-malloc" and not key.startswith("nanogpt-")]
-    return table(["training step", *(f"{size}, {d}" for d in devices for size in SIZES)], body)
+    rows = [row for row in rows if row["bench"] == "train" and kind(row) != "cpu" and row["size"] in SIZES]
+    rows = [row for row in rows if fits(row, GPU)]
+    devices = list(dict.fromkeys(row["device"] for row in rows)) or ["one H100"]
+    columns = []
+    for device in devices:
+        for size in SIZES:
+            columns.append((device, size))
+    body = []
+    for key, name in NAMES.items():
+        # Of nanoGPT's four variants, three are there for a CPU; so is ours-malloc.
+        if key != "ours-malloc" and not key.startswith("nanogpt-"):
+            cells = [gpu_cell(newest(rows, {"device": device, "size": size, "key": key})) for device, size in columns]
+            body.append([name, *cells])
+    return markdown(["training step", *(f"{size}, {device}" for device, size in columns)], body)
+
+
+def gpu_cell(row):
+    if row is None:
+        return "not measured"
+    if "why" in row:
+        return row["why"]
+    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "no published peak"
+    return f"{row['tok_per_s']:,.0f}, {mfu}, {row['peak'] / 2 ** 30:.0f} GiB, {row['first']:.0f} s{ratio_to_ours(row)}"
+
+
+def ratio_to_ours(row):
+    """How many times ours is as fast, within one run; "" for ours itself."""
+    if row.get("reference") == "ours" and row["key"] != "ours":
+        return f", {row['ratio']:.2f} x"
+    return ""
 
 
 def cpu_table(rows):
     """A column for each machine, precision and shape that was measured on a CPU."""
-    rows = [r for r in rows if r["bench"] == "train" and kind(r) == "cpu"]
-    shape = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "random_length")
-    columns = list(dict.fromkeys(tuple(r[k] for k in shape) for r in rows))
-    head = ["<br>".join([*device.split(", ")[:2], dtype, f"vocabulary {v:,}", f"{r} x {n}, {'cut' if cut else 'whole rows'}"])
-            for device, _, dtype, v, r, n, cut in columns]
-    body = [[name, *(cell(newest(rows, key=key, **dict(zip(shape, values))), gpu=False) for values in columns)]
-            for key, name in NAMES.items() if key != "ours-kernel"]
-    return table([f"training step of {columns[0][1] if columns else 'small'}, tokens/s", *head], body)
+    rows = [row for row in rows if row["bench"] == "train" and kind(row) == "cpu"]
+    columns = []       # {key of CPU_COLUMN: value}
+    for row in rows:
+        column = {key: row[key] for key in CPU_COLUMN}
+        if column not in columns:
+            columns.append(column)
+    body = []
+    for key, name in NAMES.items():
+        if key != "ours-kernel":
+            cells = [cpu_cell(newest(rows, column | {"key": key})) for column in columns]
+            body.append([name, *cells])
+    size = columns[0]["size"] if columns else "small"
+    return markdown([f"training step of {size}, tokens/s", *(cpu_heading(column) for column in columns)], body)
+
+
+def cpu_heading(column):
+    device_and_threads = column["device"].split(", ")[:2]
+    vocabulary = f"vocabulary {column['vocab_size']:,}"
+    cuts = "cut" if column["random_length"] else "whole rows"
+    shape = f"{column['rows']} x {column['block_size']}, {cuts}"
+    return "<br>".join([*device_and_threads, column["dtype"], vocabulary, shape])
+
+
+def cpu_cell(row):
+    if row is None:
+        return "not measured"
+    if "why" in row:
+        return row["why"]
+    return f"{row['tok_per_s']:,.0f}{ratio_to_ours(row)}"
 
 
 def memory_table(rows):
     """The most rows of 2,048 tokens in a micro-batch."""
-    rows = [r for r in rows if r["bench"] == "memory" and r["memory_gib"] in (0, 80) and kind(r) != "cpu"]
-
-    def says(size, flag):
-        row = newest(rows, size=size, vocab_size=GPU["vocab_size"], block_size=GPU["block_size"], checkpoint_activations=flag)
-        return f"{row['rows']} ({row['device'].split(',')[0]})" if row else "not measured"
-    return table(["most rows of 2,048 tokens that fit", *SIZES],
-                 [[name, *(says(size, flag) for size in SIZES)]
-                  for name, flag in (("as it is", False), ("--checkpoint_activations=true", True))])
+    rows = [row for row in rows if row["bench"] == "memory" and kind(row) != "cpu" and row["memory_gib"] in (0, 80)]
+    body = []
+    for name, is_checkpointed in (("as it is", False), ("--checkpoint_activations=true", True)):
+        cells = [memory_cell(rows, size, is_checkpointed) for size in SIZES]
+        body.append([name, *cells])
+    return markdown(["most rows of 2,048 tokens that fit", *SIZES], body)
 
 
-def put(text, folder):
-    """README's text with the tables between the two marks made anew from the rows in `folder`."""
-    rows, (before, rest) = read(folder), text.split(BEGIN)
-    return before + BEGIN + "\n".join((
-        "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, MFU, peak memory, seconds to\n"
-        "the first step, how many times ours is as fast:\n", gpu_table(rows), memory_table(rows),
-        "A CPU: tokens/s, and how many times ours is as fast in the same run:\n", cpu_table(rows))) + END + rest.split(END)[1]
+def memory_cell(rows, size, is_checkpointed):
+    row = newest(rows, {"size": size, "vocab_size": GPU["vocab_size"], "block_size": GPU["block_size"],
+                        "checkpoint_activations": is_checkpointed})
+    if row is None:
+        return "not measured"
+    return f"{row['rows']} ({row['device'].split(',')[0]})"

@@ -76,11 +76,13 @@ rows=$out/$name.jsonl log=$out/log.txt
 
 # ---- what a part runs: `command`, and `limit` in seconds
 step=(--vocab_size=128256 --block_size=2048 --rows=12)
+compile_words=()
 kernel_words=(--rounds=5 "--shares=(0.4,)" --seconds=65)
 step_words=(--steps=10)
 if [ $tiny = true ]; then
   size=tiny
-  step=(--vocab_size=1024 --block_size=64 --rows=4 --compile=false)
+  step=(--vocab_size=1024 --block_size=64 --rows=4)
+  compile_words=(--compile=false)
   kernel_words=(--rounds=2 "--shares=(0.4,)" "--packings=('cuts',)" --tokens=256 --head_vocab=512 "--sizes=('tiny',)")
   step_words=(--steps=2 "--sizes=('tiny','micro')")
 fi
@@ -88,8 +90,7 @@ fi
 describe() {   # PART: set command, limit and title
   case $1 in
     a) limit=40 title="does it run?"
-       command=("$PYTHON" bench.py alive)
-       if [ $tiny = true ]; then command+=(--compile=false); fi ;;
+       command=("$PYTHON" bench.py alive "${compile_words[@]}") ;;
     b) limit=80 title="tests on the GPU"
        command=("$PYTHON" -m pytest -q -p no:cacheprovider -m fast tests/test_kernels.py tests/test_loss_kernel.py tests/test_speed.py)
        if [ $device = cpu ]; then command=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_kernels.py -k "causal_row or well_behaved"); fi
@@ -98,11 +99,11 @@ describe() {   # PART: set command, limit and title
        fi
        if "$PYTHON" -c 'import xdist' 2>/dev/null && [ $device = cuda ]; then command+=(-n 8); fi ;;   # compilation takes most of the time
     c) limit=120 title="training steps"
-       command=("$PYTHON" bench.py steps "${step[@]}" "${step_words[@]}") ;;
+       command=("$PYTHON" bench.py steps "${step[@]}" "${compile_words[@]}" "${step_words[@]}") ;;
     d) limit=80 title="kernels beside PyTorch's"
        command=("$PYTHON" bench.py kernels "${kernel_words[@]}") ;;
     e) limit=40 title="where a step's time goes"
-       command=("$PYTHON" bench.py step_profile "${step[@]}" --size=$size) ;;
+       command=("$PYTHON" bench.py profile "${step[@]}" "${compile_words[@]}" --size=$size) ;;
     f) limit=170 title="an experiment of yours"
        command=(env PYTHONPATH=. OUT="$out" "$PYTHON" carried/warp_specialised_attention.py gpu)
        if [ $tiny = true ]; then command+=(--dry); fi

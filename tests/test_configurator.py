@@ -81,7 +81,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
     assert says in str(error.value) and str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "bench.py", "hf.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "hf.py", "sample.py"])
 def test_help_lists_every_key_with_default_and_comment(script):
     help_text = run_python([script, "--help"]).stdout
     module = __import__(script[:-3])

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from benchmarks import gpu as bench_gpu
+from benchmarks import profile as bench_profile
 from benchmarks import summary as bench_summary
 
 TOY = ["--device=cpu", "--tiny=true"]
@@ -43,7 +43,7 @@ def test_a_part_that_is_cut_off_and_one_that_crashes_leave_the_results_of_the_ot
     python.write_text(f"""#!/usr/bin/env bash
 case "$*" in
   *"bench.py kernels"*) sleep 100 ;;
-  *"bench.py step_profile"*) kill -SEGV $$ ;;
+  *"bench.py profile"*) kill -SEGV $$ ;;
 esac
 exec {sys.executable} "$@"
 """)
@@ -89,5 +89,5 @@ def test_the_summary_takes_the_newest_row_of_each_fact_and_skips_a_line_that_was
 
 def test_the_profile_counts_overlapping_kernels_once_and_sees_the_gaps():
     spans = [(0, 10, "a"), (5, 12, "b"), (20, 30, "a"), (30, 31, "c")]
-    largest, busy, total = bench_gpu.largest_kernels(spans, n=2)
+    largest, busy, total = bench_profile.largest_kernels(spans, n=2)
     assert largest == [("a", (20, 2)), ("b", (7, 1))] and busy == 12 + 11 and total == 31

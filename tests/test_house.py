@@ -135,7 +135,7 @@ def documents():
 def settings_of(script, words):
     """The dataclass of settings that a command line is for."""
     module = importlib.import_module(script.removesuffix(".py"))
-    if script == "bench.py" and hasattr(module, "PARTS"):
+    if script == "bench.py":
         return module.PARTS[words.split()[0]].settings
     return module.Config
 
@@ -192,7 +192,7 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
                                          (["bench.py", "search", "--queries=9"], "expected at least 100 each"),
                                          (["bench.py", "train", "--contestants=gpt5"], "expected some of ours,ours-clm"),
                                          (["bench.py", "train", "--contestants=nanogpt"], "none can be measured here: nanogpt: no --nanogpt=CLONE"),
-                                         (["bench.py", "memory", "--device=cpu"], "of which memory?"),
+                                         (["bench.py", "memory", "--device=cpu"], "needs a limit, e.g. --memory_gib=2"),
                                          (["bench.py", "train", "--size=7b"], "size=7b"), (["bench.py", "steady", "--run_steps=150"], "run_steps=150"),
                                          (["bench.py", "ddp", "--run_steps=20"], "run_steps=20"),
                                          (["finetune.py"], "which encoder?"), (["eval_ir.py"], "which encoder?")])

@@ -16,7 +16,6 @@ from conftest import ROOT, files, rows, run_python
 from made_study import draw
 from test_tasks import sst2, write
 
-import bench
 import eval_ir
 import finetune
 import hf
@@ -24,7 +23,7 @@ import prepare_fineweb
 import sample
 import study
 import train
-from benchmarks import data as bench_data
+from benchmarks import preparation
 from benchmarks import tables as bench_tables
 from benchmarks.rows import record
 from core import checkpoint, tokenizer
@@ -158,7 +157,7 @@ def test_parquet_files_in_odd_folders(odd, tmp_path):
     assert prepare(f"parquet:{source}", out, processes=1, val_fraction=0.0) == plain
     assert prepare(source, tmp_path / "as_texts") != {}
     # bench.py data's peer, whose library takes paths for patterns
-    bench_data.nanogpt(tokenizer.load(out), find_files(source, "**/*.parquet"), str(tmp_path))
+    preparation.nanogpt(tokenizer.load(out), find_files(source, "**/*.parquet"), str(tmp_path))
     assert os.path.getsize(tmp_path / "nanogpt" / "train.bin") == 2 * sum((len(data) - 1024) // 2 for data in plain.values())
 
 
@@ -335,7 +334,7 @@ def test_benchs_rows_in_an_odd_folder(odd, tmp_path):
     (tmp_path / "like").mkdir()
     (tmp_path / "like" / "cpu.jsonl").write_text('{"bench": "decoy"}\n')
     folder = odd("rows", tmp_path / "like")
-    record(bench.Config(to=os.path.join(folder, "cpu.jsonl")), {"bench": "train"}, "cpu")
+    record(os.path.join(folder, "cpu.jsonl"), {"bench": "train"}, "cpu")
     assert [row["bench"] for row in bench_tables.read(folder)] == ["train"]
 
 

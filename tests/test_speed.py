@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from conftest import DEVICE, ROOT, files, run_python
 
 import bench
 import train
+from benchmarks import contestants as bench_contestants
 from benchmarks import tables as bench_tables
-from benchmarks import train as bench_train
-from core import checkpoint
+from benchmarks.settings import StepSettings
+from core import checkpoint, configurator
 from kernels.sdpa import attention, plan
 from model import SIZES, Encoder, ModelConfig
 from objectives import OBJECTIVES
@@ -119,7 +121,7 @@ def test_a_step_reads_nothing_back_from_the_device(tiny, monkeypatch):
 def test_a_step_on_a_gpu_never_synchronises(tmp_path, compiled):
     found, corpus = [], str(tmp_path / "corpus")
     os.makedirs(corpus)
-    bench_train.write_corpus(bench.Config(vocab_size=1024, block_size=64), corpus)      # needs no package that a GPU machine may lack
+    bench_contestants.write_corpus(StepSettings(vocab_size=1024, block_size=64), corpus)      # needs no package that a GPU machine may lack
     for steps in (20, 30):
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -140,7 +142,7 @@ PROFILED = """
 import json, os, sys, torch
 sys.path.insert(0, {root!r})
 import train
-from configurator import configure
+from core.configurator import configure
 c = configure(train.Config, sys.argv[1:])
 real, made = torch.optim.AdamW.step, []
 def step(self, *args, **kwargs):      # steps 5 to 9 are looked at
@@ -185,20 +187,36 @@ def test_two_processes_exchange_gradients_while_they_make_them_and_one_count_bes
 
 # ---- bench.py
 def test_padding_keeps_every_token_target_and_label_in_its_place():
-    c = bench.Config(vocab_size=512, block_size=128, rows=4)
+    settings = StepSettings(vocab_size=512, block_size=128, rows=4).data_settings()
     model, tokens, cu_seqlens = model_and_batch()
     rows_ = data.Rows(tokens.numpy(), cu_seqlens.numpy(), None, None, [False])
-    inputs, wanted, ids, _ = OBJECTIVES["clm"](rows_, None, c)
-    positions = torch.from_numpy(wanted).nonzero().squeeze(1)
+    inputs, has_target, ids = OBJECTIVES["clm"].prepare(rows_, None, settings)
+    positions = torch.from_numpy(has_target).nonzero().squeeze(1)
     batch = data.Batch(torch.from_numpy(inputs), cu_seqlens, positions, torch.from_numpy(ids)[positions], True, len(positions),
                        torch.tensor(LENGTHS).numpy())
-    wide = bench_train.padded(batch, 128)
+    wide = bench_contestants.padded(batch, 128)
     assert wide.tokens.view(4, 128)[1, :88].equal(tokens[40:128]) and wide.cu_seqlens.tolist() == [0, 128, 256, 384, 512]
     narrow, far = (model(b.tokens, b.cu_seqlens, True, b.positions) for b in (batch, wide))      # what follows cannot be seen
     assert torch.allclose(narrow, far, atol=1e-5)
-    labels = bench_train.labels_of(wide)
+    labels = bench_contestants.labels_of(wide)
     assert labels[wide.positions].equal(batch.targets) and (labels >= 0).sum() == len(positions)
     assert torch.equal(labels.view(4, 128)[1, :87], tokens[41:128])
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_the_help_of_each_part_of_bench_lists_its_own_keys_with_comments(part):
+    config_class = bench.PARTS[part].settings
+    lines = [line.strip() for line in configurator.help_text(config_class).splitlines()]
+    assert f"python bench.py {part}" in "".join(lines) and f"python bench.py {part} " in bench.__doc__
+    for field in fields(config_class):
+        line, = (line for line in lines if line.startswith(f"--{field.name}="))
+        assert len(line.partition("  ")[2].strip()) > 3 or " " in line, f"{field.name} has no comment: {line}"
+
+
+def test_a_part_of_bench_refuses_the_key_of_another_and_bench_lists_its_parts():
+    done = run_python(["bench.py", "readme", "--size=tiny"])
+    assert done.returncode == 2 and "unknown key 'size'" in done.stderr
+    assert "python bench.py PART --help" in run_python(["bench.py", "--help"]).stdout
 
 
 def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
@@ -218,7 +236,7 @@ def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
 def test_the_readmes_tables_follow_from_the_rows():
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         text = f.read()
-    assert bench_tables.put(text, os.path.join(ROOT, "bench", "results")) == text
+    assert bench_tables.put(text, os.path.join(ROOT, "results", "speed")) == text
 
 
 def test_a_cell_nobody_measured_says_so_and_the_newest_row_counts(tmp_path):

@@ -1,0 +1,319 @@
+"""Who takes part in `bench.py train`: ours, ours with one feature switched off at a time, and the
+peers.
+
+A contestant is built from StepSettings and a corpus on disk. It then makes whole training steps:
+data, forward, backward, clip, optimizer. All read the same random tokens, which a background thread
+cuts, masks and lays out as train.py does it. A contestant that needs padding gets each sequence
+padded to block_size, so that a compiler sees one static shape.
+"""
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from core import tokenizer
+from core.device import pick_device, pick_dtype, why_not_compile
+from core.files import write_json
+from corpus.shards import ShardWriter
+from huggingface import weights as hf_weights
+from kernels import linear_cross_entropy
+from model import SIZES, Encoder
+from pretraining import data
+
+ROWS_ON_DISK = 64      # times a step's; after that a step sees a row again, with another cut and mask
+NAMES = {
+    "ours": "ours, MLM",
+    "ours-clm": "ours, CLM",
+    "ours-kernel": "ours, MLM, without the attention kernel: SDPA a sequence",
+    "ours-head": "ours, MLM, logits at every position",
+    "ours-loss": "ours, MLM, without the fused loss: all logits at once",
+    "ours-eager": "ours, MLM, without torch.compile",
+    "ours-padded": "ours, MLM, padded",
+    "ours-malloc": "ours, MLM, without system.keep_freed_memory",
+    "eurobert": "Hugging Face EuroBERT, MLM, compiled",
+    "eurobert-eager": "Hugging Face EuroBERT, MLM, eager",
+    "nanogpt": "nanoGPT, CLM, compiled",
+    "nanogpt-eager": "nanoGPT, CLM, eager, as its README asks on a CPU",
+    "nanogpt-dropout": "nanoGPT, CLM, compiled, dropout 0.2 as in its 6 x 384 model",
+    "nanogpt-shipped": "nanoGPT, CLM, eager, dropout 0.2: both as shipped",
+}
+
+
+@dataclass
+class TrainingStep:
+    """A contestant that is ready to train."""
+    run: Callable          # () -> the Batch that it trained on
+    flops_of: Callable     # (batch) -> the FLOPs that a step on this batch takes at least
+
+
+@dataclass
+class Contestant:
+    build: Callable            # (settings, corpus_dir) -> TrainingStep
+    why_not: str | None        # why it cannot be measured here
+
+
+def contestants(settings, nanogpt_dir=""):
+    """Every contestant, in the order of NAMES. -> {key: Contestant}
+
+    settings: StepSettings; nanogpt_dir: the folder of a clone of karpathy/nanoGPT, or "".
+    """
+    device = pick_device(settings.device)
+    on_gpu = device.startswith("cuda")
+
+    # Why somebody cannot take part, or None. A contestant has the first reason that applies.
+    no_compile = why_not_compile(device)
+    no_kernel = None if on_gpu else "a CPU has no such kernel"
+    no_padding = None if settings.random_length else "nothing to pad"
+    no_malloc = "a GPU has no part in it" if on_gpu else None
+    no_peer = None if importlib.util.find_spec("transformers") else "transformers is not installed"
+    has_clone = bool(nanogpt_dir) and os.path.isfile(os.path.join(nanogpt_dir, "model.py"))
+    no_clone = None if has_clone else "no --nanogpt=CLONE was given"
+    # nanoGPT's only 6 x 384 model, config/train_shakespeare_char.py, has dropout 0.2; its README
+    # asks for --compile=False on a CPU.
+    no_dropout = None if settings.size == "small" else "not that model"
+    no_eager = "its README asks for that on a CPU" if on_gpu else None
+
+    clone = partial(nanogpt, nanogpt_dir=nanogpt_dir)
+    return {
+        "ours": Contestant(ours, no_compile),
+        "ours-clm": Contestant(partial(ours, objective="clm"), no_compile),
+        "ours-kernel": Contestant(partial(ours, attention="sdpa"), no_compile or no_kernel),
+        "ours-head": Contestant(partial(ours, head_everywhere=True), no_compile),
+        "ours-loss": Contestant(partial(ours, fused_loss=False), no_compile),
+        "ours-eager": Contestant(partial(ours, compiled=False), None),
+        "ours-padded": Contestant(partial(ours, pads=True), no_compile or no_padding),
+        "ours-malloc": Contestant(ours, no_malloc or no_compile),
+        "eurobert": Contestant(eurobert, no_peer or no_compile),
+        "eurobert-eager": Contestant(partial(eurobert, compiled=False), no_peer),
+        "nanogpt": Contestant(clone, no_clone or no_compile),
+        "nanogpt-eager": Contestant(partial(clone, compiled=False), no_clone or no_eager),
+        "nanogpt-dropout": Contestant(partial(clone, dropout=0.2), no_clone or no_dropout or no_compile),
+        "nanogpt-shipped": Contestant(partial(clone, dropout=0.2, compiled=False),
+                                      no_clone or no_dropout or no_eager),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# data
+
+def write_corpus(settings, folder):
+    """Write a corpus that train.py can read: random tokens, as frequent as words are (Zipf's
+    law)."""
+    # a tokenizer of made-up tokens, whose last two ids are eos and mask
+    n_ordinary = settings.vocab_size - 2
+    ranks = {}
+    for i in range(n_ordinary):
+        token = bytes([i]) if i < 256 else i.to_bytes(4, "big")
+        ranks[token] = i
+    specials = {"<|eos|>": n_ordinary, "<|mask|>": n_ordinary + 1}
+    tok = tokenizer.build("random", ranks, tokenizer.GPT2_PATTERN, specials, "<|eos|>", "<|mask|>",
+                          settings.vocab_size)
+    tokenizer.save(tok, folder)
+
+    n_tokens = (ROWS_ON_DISK + 1) * max(settings.rows, 8) * settings.block_size
+    drawn = np.random.default_rng(0).zipf(1.1, n_tokens)
+    tokens = (drawn.astype(np.uint64) % np.uint64(n_ordinary)).astype(np.int64)
+    splits = {"val": tokens[:8 * settings.block_size], "train": tokens}
+    for split, tokens_of_split in splits.items():
+        writer = ShardWriter(os.path.join(folder, f"{split}_000000.bin"), tok)
+        writer.write(tokens_of_split)
+        writer.close()
+    write_json(os.path.join(folder, "manifest.json"), {"complete": True})
+
+
+def batches(corpus_dir, data_settings, objective, device, layout=None):
+    """The batches that train.py would get on one device, without end, made in the background.
+
+    layout: (batch) -> the batch as a contestant needs it.
+    """
+    corpus = data.Corpus(corpus_dir)
+
+    def make(step):
+        micro_rows = data_settings.batch_rows      # one micro-batch a step
+        batch = data.micro_batches(corpus, step, objective, data_settings, 0, 1, micro_rows)[0]
+        if layout:
+            batch = layout(batch)
+        return batch.pin() if device.startswith("cuda") else batch
+
+    return data.prefetch(make, 0, 1 << 40)
+
+
+def padded(batch, length):
+    """The same sequences, each filled up to `length` at its end. -> Batch of S * length tokens"""
+    S = len(batch.lengths)
+    lengths = torch.from_numpy(batch.lengths)
+    sequence = torch.arange(S).repeat_interleave(lengths)                                  # [T]
+    offset = torch.arange(len(sequence)) - batch.cu_seqlens.long()[sequence]               # [T] in its sequence
+    place = sequence * length + offset                                                     # [T]
+    tokens = torch.zeros(S * length, dtype=torch.int64).index_copy(0, place, batch.tokens)
+    cu_seqlens = torch.arange(0, S * length + 1, length, dtype=torch.int32)                # [S+1]
+    return replace(batch, tokens=tokens, cu_seqlens=cu_seqlens, positions=place[batch.positions])
+
+
+def labels_of(batch):
+    """The targets at their places among all tokens, -100 elsewhere. -> [T]"""
+    labels = torch.full_like(batch.tokens, -100)
+    has_target = batch.targets >= 0
+    labels[batch.positions[has_target]] = batch.targets[has_target]
+    return labels
+
+
+# --------------------------------------------------------------------------------------------------
+# what the contestants have in common
+
+def training_step(model, optimizer, stream, loss_of, precision=nullcontext):
+    """A function that takes the next batch of `stream`, trains on it, and returns it."""
+
+    def run():
+        batch = next(stream)
+        with precision():
+            loss = loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return batch
+
+    return run
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1,
+                             fused=True)
+
+
+def autocast(settings, device):
+    """A function that returns the context of a forward pass: autocast to bf16, or nothing."""
+    if pick_dtype(settings.dtype, device) != "bfloat16":
+        return nullcontext
+    return partial(torch.autocast, device.partition(":")[0], torch.bfloat16)
+
+
+def structural_flops(settings):
+    """(batch) -> the FLOPs of a step by model.Encoder.flops: no padding, logits only at targets.
+
+    The same count for ours and for EuroBERT.
+    """
+    with torch.device("meta"):
+        model = Encoder(settings.model_config())
+    return lambda batch: model.flops(batch.lengths, batch.num_targets, batch.causal)
+
+
+# --------------------------------------------------------------------------------------------------
+# the contestants
+
+def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywhere=False, fused_loss=True,
+         compiled=True, pads=False):
+    """Our training step, with the features that the arguments name switched on or off. ->
+    TrainingStep"""
+    device = pick_device(settings.device)
+    torch.manual_seed(0)
+    # Making the weights of 1b takes no time on a GPU and ten seconds on a CPU.
+    with torch.device(device):
+        model = Encoder(settings.model_config(), attention, settings.checkpoint_activations)
+    if compiled:
+        model.compile()
+
+    def layout(batch):
+        if pads:
+            batch = padded(batch, settings.block_size)
+        if head_everywhere:
+            everywhere = torch.arange(len(batch.tokens))
+            batch = replace(batch, positions=everywhere, targets=labels_of(batch))
+        return batch
+
+    def loss_of(batch):
+        batch = batch.to(device)
+        hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)      # [N, C]
+        if fused_loss:
+            return linear_cross_entropy(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
+        return F.cross_entropy(model.logits(hidden).float(), batch.targets, ignore_index=-100)
+
+    stream = batches(corpus_dir, settings.data_settings(), objective, device, layout)
+    run = training_step(model, adamw(model), stream, loss_of, autocast(settings, device))
+    return TrainingStep(run, structural_flops(settings))
+
+
+def eurobert(settings, corpus_dir, compiled=True):
+    """Hugging Face's EuroBertForMaskedLM with our dimensions, by SDPA. -> TrainingStep
+
+    It computes logits at every position.
+    """
+    from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+    device = pick_device(settings.device)
+    torch.manual_seed(0)
+    dimensions = hf_weights.write_config(settings.model_config(), causal=False)
+    ids = dict(bos_token_id=0, eos_token_id=1, mask_token_id=2, pad_token_id=None)
+    config = EuroBertConfig.from_dict(dimensions | ids, attn_implementation="sdpa")
+    with torch.device(device):
+        model = EuroBertForMaskedLM(config).train()
+    forward = torch.compile(model) if compiled else model
+
+    def layout(batch):
+        rows = padded(batch, settings.block_size)
+        lengths = torch.from_numpy(batch.lengths)
+        is_visible = torch.arange(settings.block_size) < lengths[:, None]                  # [S, L]
+        tokens = rows.tokens.view(is_visible.shape)                                        # [S, L]
+        labels = labels_of(rows).view(is_visible.shape)                                    # [S, L]
+        # `positions` carries the attention mask here.
+        return replace(rows, tokens=tokens, targets=labels, positions=is_visible.long())
+
+    def loss_of(batch):
+        batch = batch.to(device)
+        if not settings.random_length:
+            # Nothing is padded. Without a mask SDPA takes its flash kernel.
+            return forward(input_ids=batch.tokens, labels=batch.targets).loss
+        return forward(input_ids=batch.tokens, labels=batch.targets, attention_mask=batch.positions).loss
+
+    stream = batches(corpus_dir, settings.data_settings(), "mlm", device, layout)
+    run = training_step(model, adamw(model), stream, loss_of, autocast(settings, device))
+    return TrainingStep(run, structural_flops(settings))
+
+
+def nanogpt(settings, corpus_dir, nanogpt_dir, dropout=0.0, compiled=True):
+    """The GPT of a nanoGPT clone, as deep and wide as ours. -> TrainingStep
+
+    It trains as it ships: whole rows, fp32 on a CPU, bf16 on a GPU, its own AdamW.
+    """
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(nanogpt_dir, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    device = pick_device(settings.device)
+    kind = device.partition(":")[0]
+    size = SIZES[settings.size]
+    torch.manual_seed(0)
+    config = module.GPTConfig(block_size=settings.block_size, vocab_size=settings.vocab_size,
+                              n_layer=size["n_layer"], n_head=size["n_head"], n_embd=size["n_embd"],
+                              dropout=dropout, bias=False)
+    model = module.GPT(config).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind)
+    forward = torch.compile(model) if compiled else model
+
+    def layout(batch):
+        shape = settings.rows, settings.block_size
+        targets = batch.tokens.roll(-1)
+        return replace(batch, tokens=batch.tokens.view(shape), targets=targets.view(shape))
+
+    def loss_of(batch):
+        batch = batch.to(device)
+        _, loss = forward(batch.tokens, batch.targets)
+        return loss
+
+    # Its own count, the same for every batch: 6 FLOPs a weight and token, and attention's pairs
+    # under the causal mask.
+    n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    pairs = size["n_layer"] * size["n_embd"] * (settings.block_size + 1)
+    flops = 6 * settings.rows * settings.block_size * (n_weights + pairs)
+
+    precision = nullcontext if kind == "cpu" else partial(torch.autocast, kind, torch.bfloat16)
+    stream = batches(corpus_dir, settings.data_settings(), "clm", device, layout)
+    run = training_step(model, optimizer, stream, loss_of, precision)
+    return TrainingStep(run, lambda _batch: flops)

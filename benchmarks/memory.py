@@ -1,0 +1,88 @@
+"""The most rows that a training step can have, with activations checkpointed or not.
+
+    python bench.py memory                          # of this machine's GPU
+    python bench.py memory --memory_gib=4           # of a smaller one; a CPU needs the limit
+
+Two small steps tell how much memory a row takes. The line through them says where the memory ends,
+and then real steps find out whether it does.
+"""
+import tempfile
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.contestants import write_corpus
+from benchmarks.race import ContestantConfig, Runner
+from benchmarks.rows import log, record
+from benchmarks.settings import StepSettings, settings_for
+from core.configurator import RunError, UserError
+from core.device import pick_device
+
+
+@dataclass
+class Config(StepSettings):
+    # the device
+    memory_gib: float = 0.0      # of a device that is larger; 0: all there is
+    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+
+
+def memory(c):
+    device = pick_device(c.device)
+    if device == "cpu" and not c.memory_gib:
+        raise UserError("on a CPU, bench.py memory needs a limit, e.g. --memory_gib=2")
+    for is_checkpointed in (False, True):
+        rows, peak = largest_step(replace(c, checkpoint_activations=is_checkpointed))
+        with_or_without = "with" if is_checkpointed else "without"
+        peak_in_words = f", peak {peak / 2 ** 30:.1f} GiB" if rows else ""
+        log(f"{c.size}, {with_or_without} activation checkpointing: {rows} x {c.block_size} tokens fit"
+            f"{peak_in_words}")
+        row = {"bench": "memory", "size": c.size, "vocab_size": c.vocab_size, "block_size": c.block_size,
+               "rows": rows, "memory_gib": c.memory_gib, "checkpoint_activations": is_checkpointed, "peak": peak}
+        record(c.to, row, device)
+
+
+def largest_step(c):
+    """The most rows that fit, within a sixteenth. -> (rows, peak bytes of that step), (0, None) if
+    not even one fits"""
+    total = c.memory_gib * 2 ** 30
+    if not total:
+        total = torch.cuda.get_device_properties(0).total_memory
+    peaks = {}          # rows -> peak bytes
+    fits = 0            # rows, so far
+    too_many = None
+    rows = 1
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(replace(c, rows=256), folder)
+        while too_many is None or too_many - fits > max(1, fits // 16):
+            peaks[rows] = peak_of_step(c, rows, folder)
+            if peaks[rows] is None:
+                too_many = rows
+            else:
+                next_rows = guess_rows(rows, fits, peaks, total)
+                fits = rows
+                rows = next_rows
+            # Between what fits and what does not, halve the distance.
+            if too_many is not None:
+                rows = min(rows, (fits + too_many) // 2)
+    return fits, peaks.get(fits)
+
+
+def guess_rows(rows, fits, peaks, total):
+    """Where the memory ends, by the line through the steps of `fits` and `rows` rows, of which both
+    fit."""
+    if fits == 0:
+        return 5
+    bytes_a_row = max(1, (peaks[rows] - peaks[fits]) / (rows - fits))
+    more_rows = int((total - peaks[rows]) / bytes_a_row)
+    return rows + max(1 + rows // 16, more_rows)
+
+
+def peak_of_step(c, rows, folder):
+    """Bytes at the peak of a step of so many rows, in a process of its own; None if it runs out of
+    memory."""
+    runner = Runner(settings_for(ContestantConfig, c, rows=rows, steps=1), "ours", folder)
+    runner.race()
+    runner.finish()
+    if runner.failed and runner.failed != "out of memory":
+        raise RunError(f"{rows} rows: {runner.failed}")
+    return runner.peak

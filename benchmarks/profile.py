@@ -1,0 +1,122 @@
+"""Where the time of a training step goes: three steps under torch.profiler.
+
+    python bench.py profile                                    # ours
+    python bench.py profile --contestants=eurobert-eager       # somebody else of bench.py train
+    python bench.py profile --to=table.txt                     # keep the table of operators
+    python bench.py profile --to=rows.jsonl                    # keep a row with the largest GPU kernels
+
+Prints the 40 operators with most time of their own. On a GPU also: the ten kernels with most time,
+and for how much of a step the GPU waits.
+"""
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.contestants import contestants, write_corpus
+from benchmarks.rows import describe, log, record
+from benchmarks.settings import StepSettings
+from benchmarks.train import choose_contestants
+from core.device import keep_freed_memory, pick_device, synchronize, why_not_compile
+from core.files import write_whole
+
+STEPS = 3
+
+
+@dataclass
+class Config(StepSettings):
+    # whose steps
+    contestants: str = ""        # the first of these; "": ours
+    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
+    compile: bool = True         # torch.compile ours, where a compiler is installed
+    to: str = ""                 # FILE.jsonl: append a row of the kernels; another name: write the table of operators there
+
+
+def profile(c):
+    device = pick_device(c.device)
+    key = next(iter(choose_contestants(c))) if c.contestants else "ours"
+    if key == "ours" and not (c.compile and why_not_compile(device) is None):
+        key = "ours-eager"
+    profiled = run_profiler(c, key, device)
+
+    own_time = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    operators = profiled.key_averages().table(sort_by=own_time, row_limit=40, max_name_column_width=70)
+    table = f"{describe(device)}; {key}: {STEPS} steps, {c.in_words()}\n{operators}"
+    log(table)
+    row = row_of_kernels(c, gpu_spans(profiled))
+    if c.to.endswith(".jsonl"):
+        record(c.to, row, device)
+    elif c.to:
+        os.makedirs(os.path.dirname(c.to) or ".", exist_ok=True)
+        write_whole(c.to, table.encode())
+
+
+def run_profiler(c, key, device):
+    """Profile STEPS steps of a contestant, after three that are not looked at. ->
+    torch.profiler.profile"""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(c, folder)
+        training_step = contestants(c, c.nanogpt)[key].build(c, folder)
+        for _ in range(3):
+            training_step.run()
+        synchronize(device)
+        with torch.profiler.profile(activities=activities) as profiled:
+            for _ in range(STEPS):
+                training_step.run()
+            synchronize(device)
+    return profiled
+
+
+def row_of_kernels(c, spans):
+    """Print the GPU kernels with most time. -> a row of them"""
+    if not spans:
+        log("no GPU kernels here; above are a CPU's operators")
+        return {"bench": "profile", "size": c.size, "kernels": []}
+    largest, busy, total = largest_kernels(spans)
+    step_ms = total / STEPS / 1000
+    log(f"\na step takes {step_ms:.2f} ms; the GPU computes for {busy / total:.1%} of it\n")
+    log("| kernel | ms a step | share | calls a step |\n|---|---|---|---|")
+    kernel_rows = []
+    for name, (microseconds, calls) in largest:
+        ms = microseconds / STEPS / 1000
+        log(f"| {name[:90]} | {ms:.3f} | {microseconds / total:.1%} | {calls / STEPS:g} |")
+        kernel_rows.append({"name": name, "ms": ms, "calls": calls / STEPS})
+    return {"bench": "profile", "size": c.size, "rows": c.rows, "step_ms": step_ms, "busy": busy / total,
+            "kernels": kernel_rows}
+
+
+def gpu_spans(profiled):
+    """Everything that ran on the GPU. -> [(start, end, name)] in microseconds"""
+    spans = []
+    for event in profiled.events():
+        # A user annotation, such as the optimizer's, spans the kernels inside it and their gaps.
+        is_on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_on_gpu and not event.is_user_annotation:
+            spans.append((event.time_range.start, event.time_range.end, event.name))
+    return spans
+
+
+def largest_kernels(spans, n=10):
+    """spans: [(start, end, name)] in microseconds, in any order, which may overlap.
+
+    -> [(name, (microseconds, calls))] of the n names with most time; microseconds in which at least one
+    kernel runs; microseconds from the first start to the last end
+    """
+    times = {}
+    for start, end, name in spans:
+        microseconds, calls = times.get(name, (0, 0))
+        times[name] = (microseconds + end - start, calls + 1)
+    # Walk through time: what begins before `reached` was counted already.
+    first = min(start for start, _, _ in spans)
+    reached = first
+    busy = 0
+    for start, end, _ in sorted(spans):
+        busy += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    largest = sorted(times.items(), key=lambda item: -item[1][0])
+    return largest[:n], busy, reached - first

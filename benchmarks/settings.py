@@ -1,0 +1,63 @@
+"""The settings that several parts of bench.py share, and how a part hands its settings to a child
+process."""
+from dataclasses import dataclass, fields
+
+from core.configurator import UserError
+from model import SIZES, ModelConfig
+from pretraining.data import DataSettings
+
+
+@dataclass
+class StepSettings:
+    # the model, and one training step of it
+    size: str = "small"          # a row of model.SIZES
+    vocab_size: int = 8192       # tokens that embedding and head know
+    block_size: int = 512        # tokens in a row
+    rows: int = 8                # rows in a step
+    random_length: bool = True   # cut each row once, as train.py does; false: whole rows, so that nobody has to pad
+    mask_rate: float = 0.4       # of the tokens that an MLM sees
+    checkpoint_activations: bool = False   # ours with train.py's flag
+    device: str = "auto"         # cuda where there is one, else cpu
+    dtype: str = "auto"          # of ours and Hugging Face's; nanoGPT takes what it ships with
+
+    def __post_init__(self):
+        check_sizes((self.size,), f"size={self.size}")
+
+    def model_config(self):
+        return ModelConfig(**SIZES[self.size], vocab_size=self.vocab_size, block_size=self.block_size)
+
+    def data_settings(self):
+        """What pretraining.data needs to make the batches that train.py would make on one
+        device."""
+        return DataSettings(self.block_size, self.rows, self.random_length, mask_rate=self.mask_rate)
+
+    def in_words(self):
+        return f"{self.size}, vocabulary {self.vocab_size:,}, {self.rows} x {self.block_size} tokens a step"
+
+
+def check_sizes(sizes, setting):
+    """Raises UserError unless every size is one of model.SIZES; `setting` is how the user wrote
+    them."""
+    unknown = set(sizes) - set(SIZES)
+    if unknown or not sizes:
+        raise UserError(f"{setting}: expected sizes out of {', '.join(SIZES)}")
+
+
+def settings_for(settings_class, c, **changes):
+    """An instance of `settings_class` that takes the settings it shares with `c` from there."""
+    shared = {}
+    for field in fields(settings_class):
+        if hasattr(c, field.name):
+            shared[field.name] = getattr(c, field.name)
+    return settings_class(**(shared | changes))
+
+
+def as_flags(c):
+    """The --key=value words that give a child process the settings of `c`; defaults are left
+    out."""
+    default = type(c)()
+    flags = []
+    for key, value in vars(c).items():
+        if key != "args" and value != getattr(default, key):
+            flags.append(f"--{key}={value}")
+    return flags

@@ -1,0 +1,59 @@
+"""train.py over a thousand steps: is a step as fast at the end as at the start, and does memory
+grow?
+
+    python bench.py steady
+    python bench.py steady --size=micro --vocab_size=4096 --block_size=256 --rows=8
+"""
+import tempfile
+from dataclasses import dataclass
+
+from benchmarks import runs
+from benchmarks.contestants import write_corpus
+from benchmarks.rows import describe, record
+from benchmarks.settings import StepSettings
+from core.configurator import UserError
+from core.device import pick_device, pick_dtype
+
+WARMUP = 100      # steps before the ones that count
+
+
+@dataclass
+class Config(StepSettings):
+    # the run
+    run_steps: int = 1000        # after the warm-up
+    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+
+
+def steady(c):
+    device = pick_device(c.device)
+    if c.run_steps < 200 or c.run_steps % 100:
+        raise UserError(f"run_steps={c.run_steps}: expected hundreds, 200 or more, to compare the last with "
+                        "the first")
+    facts = measure(c)
+    windows = ", ".join(f"{10 * seconds:.1f}" for seconds in facts["windows"])
+    print(f"\n{describe(device)}; train.py, {c.in_words()}, {c.run_steps} steps after {WARMUP} of warm-up\n"
+          f"last 100 steps / first 100: {facts['last'] / facts['first']:.4f}; peak memory grew by "
+          f"{facts['growth']:,} of {facts['peak']:,} bytes\nms a step, by hundreds: {windows}")
+    row = {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size,
+           "dtype": pick_dtype(c.dtype, device)}
+    record(c.to, row | facts, device)
+
+
+def measure(c):
+    """-> {"first", "last": seconds of the first and last 100 steps after WARMUP, "windows": seconds
+    of each 100 steps, "peak": bytes of memory at the end, "growth": bytes by which that grew since
+    the first 100 steps}"""
+    last_step = c.run_steps + WARMUP
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(c, folder)
+        process = runs.start(c, folder, "steady", last_step)
+        rows = runs.finish(process, folder, "steady")
+    memory_at = {row["step"]: row["peak_memory"] for row in rows}
+    windows = [runs.seconds_between(rows, step, step + 100) for step in range(WARMUP, last_step, 100)]
+    return {
+        "first": windows[0],
+        "last": windows[-1],
+        "windows": windows,
+        "peak": memory_at[last_step],
+        "growth": memory_at[last_step] - memory_at[WARMUP + 100],
+    }
