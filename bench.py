@@ -3,13 +3,13 @@ settings.
 
     python bench.py train          # a training step: ours, Hugging Face's EuroBERT, nanoGPT
     python bench.py profile        # where such a step's time goes
-    python bench.py steady         # train.py for a thousand steps: as fast at the end, as much memory?
-    python bench.py ddp            # train.py by two processes beside one, and beside two that do not talk
+    python bench.py steady         # train.py for a thousand steps: still as fast? more memory?
+    python bench.py ddp            # train.py by two processes under DDP, beside one
     python bench.py memory         # the most rows a step can have, activations checkpointed or not
-    python bench.py data           # batches from a prepared corpus; preparing one, beside nanoGPT's way
+    python bench.py data           # batches from a corpus; preparing one, beside nanoGPT's way
     python bench.py kernels        # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune       # a grid of fine-tuning trials beside a Hugging Face Trainer loop
-    python bench.py search         # a million documents, beside numpy's sort and FAISS (3 GB of disk)
+    python bench.py search         # exact search in a million documents, beside numpy and FAISS
     python bench.py alive          # does everything run on this machine? runs/gpu.sh begins with it
     python bench.py steps          # the training step of several sizes, in one process
     python bench.py readme         # the README's tables, from the rows in results/speed/
@@ -21,7 +21,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import alive, data, ddp, finetune, kernels, memory, profile, race, search, steady, steps, tables, train
+from benchmarks import alive, data, ddp, finetune, kernels, memory, profile, race, search, steady
+from benchmarks import steps, tables, train
 from core.configurator import run
 
 

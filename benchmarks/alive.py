@@ -48,7 +48,8 @@ def alive(c):
     facts = versions(device)
     log(f"{describe(device)}; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     record(c.to, {"bench": "alive", "name": "versions", "ok": True} | facts, device)
-    settings = StepSettings(size="tiny", vocab_size=1024, block_size=256, rows=4, device=c.device, dtype=c.dtype)
+    settings = StepSettings(size="tiny", vocab_size=1024, block_size=256, rows=4, device=c.device,
+                            dtype=c.dtype)
     on_gpu = device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(settings, folder)
@@ -67,7 +68,8 @@ def alive(c):
     # What the trial calls compiled lies in Triton's cache now, so this is quick.
     for n_head, n_kv_head, head_dim in HEADS:
         name = kernels.resolve("auto", "cuda", torch.bfloat16, head_dim, n_head, n_kv_head)
-        record(c.to, {"bench": "auto", "heads": [n_head, n_kv_head, head_dim], "name": name}, device)
+        row = {"bench": "auto", "heads": [n_head, n_kv_head, head_dim], "name": name}
+        record(c.to, row, device)
 
 
 def first_line(problem):
@@ -89,24 +91,32 @@ class TrialConfig:
 def start_trial(c, heads):
     words = [str(number) for number in heads]
     flags = as_flags(TrialConfig(device=c.device, to=c.to))
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, "bench.py"), "trial", *words, *flags])
+    script = os.path.join(ROOT, "bench.py")
+    return subprocess.Popen([sys.executable, script, "trial", *words, *flags])
 
 
 def trial(c):
     """The process of one trial: bench.py trial QUERY_HEADS KV_HEADS HEAD_DIM."""
     device = pick_device(c.device)
+    kind = device.partition(":")[0]
     n_head, n_kv_head, head_dim = (int(word) for word in c.args)
     for name in FAST_ON_GPU:
         try:
-            problem, error = objection(name, device.partition(":")[0], torch.bfloat16, head_dim, n_head, n_kv_head)
+            problem, error = objection(name, kind, torch.bfloat16, head_dim, n_head, n_kv_head)
         except Exception as crash:
             # A compiler's or a driver's: this process is here to find out.
             problem = first_line(crash)
             error = None
         verdict = problem or f"agrees with the reference, error {error:.1e}"
         log(f"trial call of {name}, {n_head}/{n_kv_head} heads of {head_dim}: {verdict}")
-        row = {"bench": "trial", "heads": [n_head, n_kv_head, head_dim], "name": name, "ok": problem is None,
-               "error": error, "problem": problem}
+        row = {
+            "bench": "trial",
+            "heads": [n_head, n_kv_head, head_dim],
+            "name": name,
+            "ok": problem is None,
+            "error": error,
+            "problem": problem,
+        }
         record(c.to, row, device)
 
 
@@ -123,14 +133,16 @@ def check_steps(c, settings, folder, device):
     no_compile = why_not_compile(device) if c.compile else "--compile=false"
     for objective in ("clm", "mlm"):
         batch = next(batches(folder, settings.data_settings(), objective, device))
-        exact = gradient_of_step(config, batch, device, "reference", is_compiled=False, is_bf16=False)
+        exact = gradient_of_step(config, batch, device, "reference", is_compiled=False,
+                                 is_bf16=False)
         for is_compiled in (False, True):
             name = f"a step of {objective.upper()}, {'compiled' if is_compiled else 'eager'}"
             if is_compiled and no_compile:
                 log(f"{name}: not run: {no_compile}")
                 continue
             try:
-                gradient = gradient_of_step(config, batch, device, attention, is_compiled, is_bf16=on_gpu)
+                gradient = gradient_of_step(config, batch, device, attention, is_compiled,
+                                            is_bf16=on_gpu)
                 error = ((gradient - exact).norm() / exact.norm()).item()
                 ok = error < MOST_GRADIENT_ERROR
                 verdict = "agrees" if ok else "WRONG"
@@ -169,7 +181,8 @@ def check_training(c, process, folder, device):
         is_complete = len(losses) == TRAINING_STEPS and all(math.isfinite(loss) for loss in losses)
         ok = is_complete and losses[-1] < losses[0]
         verdict = "it learns" if ok else "WRONG"
-        log(f"train.py, {TRAINING_STEPS} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}: {verdict}")
+        fall = f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+        log(f"train.py, {TRAINING_STEPS} steps: loss {fall}: {verdict}")
     except Exception as problem:
         ok = False
         log(f"train.py: FAILED: {problem}")

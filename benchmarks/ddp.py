@@ -33,23 +33,32 @@ class Config(StepSettings):
 def ddp(c):
     device = pick_device(c.device)
     if c.run_steps <= WARMUP or c.processes < 2:
-        raise UserError(f"run_steps={c.run_steps}, processes={c.processes}: expected more than {WARMUP} steps "
-                        "and at least 2 processes")
+        raise UserError(f"run_steps={c.run_steps}, processes={c.processes}: expected more than "
+                        f"{WARMUP} steps and at least 2 processes")
     rates = measure(c, device)
     alone = np.array(rates["alone"])
     apart = np.array(rates["apart"])
     together = np.array(rates["together"])
-    print(f"\n{describe(device)}; train.py, {c.size}, {c.rows} x {c.block_size} tokens a process; median of "
-          f"{c.rounds} rounds\n\n| processes | tokens/s |\n|---|---|")
+    print(f"\n{describe(device)}; train.py, {c.size}, {c.rows} x {c.block_size} tokens a process; "
+          f"median of {c.rounds} rounds\n\n"
+          "| processes | tokens/s |\n|---|---|")
     print(f"| 1 | {np.median(alone):,.0f} |")
     print(f"| {c.processes} side by side | {np.median(apart):,.0f} |")
     print(f"| {c.processes} under DDP | {np.median(together):,.0f} |")
     efficiency = np.median(together / (c.processes * alone))
     efficiency_apart = np.median(together / apart)
-    print(f"\nscaling efficiency: {efficiency:.1%} of {c.processes} times one process, {efficiency_apart:.1%} "
-          "of as many that do not talk to each other")
-    row = {"bench": "ddp", "size": c.size, "rows": c.rows, "block_size": c.block_size, "processes": c.processes,
-           "tok_per_s": rates, "efficiency": efficiency, "efficiency_apart": efficiency_apart}
+    print(f"\nscaling efficiency: {efficiency:.1%} of {c.processes} times one process, "
+          f"{efficiency_apart:.1%} of as many that do not talk to each other")
+    row = {
+        "bench": "ddp",
+        "size": c.size,
+        "rows": c.rows,
+        "block_size": c.block_size,
+        "processes": c.processes,
+        "tok_per_s": rates,
+        "efficiency": efficiency,
+        "efficiency_apart": efficiency_apart,
+    }
     record(c.to, row, device)
 
 

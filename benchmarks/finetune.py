@@ -65,8 +65,8 @@ def finetune(c):
         "several": f"finetune.py, {n_workers} workers (torchrun)",
         "trainer": "Hugging Face Trainer loop: pads, loads the model anew for each trial",
     }
-    print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of {c.trial_steps} steps of {BATCH}, "
-          "and evaluation\n\n"
+    print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of "
+          f"{c.trial_steps} steps of {BATCH}, and evaluation\n\n"
           "| grid | seconds | trials/hour | faster than the loop by |\n|---|---|---|---|")
     ratio = {key: seconds["trainer"] / value for key, value in seconds.items()}
     for key, name in names.items():
@@ -80,11 +80,13 @@ def finetune(c):
 def check_settings(c):
     check_sizes((c.size,), f"size={c.size}")
     if c.trials < 2 or c.trials % 2:
-        raise UserError(f"trials={c.trials}: expected an even number, half of them at each learning rate")
+        raise UserError(f"trials={c.trials}: expected an even number, half of them at each "
+                        "learning rate")
     if registry.find(c.task, c.task_dir).kind != "sequence":
-        raise UserError(f"task={c.task}: expected a sequence classification task, which is what the peer's "
-                        "loop trains")
-    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+        raise UserError(f"task={c.task}: expected a sequence classification task, which is what "
+                        "the peer's loop trains")
+    packages = ("transformers", "accelerate")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the peer needs {' and '.join(missing)} (requirements-dev.txt)")
 
@@ -99,18 +101,30 @@ def measure(c, device, dtype, folder):
     path = new_run(c, os.path.join(folder, "run"))
     rates = ",".join(f"{lr:g}" for lr in LEARNING_RATES)
     seeds = ",".join(str(seed) for seed in range(c.trials // 2))
-    ours = ["finetune.py", f"--ckpt={path}", f"--tasks={c.task}", f"--data_dir={c.task_dir}", f"--lrs={rates}",
-            f"--seeds={seeds}", f"--steps={c.trial_steps}", f"--device={device}", f"--dtype={dtype}"]
+    grid = [
+        "finetune.py",
+        f"--ckpt={path}",
+        f"--tasks={c.task}",
+        f"--data_dir={c.task_dir}",
+        f"--lrs={rates}",
+        f"--seeds={seeds}",
+        f"--steps={c.trial_steps}",
+        f"--device={device}",
+        f"--dtype={dtype}",
+    ]
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={count_workers(c)}"]
+    trainer_flags = as_flags(settings_for(TrainerConfig, c))
     commands = {
-        "one": [*ours, f"--out_dir={folder}/one", f"--cache_dir={folder}/one"],
-        "several": [*torchrun, *ours, f"--out_dir={folder}/several", f"--cache_dir={folder}/several"],
-        "trainer": ["bench.py", "trainer", path, *as_flags(settings_for(TrainerConfig, c))],
+        "one": [*grid, f"--out_dir={folder}/one", f"--cache_dir={folder}/one"],
+        "several": [*torchrun, *grid, f"--out_dir={folder}/several",
+                    f"--cache_dir={folder}/several"],
+        "trainer": ["bench.py", "trainer", path, *trainer_flags],
     }
     seconds = {}
     for name, command in commands.items():
         began = time.time()
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False,
+                              stdout=subprocess.DEVNULL)
         if done.returncode:
             raise RunError(f"{name} ended with exit code {done.returncode}")
         seconds[name] = time.time() - began
@@ -143,7 +157,8 @@ class TrainerConfig(Config):
 
 def run_trainer(c):
     """bench.py trainer CHECKPOINT: every trial loads the model anew and pads."""
-    from transformers import EuroBertConfig, EuroBertForSequenceClassification, Trainer, TrainingArguments
+    from transformers import EuroBertConfig, EuroBertForSequenceClassification
+    from transformers import Trainer, TrainingArguments
 
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)
@@ -152,27 +167,24 @@ def run_trainer(c):
     task, examples, _ = loading.load(c.task, c.task_dir)
     splits = {split: encode_split(task, rows, tok) for split, rows in examples.items()}
 
-    # the model of the checkpoint, with other random weights, as Hugging Face saves one
+    # A model of the checkpoint's size, with random weights, as Hugging Face saves one.
     folder = os.path.join(run_dir, "hugging_face")
     dimensions = hf_weights.write_config(model_config(c), causal=False)
-    ids = dict(bos_token_id=0, eos_token_id=tok.eos_id, pad_token_id=tok.eos_id, mask_token_id=tok.mask_id)
-    config = EuroBertConfig.from_dict(dimensions | ids | {"classifier_pooling": "mean"}, num_labels=len(task.labels))
+    details = {
+        "bos_token_id": 0,
+        "eos_token_id": tok.eos_id,
+        "pad_token_id": tok.eos_id,
+        "mask_token_id": tok.mask_id,
+        "classifier_pooling": "mean",
+    }
+    config = EuroBertConfig.from_dict(dimensions | details, num_labels=len(task.labels))
     EuroBertForSequenceClassification(config).save_pretrained(folder)
 
-    def pad(items):
-        longest = max(len(item["ids"]) for item in items)
-        ids = []
-        mask = []
-        for item in items:
-            n_padding = longest - len(item["ids"])
-            ids.append(item["ids"] + [tok.eos_id] * n_padding)
-            mask.append([1] * len(item["ids"]) + [0] * n_padding)
-        labels = [item["label"] for item in items]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
-
+    # The grid: each trial trains and then evaluates the validation and the test set.
     for lr in LEARNING_RATES:
         for seed in range(c.trials // 2):
-            model = EuroBertForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa")
+            model = EuroBertForSequenceClassification.from_pretrained(folder,
+                                                                      attn_implementation="sdpa")
             arguments = TrainingArguments(
                 output_dir=os.path.join(folder, "out"),
                 max_steps=c.trial_steps,
@@ -190,7 +202,8 @@ def run_trainer(c):
                 save_strategy="no",
                 report_to="none",
             )
-            loop = Trainer(model, arguments, train_dataset=splits["train"], data_collator=pad)
+            loop = Trainer(model, arguments, train_dataset=splits["train"],
+                           data_collator=lambda items: pad(items, tok.eos_id))
             loop.train()
             loop.predict(splits["validation"])
             loop.predict(splits["test"])
@@ -206,3 +219,20 @@ def encode_split(task, examples, tok):
         ids = packing.rows(encoded, "tokens", [i]).tolist()
         items.append({"ids": ids, "label": int(label)})
     return items
+
+
+def pad(items, pad_id):
+    """The items of a batch as rectangles, each filled up to the longest. -> what the model takes"""
+    longest = max(len(item["ids"]) for item in items)
+    ids = []
+    mask = []
+    for item in items:
+        n_padding = longest - len(item["ids"])
+        ids.append(item["ids"] + [pad_id] * n_padding)
+        mask.append([1] * len(item["ids"]) + [0] * n_padding)
+    labels = [item["label"] for item in items]
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }

@@ -57,9 +57,10 @@ def kernel_bench(c):
     if c.tokens < 64 or c.tokens % min(2048, c.tokens):
         raise UserError(f"tokens={c.tokens}: expected a multiple of 2048, or 64 to 2047")
     keep_freed_memory()
-    print(f"\n{describe(device)}; {c.tokens:,} tokens, bf16, forward + backward, median of {c.rounds} rounds; "
-          "ratio: theirs / ours\n")
-    print("| case | contestant | ms | TFLOP/s | ratio | peak MiB | kernel |\n|---|---|---|---|---|---|---|")
+    print(f"\n{describe(device)}; {c.tokens:,} tokens, bf16, forward + backward, "
+          f"median of {c.rounds} rounds; ratio: theirs / ours\n\n"
+          "| case | contestant | ms | TFLOP/s | ratio | peak MiB | kernel |\n"
+          "|---|---|---|---|---|---|---|")
 
     def emit(row):
         record(c.to, facts | row, device)
@@ -86,8 +87,8 @@ def table_line(row):
         return f"| {case} | {row['name']} | not run: {row['not_run']} | | | | |"
     peak = "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
     kernel = (row["kernel"] or "")[:60]
-    return (f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} | {row['ratio']:.2f} | {peak} | "
-            f"{kernel} |")
+    return (f"| {case} | {row['name']} | {row['ms']:.3f} | {row['tflops']:.0f} "
+            f"| {row['ratio']:.2f} | {peak} | {kernel} |")
 
 
 def cases(c):
@@ -240,10 +241,10 @@ def attention(size, packing, causal, c, device, emit):
     H = SIZES[size]["n_head"]
     Hkv = SIZES[size]["n_kv_head"]
     D = SIZES[size]["n_embd"] // H
-    cu = torch.from_numpy(sequences(packing, c.tokens)).to(device)                         # [S+1]
+    cu = torch.from_numpy(sequences(packing, c.tokens)).to(device)                    # [S+1]
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(c.tokens, H + 2 * Hkv, D, device=device, generator=generator).bfloat16()
-    q, k, v = (x.detach().requires_grad_() for x in qkv.split((H, Hkv, Hkv), dim=1))       # [T, H, D]
+    q, k, v = (x.detach().requires_grad_() for x in qkv.split((H, Hkv, Hkv), dim=1))  # [T, H, D]
     contestants = {
         "ours": partial(kernels.attention, q, k, v, cu, causal, impl),
         "varlen_attn": partial(kernels.attention, q, k, v, cu, causal, "varlen"),
@@ -254,8 +255,14 @@ def attention(size, packing, causal, c, device, emit):
     if packing == "equal":
         contestants["SDPA cuDNN"] = later(sdpa, q, k, v, cu, causal, SDPBackend.CUDNN_ATTENTION)
         contestants["FA3"] = later(fa3, q, k, v, cu, causal)
-    row = {"bench": "attention", "size": size, "heads": [H, Hkv, D], "tokens": c.tokens, "packing": packing,
-           "causal": causal}
+    row = {
+        "bench": "attention",
+        "size": size,
+        "heads": [H, Hkv, D],
+        "tokens": c.tokens,
+        "packing": packing,
+        "causal": causal,
+    }
     # Two products, q times k and weights times v, of 2 FLOPs a number and pair; five of them
     # backward.
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in cu.diff().tolist())
@@ -293,21 +300,22 @@ def sdpa(q, k, v, cu, causal, backend):
     a call a sequence."""
     bounds = cu.tolist()
     S = len(bounds) - 1
-    run = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    is_gqa = q.shape[1] != k.shape[1]
+    run = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=is_gqa)
 
     def one_call():
-        batch = [x.unflatten(0, (S, -1)).transpose(1, 2) for x in (q, k, v)]               # [S, H, L, D]
+        batch = [x.unflatten(0, (S, -1)).transpose(1, 2) for x in (q, k, v)]          # [S, H, L, D]
         with sdpa_kernel(backend):
             out = run(*batch)
-        return out.transpose(1, 2).flatten(0, 1)                                           # [T, H, D]
+        return out.transpose(1, 2).flatten(0, 1)                                      # [T, H, D]
 
     def a_call_a_sequence():
         outs = []
         with sdpa_kernel(backend):
             for start, end in zip(bounds, bounds[1:]):
-                batch = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]            # [1, H, L, D]
-                outs.append(run(*batch)[0].transpose(0, 1))                                # [L, H, D]
-            return torch.cat(outs)                                                         # [T, H, D]
+                batch = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]       # [1, H, L, D]
+                outs.append(run(*batch)[0].transpose(0, 1))                           # [L, H, D]
+            return torch.cat(outs)                                                    # [T, H, D]
 
     is_equal = len(set(np.diff(bounds))) == 1
     return one_call if is_equal else a_call_a_sequence
@@ -318,7 +326,7 @@ def flex(q, k, v, cu, causal):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = q.shape[0]
-    sequence = torch.searchsorted(cu.long(), torch.arange(T, device=q.device), right=True)     # [T]
+    sequence = torch.searchsorted(cu.long(), torch.arange(T, device=q.device), right=True)  # [T]
 
     def visible(_batch, _head, i, j):
         same = sequence[i] == sequence[j]
@@ -329,8 +337,8 @@ def flex(q, k, v, cu, causal):
     gqa = q.shape[1] != k.shape[1]
 
     def call():
-        batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                               # [1, H, T, D]
-        return compiled(*batch, block_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)        # [T, H, D]
+        batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                          # [1, H, T, D]
+        return compiled(*batch, block_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)   # [T, H, D]
 
     return call
 
@@ -372,14 +380,16 @@ def loss(size, share, c, device, emit):
         losses["F.linear_cross_entropy"] = torch_loss
     if importlib.util.find_spec("liger_kernel"):
         losses["Liger"] = liger_loss
-    contestants = {name: partial(function, hidden, weight, targets) for name, function in losses.items()}
+    contestants = {}
+    for name, function in losses.items():
+        contestants[name] = partial(function, hidden, weight, targets)
     row = {"bench": "loss", "size": size, "positions": N, "width": C, "vocab_size": V}
     compete(contestants, (hidden, weight), 2 * N * C * V, 2.0, c, device, row, emit)
 
 
 def eager_loss(hidden, weight, targets):
     """What a training script usually does: bf16 logits, cross-entropy in fp32."""
-    logits = (hidden @ weight.to(hidden.dtype).T).float()                                  # [N, V]
+    logits = (hidden @ weight.to(hidden.dtype).T).float()                             # [N, V]
     return F.cross_entropy(logits, targets, reduction="sum")
 
 
@@ -390,6 +400,8 @@ def torch_loss(hidden, weight, targets):
 
 def liger_loss(hidden, weight, targets):
     """Liger's, where it is installed."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
 
-    return Liger.apply(hidden, weight.to(hidden.dtype), targets, None, None, -100, 0.0, 0.0, "sum")[0]
+    loss_function = liger.LigerFusedLinearCrossEntropyFunction
+    weight = weight.to(hidden.dtype)
+    return loss_function.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0]

@@ -34,10 +34,18 @@ def memory(c):
         rows, peak = largest_step(replace(c, checkpoint_activations=is_checkpointed))
         with_or_without = "with" if is_checkpointed else "without"
         peak_in_words = f", peak {peak / 2 ** 30:.1f} GiB" if rows else ""
-        log(f"{c.size}, {with_or_without} activation checkpointing: {rows} x {c.block_size} tokens fit"
-            f"{peak_in_words}")
-        row = {"bench": "memory", "size": c.size, "vocab_size": c.vocab_size, "block_size": c.block_size,
-               "rows": rows, "memory_gib": c.memory_gib, "checkpoint_activations": is_checkpointed, "peak": peak}
+        log(f"{c.size}, {with_or_without} activation checkpointing: "
+            f"{rows} x {c.block_size} tokens fit{peak_in_words}")
+        row = {
+            "bench": "memory",
+            "size": c.size,
+            "vocab_size": c.vocab_size,
+            "block_size": c.block_size,
+            "rows": rows,
+            "memory_gib": c.memory_gib,
+            "checkpoint_activations": is_checkpointed,
+            "peak": peak,
+        }
         record(c.to, row, device)
 
 
@@ -47,8 +55,9 @@ def largest_step(c):
     total = c.memory_gib * 2 ** 30
     if not total:
         total = torch.cuda.get_device_properties(0).total_memory
-    peaks = {}          # rows -> peak bytes
-    fits = 0            # rows, so far
+    # What is known so far: each step's peak in bytes, the most rows that fit, the fewest that do not.
+    peaks = {}
+    fits = 0
     too_many = None
     rows = 1
     with tempfile.TemporaryDirectory() as folder:

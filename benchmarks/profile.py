@@ -1,9 +1,9 @@
 """Where the time of a training step goes: three steps under torch.profiler.
 
-    python bench.py profile                                    # ours
-    python bench.py profile --contestants=eurobert-eager       # somebody else of bench.py train
-    python bench.py profile --to=table.txt                     # keep the table of operators
-    python bench.py profile --to=rows.jsonl                    # keep a row with the largest GPU kernels
+    python bench.py profile                                # ours
+    python bench.py profile --contestants=eurobert-eager   # another contestant of bench.py train
+    python bench.py profile --to=table.txt                 # keep the table of operators
+    python bench.py profile --to=rows.jsonl                # keep a row with the largest GPU kernels
 
 Prints the 40 operators with most time of their own. On a GPU also: the ten kernels with most time,
 and for how much of a step the GPU waits.
@@ -30,7 +30,7 @@ class Config(StepSettings):
     contestants: str = ""        # the first of these; "": ours
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
     compile: bool = True         # torch.compile ours, where a compiler is installed
-    to: str = ""                 # FILE.jsonl: append a row of the kernels; another name: write the table of operators there
+    to: str = ""                 # FILE.jsonl: append a row of kernels; another name: write the table there
 
 
 def profile(c):
@@ -41,9 +41,12 @@ def profile(c):
     profiled = run_profiler(c, key, device)
 
     own_time = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
-    operators = profiled.key_averages().table(sort_by=own_time, row_limit=40, max_name_column_width=70)
+    averages = profiled.key_averages()
+    operators = averages.table(sort_by=own_time, row_limit=40, max_name_column_width=70)
     table = f"{describe(device)}; {key}: {STEPS} steps, {c.in_words()}\n{operators}"
     log(table)
+
+    # A file of rows gets the kernels, any other file the table.
     row = row_of_kernels(c, gpu_spans(profiled))
     if c.to.endswith(".jsonl"):
         record(c.to, row, device)
@@ -86,8 +89,14 @@ def row_of_kernels(c, spans):
         ms = microseconds / STEPS / 1000
         log(f"| {name[:90]} | {ms:.3f} | {microseconds / total:.1%} | {calls / STEPS:g} |")
         kernel_rows.append({"name": name, "ms": ms, "calls": calls / STEPS})
-    return {"bench": "profile", "size": c.size, "rows": c.rows, "step_ms": step_ms, "busy": busy / total,
-            "kernels": kernel_rows}
+    return {
+        "bench": "profile",
+        "size": c.size,
+        "rows": c.rows,
+        "step_ms": step_ms,
+        "busy": busy / total,
+        "kernels": kernel_rows,
+    }
 
 
 def gpu_spans(profiled):
@@ -104,8 +113,8 @@ def gpu_spans(profiled):
 def largest_kernels(spans, n=10):
     """spans: [(start, end, name)] in microseconds, in any order, which may overlap.
 
-    -> [(name, (microseconds, calls))] of the n names with most time; microseconds in which at least one
-    kernel runs; microseconds from the first start to the last end
+    -> [(name, (microseconds, calls))] of the n names with most time; microseconds in which at least
+    one kernel runs; microseconds from the first start to the last end
     """
     times = {}
     for start, end, name in spans:

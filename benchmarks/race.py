@@ -104,9 +104,11 @@ class Runner:
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             empty_caches[name] = os.path.join(folder, f"{name}-{key}")
         settings = settings_for(ContestantConfig, settings, data_dir=folder)
-        command = [sys.executable, os.path.join(ROOT, "bench.py"), "contestant", key, *as_flags(settings)]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, env=os.environ | empty_caches)
+        script = os.path.join(ROOT, "bench.py")
+        command = [sys.executable, script, "contestant", key, *as_flags(settings)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, text=True,
+                                        env=os.environ | empty_caches)
         self.read_answer()
         self.first = time.time() - began
         # Wait for the second step, too, else it would run into another contestant's first round.
@@ -157,7 +159,8 @@ def measure(settings, keys, rounds, device, show):
     finished = {}
     groups = groups_of(keys, device)
     n_turns = sum(len(group) for group in groups) * (rounds + 1)
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=n_turns, desc="rounds", smoothing=0) as bar:
+    bar = tqdm(total=n_turns, desc="rounds", smoothing=0)
+    with tempfile.TemporaryDirectory() as folder, bar:
         write_corpus(settings, folder)
         for group in groups:
             runners = race_group(settings, group, rounds, folder, bar, show)
@@ -187,9 +190,10 @@ def race_group(settings, keys, rounds, folder, bar, show):
     """Start these contestants and let them take turns for `rounds` rounds. -> {key: Runner}"""
     runners = {}
     for key in keys:
-        runners[key] = Runner(settings, key, folder)
+        runner = Runner(settings, key, folder)
+        runners[key] = runner
         bar.update()
-        show(f"{NAMES[key]}: " + (runners[key].failed or f"first step after {runners[key].first:.1f} s"))
+        show(f"{NAMES[key]}: {runner.failed or f'first step after {runner.first:.1f} s'}")
     for _ in range(rounds):
         for runner in runners.values():
             runner.race()

@@ -17,8 +17,8 @@ def start(settings, folder, name, steps, processes=1, env=None):
     """
     torchrun = []
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     never = 10 ** 9
     keys = {
         "data_dir": folder,

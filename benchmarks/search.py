@@ -1,7 +1,7 @@
 """Exact top-k over a million documents: retrieval/search.py, numpy sorting all scores, and FAISS'
 flat index.
 
-    python bench.py search                          # needs 3 GB of disk; FAISS where it is installed
+    python bench.py search              # needs 3 GB of disk; FAISS where it is installed
 
 The corpus is random unit vectors in a file, as an encoder could have left them. retrieval/search.py
 reads the file piece by piece. The others need the whole corpus in memory, and their time begins
@@ -51,11 +51,14 @@ class Config:
 def search(c):
     device = pick_device(c.device)
     if min(c.documents, c.queries, c.width) < K:
-        raise UserError(f"documents={c.documents}, queries={c.queries}, width={c.width}: expected at least {K} each")
+        raise UserError(f"documents={c.documents}, queries={c.queries}, width={c.width}: "
+                        f"expected at least {K} each")
     with tempfile.TemporaryDirectory() as folder:
         results = measure(c, folder)
-    print(f"\n{describe(device)}; the {K} best of {c.documents:,} documents x {c.width}, {c.queries:,} queries\n\n"
-          "| search | ms a query | the corpus | peak extra MiB | same first ten |\n|---|---|---|---|---|")
+    print(f"\n{describe(device)}; the {K} best of {c.documents:,} documents x {c.width}, "
+          f"{c.queries:,} queries\n\n"
+          "| search | ms a query | the corpus | peak extra MiB | same first ten |\n"
+          "|---|---|---|---|---|")
     for key, result in results.items():
         same = share_of_same_ten(result["ids"], results["ours"]["ids"])
         load = f"+ {result['load']:.1f} s to load" if result["load"] else "reading included"
@@ -100,7 +103,8 @@ def unit_vectors(generator, n, width):
 def write_embeddings(c, folder):
     """Write folder/documents.f32 and folder/queries.npy."""
     generator = torch.Generator().manual_seed(0)
-    np.save(os.path.join(folder, "queries.npy"), unit_vectors(generator, c.queries, c.width).numpy())
+    queries = unit_vectors(generator, c.queries, c.width)
+    np.save(os.path.join(folder, "queries.npy"), queries.numpy())
     with open(os.path.join(folder, "documents.f32"), "wb") as f:
         for start in range(0, c.documents, PIECE):
             n = min(PIECE, c.documents - start)
@@ -136,7 +140,8 @@ def run_searcher(c):
     load = 0.0
     if name != "ours":
         began = time.time()
-        documents = np.fromfile(os.path.join(folder, "documents.f32"), np.float32).reshape(-1, c.width)
+        path = os.path.join(folder, "documents.f32")
+        documents = np.fromfile(path, np.float32).reshape(-1, c.width)
         if name == "faiss":
             import faiss
 

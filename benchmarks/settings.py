@@ -14,7 +14,7 @@ class StepSettings:
     vocab_size: int = 8192       # tokens that embedding and head know
     block_size: int = 512        # tokens in a row
     rows: int = 8                # rows in a step
-    random_length: bool = True   # cut each row once, as train.py does; false: whole rows, so that nobody has to pad
+    random_length: bool = True   # cut each row once, as train.py does; false: whole rows, nobody has to pad
     mask_rate: float = 0.4       # of the tokens that an MLM sees
     checkpoint_activations: bool = False   # ours with train.py's flag
     device: str = "auto"         # cuda where there is one, else cpu
@@ -24,15 +24,18 @@ class StepSettings:
         check_sizes((self.size,), f"size={self.size}")
 
     def model_config(self):
-        return ModelConfig(**SIZES[self.size], vocab_size=self.vocab_size, block_size=self.block_size)
+        dimensions = SIZES[self.size]
+        return ModelConfig(**dimensions, vocab_size=self.vocab_size, block_size=self.block_size)
 
     def data_settings(self):
         """What pretraining.data needs to make the batches that train.py would make on one
         device."""
-        return DataSettings(self.block_size, self.rows, self.random_length, mask_rate=self.mask_rate)
+        return DataSettings(self.block_size, batch_rows=self.rows, random_length=self.random_length,
+                            mask_rate=self.mask_rate)
 
     def in_words(self):
-        return f"{self.size}, vocabulary {self.vocab_size:,}, {self.rows} x {self.block_size} tokens a step"
+        tokens = f"{self.rows} x {self.block_size} tokens"
+        return f"{self.size}, vocabulary {self.vocab_size:,}, {tokens} a step"
 
 
 def check_sizes(sizes, setting):

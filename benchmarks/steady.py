@@ -27,11 +27,12 @@ class Config(StepSettings):
 def steady(c):
     device = pick_device(c.device)
     if c.run_steps < 200 or c.run_steps % 100:
-        raise UserError(f"run_steps={c.run_steps}: expected hundreds, 200 or more, to compare the last with "
-                        "the first")
+        raise UserError(f"run_steps={c.run_steps}: expected hundreds, 200 or more, to compare the "
+                        "last with the first")
     facts = measure(c)
     windows = ", ".join(f"{10 * seconds:.1f}" for seconds in facts["windows"])
-    print(f"\n{describe(device)}; train.py, {c.in_words()}, {c.run_steps} steps after {WARMUP} of warm-up\n"
+    print(f"\n{describe(device)}; train.py, {c.in_words()}, {c.run_steps} steps after {WARMUP} of "
+          "warm-up\n"
           f"last 100 steps / first 100: {facts['last'] / facts['first']:.4f}; peak memory grew by "
           f"{facts['growth']:,} of {facts['peak']:,} bytes\nms a step, by hundreds: {windows}")
     row = {"bench": "steady", "size": c.size, "rows": c.rows, "block_size": c.block_size,
@@ -49,7 +50,9 @@ def measure(c):
         process = runs.start(c, folder, "steady", last_step)
         rows = runs.finish(process, folder, "steady")
     memory_at = {row["step"]: row["peak_memory"] for row in rows}
-    windows = [runs.seconds_between(rows, step, step + 100) for step in range(WARMUP, last_step, 100)]
+    windows = []
+    for step in range(WARMUP, last_step, 100):
+        windows.append(runs.seconds_between(rows, step, step + 100))
     return {
         "first": windows[0],
         "last": windows[-1],

@@ -20,7 +20,8 @@ from benchmarks import contestants
 from benchmarks.rows import describe, log, record
 from benchmarks.settings import StepSettings, check_sizes, settings_for
 from benchmarks.summary import step_in_words
-from core.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype, synchronize, why_not_compile
+from core.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
+from core.device import synchronize, why_not_compile
 
 
 @dataclass
@@ -47,8 +48,8 @@ def steps(c):
     keep_freed_memory()
     check_sizes(c.sizes, f"sizes={c.sizes}")
     cuts = "each row cut once" if c.random_length else "whole rows"
-    log(f"{describe(device)}; {c.rows} x {c.block_size} tokens a step, {cuts}, vocabulary {c.vocab_size:,}, "
-        f"MLM at {c.mask_rate:.0%}")
+    log(f"{describe(device)}; {c.rows} x {c.block_size} tokens a step, {cuts}, "
+        f"vocabulary {c.vocab_size:,}, MLM at {c.mask_rate:.0%}")
     began = time.monotonic()
     median_of_ours = {}      # size -> seconds of our MLM step, which the others are compared with
     with tempfile.TemporaryDirectory() as folder:
@@ -81,12 +82,15 @@ def measure_step(c, size, key, folder, device):
     none"""
     settings = settings_for(StepSettings, c, size=size)
     is_compiled = c.compile and why_not_compile(device) is None
+    name = contestants.NAMES[key].removesuffix(", compiled")
+    if not is_compiled:
+        name += ", eager"
     peak = peak_flops(device)
     row = {
         "bench": "train",
         "run": "steps",
         "key": key,
-        "name": contestants.NAMES[key].removesuffix(", compiled") + ("" if is_compiled else ", eager"),
+        "name": name,
         "reference": "ours",
         "size": size,
         "vocab_size": c.vocab_size,

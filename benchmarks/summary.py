@@ -12,8 +12,8 @@ import sys
 
 def main(path):
     rows = read(path)
-    for lines in (checks_in_words(rows), steps_in_words(rows), kernels_in_words(rows), profile_in_words(rows)):
-        for line in lines:
+    for in_words in (checks_in_words, steps_in_words, kernels_in_words, profile_in_words):
+        for line in in_words(rows):
             print(line)
 
 
@@ -70,9 +70,10 @@ def step_in_words(row):
         return f"{name}: not measured: {row['why']}"
     ms = 1000 * statistics.median(row["seconds"])
     mfu = f"{row['mfu']:.1%} MFU" if row["mfu"] else "no MFU (no published peak)"
+    gib = row["peak"] / 2 ** 30
     ratio = "" if row["key"] == "ours" else f", {row['ratio']:.2f} x the time of ours, MLM"
-    return (f"{name}: {row['tok_per_s']:,.0f} tokens/s, {ms:.0f} ms a step, {mfu}, peak {row['peak'] / 2 ** 30:.1f} GiB, "
-            f"first step after {row['first']:.0f} s{ratio}")
+    return (f"{name}: {row['tok_per_s']:,.0f} tokens/s, {ms:.0f} ms a step, {mfu}, "
+            f"peak {gib:.1f} GiB, first step after {row['first']:.0f} s{ratio}")
 
 
 def kernels_in_words(rows):
@@ -84,8 +85,8 @@ def kernels_in_words(rows):
     for case, contestants in cases.items():
         if "ours" not in contestants:
             continue
-        ours = contestants["ours"]
-        words = [f"{case}: ours {ours['tflops']:.1f} TFLOP/s, {ours['ms']:.2f} ms"]
+        own_row = contestants["ours"]
+        words = [f"{case}: ours {own_row['tflops']:.1f} TFLOP/s, {own_row['ms']:.2f} ms"]
         for name, row in contestants.items():
             if name != "ours":
                 words.append(f"{name} takes {row['ratio']:.2f} x as long")
@@ -103,8 +104,9 @@ def profile_in_words(rows):
     profiles = [row for row in rows_of(rows, "profile") if row["kernels"]]
     for row in newest(profiles, "size"):
         largest = row["kernels"][0]
-        yield (f"a step of {row['size']}: the GPU computes for {row['busy']:.1%} of {row['step_ms']:.1f} ms; most time "
-               f"in {largest['name'][:60]}, {largest['ms']:.2f} ms")
+        yield (f"a step of {row['size']}: the GPU computes for {row['busy']:.1%} of "
+               f"{row['step_ms']:.1f} ms; most time in {largest['name'][:60]}, "
+               f"{largest['ms']:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,14 @@ END = "<!-- bench.py readme: end -->\n"
 
 # The GPU's tables: the paper's sizes, and the step that its column headings describe.
 SIZES = ("210m", "610m", "1b")
-GPU = {"vocab_size": 128_256, "rows": 12, "block_size": 2048, "random_length": True, "dtype": "bfloat16",
-       "checkpoint_activations": False}
+GPU = {
+    "vocab_size": 128_256,
+    "rows": 12,
+    "block_size": 2048,
+    "random_length": True,
+    "dtype": "bfloat16",
+    "checkpoint_activations": False,
+}
 # What makes a column of the CPU's table.
 CPU_COLUMN = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "random_length")
 
@@ -51,8 +57,8 @@ def put(text, folder):
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     tables = "\n".join((
-        "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, MFU, peak memory, "
-        "seconds to\nthe first step, how many times ours is as fast:\n",
+        "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, "
+        "MFU, peak memory, seconds to\nthe first step, how many times ours is as fast:\n",
         gpu_table(rows),
         memory_table(rows),
         "A CPU: tokens/s, and how many times ours is as fast in the same run:\n",
@@ -100,8 +106,8 @@ def markdown(head, body):
 
 def gpu_table(rows):
     """The paper's three sizes on every GPU that has rows; on "one H100" if there is none."""
-    rows = [row for row in rows if row["bench"] == "train" and kind(row) != "cpu" and row["size"] in SIZES]
-    rows = [row for row in rows if fits(row, GPU)]
+    rows = [row for row in rows if row["bench"] == "train" and kind(row) != "cpu"]
+    rows = [row for row in rows if row["size"] in SIZES and fits(row, GPU)]
     devices = list(dict.fromkeys(row["device"] for row in rows)) or ["one H100"]
     columns = []
     for device in devices:
@@ -111,8 +117,11 @@ def gpu_table(rows):
     for key, name in NAMES.items():
         # Of nanoGPT's four variants, three are there for a CPU; so is ours-malloc.
         if key != "ours-malloc" and not key.startswith("nanogpt-"):
-            cells = [gpu_cell(newest(rows, {"device": device, "size": size, "key": key})) for device, size in columns]
-            body.append([name, *cells])
+            line = [name]
+            for device, size in columns:
+                row = newest(rows, {"device": device, "size": size, "key": key})
+                line.append(gpu_cell(row))
+            body.append(line)
     return markdown(["training step", *(f"{size}, {device}" for device, size in columns)], body)
 
 
@@ -122,7 +131,9 @@ def gpu_cell(row):
     if "why" in row:
         return row["why"]
     mfu = f"{row['mfu']:.1%}" if row["mfu"] else "no published peak"
-    return f"{row['tok_per_s']:,.0f}, {mfu}, {row['peak'] / 2 ** 30:.0f} GiB, {row['first']:.0f} s{ratio_to_ours(row)}"
+    gib = row["peak"] / 2 ** 30
+    ratio = ratio_to_ours(row)
+    return f"{row['tok_per_s']:,.0f}, {mfu}, {gib:.0f} GiB, {row['first']:.0f} s{ratio}"
 
 
 def ratio_to_ours(row):
@@ -146,7 +157,8 @@ def cpu_table(rows):
             cells = [cpu_cell(newest(rows, column | {"key": key})) for column in columns]
             body.append([name, *cells])
     size = columns[0]["size"] if columns else "small"
-    return markdown([f"training step of {size}, tokens/s", *(cpu_heading(column) for column in columns)], body)
+    headings = [cpu_heading(column) for column in columns]
+    return markdown([f"training step of {size}, tokens/s", *headings], body)
 
 
 def cpu_heading(column):
@@ -167,7 +179,8 @@ def cpu_cell(row):
 
 def memory_table(rows):
     """The most rows of 2,048 tokens in a micro-batch."""
-    rows = [row for row in rows if row["bench"] == "memory" and kind(row) != "cpu" and row["memory_gib"] in (0, 80)]
+    rows = [row for row in rows if row["bench"] == "memory" and kind(row) != "cpu"]
+    rows = [row for row in rows if row["memory_gib"] in (0, 80)]
     body = []
     for name, is_checkpointed in (("as it is", False), ("--checkpoint_activations=true", True)):
         cells = [memory_cell(rows, size, is_checkpointed) for size in SIZES]
@@ -176,8 +189,12 @@ def memory_table(rows):
 
 
 def memory_cell(rows, size, is_checkpointed):
-    row = newest(rows, {"size": size, "vocab_size": GPU["vocab_size"], "block_size": GPU["block_size"],
-                        "checkpoint_activations": is_checkpointed})
+    row = newest(rows, {
+        "size": size,
+        "vocab_size": GPU["vocab_size"],
+        "block_size": GPU["block_size"],
+        "checkpoint_activations": is_checkpointed,
+    })
     if row is None:
         return "not measured"
     return f"{row['rows']} ({row['device'].split(',')[0]})"

@@ -1,7 +1,7 @@
 """A whole training step, beside the peers: ours, Hugging Face's EuroBERT, nanoGPT.
 
     python bench.py train
-    python bench.py train --nanogpt=../nanoGPT             # with nanoGPT as shipped, from a clone of karpathy/nanoGPT
+    python bench.py train --nanogpt=../nanoGPT             # with a clone of karpathy/nanoGPT
     python bench.py train --contestants=ours,ours-eager    # only these
 
 The contestants take turns for `rounds` rounds: one untimed step, then `steps` timed ones. A row has
@@ -25,7 +25,7 @@ from core.device import peak_flops, pick_device, pick_dtype
 class Config(StepSettings):
     # who and how often
     contestants: str = ""        # which, e.g. ours,eurobert; "": all that can run here
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; its rows are not measured without
+    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; without, it takes no part
     steps: int = 4               # of each contestant in a round
     rounds: int = 5              # each contestant takes two steps before the first
     memory_gib: float = 0.0      # of a device that is larger; 0: all there is
@@ -34,21 +34,24 @@ class Config(StepSettings):
 
 def train(c):
     device = pick_device(c.device)
+    # who takes part
     entrants = choose_contestants(c)
     racing = [key for key, contestant in entrants.items() if not contestant.why_not]
     if not racing:
         reasons = "; ".join(f"{key}: {contestant.why_not}" for key, contestant in entrants.items())
         raise UserError(f"contestants={c.contestants}: none can be measured here: {reasons}")
-    runners = race.measure(settings_for(race.ContestantConfig, c), racing, c.rounds, device, tqdm.write)
+    settings = settings_for(race.ContestantConfig, c)
+    runners = race.measure(settings, racing, c.rounds, device, tqdm.write)
 
+    # the table's head, and what all rows have in common
     dtype = pick_dtype(c.dtype, device)
     peak = peak_flops(device)
     tokens = c.rows * c.block_size
     cuts = "each row cut once" if c.random_length else "whole rows"
-    print(f"\n{describe(device)}; {c.in_words()}, {cuts}; MLM at {c.mask_rate:.0%}; {dtype}, nanoGPT as it "
-          f"ships; median of {c.rounds} rounds of {c.steps} steps\n\n"
-          "| training step | tokens/s | ms a step | ours is faster by | TFLOP/s | MFU | peak GiB | first step, s |\n"
-          "|---|---|---|---|---|---|---|---|")
+    print(f"\n{describe(device)}; {c.in_words()}, {cuts}; MLM at {c.mask_rate:.0%}; {dtype}, "
+          f"nanoGPT as it ships; median of {c.rounds} rounds of {c.steps} steps\n\n"
+          "| training step | tokens/s | ms a step | ours is faster by | TFLOP/s | MFU | peak GiB "
+          "| first step, s |\n|---|---|---|---|---|---|---|---|")
     facts = {
         "bench": "train",
         "run": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -61,6 +64,7 @@ def train(c):
         "random_length": c.random_length,
         "checkpoint_activations": c.checkpoint_activations,
     }
+    # a row for each, measured or not
     for key, contestant in entrants.items():
         if contestant.why_not:
             row = {"key": key, "why": contestant.why_not}
@@ -74,8 +78,8 @@ def train(c):
             record(c.to, facts | row, device)
 
     mfu = f"MFU: of {peak / 1e12:,.0f} TFLOP/s" if peak else "No MFU without a published peak"
-    print("\nFLOPs: the products that run in ours, without padding and logits that nobody asks for; EuroBERT's "
-          f"are counted alike, nanoGPT's are its own. {mfu}.")
+    print("\nFLOPs: the products that run in ours, without padding and logits that nobody asks "
+          f"for; EuroBERT's are counted alike, nanoGPT's are its own. {mfu}.")
 
 
 def choose_contestants(c):
