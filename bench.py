@@ -12,7 +12,7 @@ settings.
     python bench.py search         # exact search in a million documents, beside numpy and FAISS
     python bench.py alive          # does everything run on this machine? runs/gpu.sh begins with it
     python bench.py steps          # the training step of several sizes, in one process
-    python bench.py readme         # the README's tables, from the rows in results/speed/
+    python bench.py readme         # the tables of docs/speed.md, from the rows in results/speed/
 
     python bench.py PART --help    # the settings of a part
     python bench.py PART --to=FILE.jsonl ...       # append a row of JSON for each fact

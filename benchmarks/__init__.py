@@ -17,6 +17,6 @@
     steps        the training step of several sizes in one process
     settings     the settings that several parts share
     rows         a row of JSON for each fact
-    tables       the README's tables, from the rows
+    tables       the tables of docs/speed.md, from the rows
     summary      the figures of a rows file that decide something
 """

@@ -1,5 +1,4 @@
-"""The README's tables of the training step's speed and memory, made anew from the rows in
-results/speed/.
+"""The tables of docs/speed.md, speed and memory of a training step, from the rows in results/speed/.
 
     python bench.py readme
 
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 from benchmarks.contestants import NAMES
 from core.files import ROOT, find_files, write_whole
 
-# The page with the tables: the first of these that exists and holds the two marks.
-PAGES = (os.path.join("docs", "speed.md"), "README.md")
+PAGE = os.path.join("docs", "speed.md")      # the page with the tables, between these two marks
 BEGIN = "<!-- bench.py readme: begin -->\n"
 END = "<!-- bench.py readme: end -->\n"
 
@@ -37,18 +35,13 @@ class Config:
 
 
 def readme(c):
-    for name in PAGES:
-        path = os.path.join(ROOT, name)
-        if not os.path.isfile(path):
-            continue
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        if BEGIN in text and END in text:
-            new_text = put(text, c.rows)
-            write_whole(path, new_text.encode())
-            news = "the tables are new" if new_text != text else "nothing to change"
-            print(f"{name}: {news}")
-            return
+    path = os.path.join(ROOT, PAGE)
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    new_text = put(text, c.rows)
+    write_whole(path, new_text.encode())
+    news = "the tables are new" if new_text != text else "nothing to change"
+    print(f"{PAGE}: {news}")
 
 
 def put(text, folder):

@@ -26,7 +26,7 @@
 #   p      60 s   the stress test of part b, assembled by another ptxas: PTXAS=/path/to/ptxas
 #
 # What a part leaves of its limit goes to the next one. OUT then holds summary.txt (the figures that decide something first), log.txt
-# (everything printed), DEVICE.jsonl (a row for each figure; README's tables are made of them) and, after part g, mini_study.tgz.
+# (everything printed), DEVICE.jsonl (a row for each figure; the tables of docs/speed.md are made of them) and, after part g, mini_study.tgz.
 # PYTHON (default: .venv's, else python3) needs PyTorch with CUDA, Triton, pytest and the small packages; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -68,7 +68,7 @@ else
 fi
 if [ -z "$out" ]; then
   out=results/speed
-  if [ $tiny = true ]; then out=out/gpu_tiny; fi      # a toy's rows must not end up in README's tables
+  if [ $tiny = true ]; then out=out/gpu_tiny; fi      # a toy's rows must not end up in the tables of docs/speed.md
 fi
 mkdir -p "$out" || exit 1
 rows=$out/$name.jsonl log=$out/log.txt

@@ -233,8 +233,8 @@ def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
     assert whole[1] < rate < whole[0]
 
 
-def test_the_readmes_tables_follow_from_the_rows():
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+def test_the_tables_of_the_docs_follow_from_the_rows():
+    with open(os.path.join(ROOT, bench_tables.PAGE), encoding="utf-8") as f:
         text = f.read()
     assert bench_tables.put(text, os.path.join(ROOT, "results", "speed")) == text
 
