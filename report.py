@@ -23,8 +23,9 @@ from dataclasses import dataclass
 
 from core.configurator import UserError, run
 from core.files import ROOT
-from reporting.figures import FIGURES, loss_curves
+from reporting.figures import FIGURES
 from reporting.inputs import read_inputs
+from reporting.loss_curves import loss_curves
 from reporting.output import write_report
 from reporting.page import page
 from reporting.read import report_rows

@@ -1,408 +1,559 @@
-"""The paper's Figures 2 to 10 and 12, ours and the paper's in rows of panels of their own; and the loss curves of runs.
+"""The paper's Figures 2 to 10 and 12, drawn from a study and from the paper.
 
-A figure is a function (sources) -> matplotlib figure, or None where no source has what it shows. MLM is blue, solid and round,
-CLM red, dashed and square. Bars are 95 % intervals and dots the values that ours are over; two values are only dots. An axis is
-fitted to means and dots; an interval much wider than that runs out of its panel.
-Only report.py imports this file.
+Each of FIGURES is a function (sources) -> matplotlib figure, or None where no source has what it
+shows. sources: StudyResults, PaperResults, or both. MLM is blue, solid and round; CLM is red,
+dashed and square.
 """
-import math
 import re
 import textwrap
+from collections import defaultdict
 
-import matplotlib
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter  # noqa: E402
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from experiments import recipes
-from objectives import split_name
-from reporting.scores import AXES, IN_WORDS, StudyResults, select_trials
-from reporting.sections import CLM, MLM, sections, size_of
+from reporting.panels import (
+    BOTH_PURPLE,
+    CLM_RED,
+    METRICS,
+    MLM_BLUE,
+    STUDY_RULE,
+    Bar,
+    Line,
+    add_legend,
+    draw_bars,
+    draw_line,
+    fit_axis,
+    frame,
+    rows_of_panels,
+)
+from reporting.scores import AXES, IN_WORDS, select_trials
+from reporting.sections import (
+    CLM,
+    MLM,
+    first_objective,
+    is_clm_then_mlm,
+    kind_of,
+    sections,
+    size_of,
+)
 
-matplotlib.use("Agg")
+MLM_LABEL = "MLM, 40 % masked"
+LOOK = {"mlm": dict(color=MLM_BLUE, marker="o", ls="-"),
+        "clm": dict(color=CLM_RED, marker="s", ls="--")}
+# of lines that are not MLM against CLM: shades, markers and styles, one after another
+BLUES = ("#8db4e8", MLM_BLUE, "#0b2a5c")
+PURPLES = ("#c39bd3", BOTH_PURPLE, "#3b1050")
+MARKERS = ("o", "s", "^", "D")
+LINE_STYLES = ("-", "--", ":", "-.")
+FIGURE_5_LRS = (1e-5, 1e-4)     # Figure 5's learning rates, both ends included
 
-MLM_BLUE, CLM_RED, BOTH = "#1f5fbf", "#c0392b", "#7d3c98"     # the paper's colours for its two objectives, and one for the pair
-LOOK = {"mlm": dict(color=MLM_BLUE, marker="o", ls="-"), "clm": dict(color=CLM_RED, marker="s", ls="--")}
-SERIES = [dict(marker="o", ls="-"), dict(marker="s", ls="--"), dict(marker="^", ls=":"), dict(marker="D", ls="-.")]
-BLUES, PURPLES = ("#8db4e8", MLM_BLUE, "#0b2a5c"), ("#c39bd3", BOTH, "#3b1050")
-RULE = "standard"                       # of ours' error bars; the paper's are as published
-FIT_LRS = (1e-5, 1e-4)                  # Figure 5's learning rates, ends included
-UNITS = {"SC": "accuracy", "TC": "F1", "QA": "F1", "IR": "NDCG@10"}
+
+# ---- which models a figure shows
+
+def models_with_scores(sources, choose):
+    """The models that `choose` picks and that have a score: {source: names}.
+
+    choose: {section: {name: recipe}} -> names. Without any in the first source the result is empty:
+    the paper's row stands below a study's, not in its place.
+    """
+    models = {}
+    for source in sources:
+        groups = {}
+        for section, names in sections(source.names).items():
+            groups[section] = {name: recipes.parse(name) for name in names}
+        chosen = [name for name in choose(groups) if has_score(source, name)]
+        if chosen:
+            models[source] = chosen
+    return models if sources[0] in models else {}
 
 
-# ---- panels
+def has_score(source, name):
+    """True if a model has a score on any task."""
+    for family in IN_WORDS:
+        for column in source.columns.get(family, ()):
+            if source.score(name, [column], STUDY_RULE):
+                return True
+    return False
 
-def frame(sources, names, ylabel=None):
-    """A row of four panels a source. names: {source: the models compared} -> figure, [(source, family, columns, axis), ...]"""
-    figure, axes = plt.subplots(len(sources), 4, figsize=(12, 0.6 + 3.0 * len(sources)), layout="constrained", squeeze=False)
-    panels = []
-    for source, row in zip(sources, axes):
-        for family, axis in zip(IN_WORDS, row):
-            columns = source.common(names[source], family)
-            title = f"{family}, {UNITS[family]}" if source.is_paper else f"{family}: {', '.join(columns)}"
-            axis.set_title(textwrap.fill(title, 30), fontsize=10)
-            axis.grid(alpha=0.25)
-            axis.tick_params(labelsize=9)
-            if columns:
-                panels.append((source, family, columns, axis))
+
+def columns_of(source):
+    """(family, column) of every task that a source has."""
+    for family in IN_WORDS:
+        for column in source.columns.get(family, ()):
+            yield family, column
+
+
+# ---- Figures 2 and 8: bars
+
+def figure_2(sources):
+    """MLM at 40 % and CLM, by size."""
+
+    def choose(groups):
+        return [name for name, r in groups["base"].items() if first_objective(r) in (MLM, CLM)]
+
+    models = models_with_scores(sources, choose)
+    if not models:
+        return None
+    figure, panels = frame(models)
+    for panel in panels:
+        groups = defaultdict(list)
+        for name in models[panel.source]:
+            recipe = recipes.parse(name)
+            if first_objective(recipe) == MLM:
+                bar = Bar(MLM_LABEL, panel.score(name), MLM_BLUE)
             else:
-                axis.text(0.5, 0.5, "no rows", transform=axis.transAxes, ha="center", color="grey")
-                axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{source.label}\n{ylabel or 'score, %'}", fontsize=10)
-    return figure, panels
-
-
-def finish(figure, order=(), ncols=5):
-    """One legend for all panels, above them. order: of its labels, where that of the panels will not do"""
-    found = dict.fromkeys(order)
-    for axis in figure.axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
-            found[label] = found.get(label) or handle
-    found = {label: handle for label, handle in found.items() if handle}
-    if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(ncols, len(found)), fontsize=10,
-                      frameon=False)
+                bar = Bar("CLM", panel.score(name), CLM_RED, hatch="//")
+            groups[recipe.size.upper()].append(bar)
+        draw_bars(panel.axis, groups)
+    add_legend(figure)
     return figure
 
 
-def fit(axis, scores, below=0.12, above=0.15):
-    """The y axis that holds all means and seeds, and their intervals as far as these are not much wider."""
-    points = [p for s in scores for p in (s.mean, *s.values)]
-    span = max(max(points) - min(points), 0.5)
-    ends = [s.mean + sign * bar(s) for s in scores for sign in (-1, 1)]
-    low, high = max(min(ends), min(points) - 0.5 * span), min(max(ends), max(points) + 0.5 * span)
-    axis.set_ylim(min(low, min(points)) - below * span, max(high, max(points)) + above * span)
+def figure_8(sources):
+    """Finished MLM and CLM models, and what their longest continuation with MLM made of them."""
 
+    def choose(groups):
+        continued = groups["continued"]
+        longest = max((r.steps for r in continued.values() if r.start), default=0)
+        return [name for name, r in continued.items() if not r.start or r.steps == longest]
 
-def bar(score):
-    """Half the height of an error bar. A t interval of two values is nine times their spread: the two dots say as much."""
-    return 0 if math.isnan(score.half_width) or score.n < 3 else score.half_width
-
-
-def line(axis, points, label, **look):
-    """points: [(x, Score)]"""
-    points = sorted(((x, s) for x, s in points if x is not None and s), key=lambda p: p[0])
-    if points:
-        axis.errorbar([x for x, _ in points], [s.mean for _, s in points], yerr=[bar(s) for _, s in points], label=label, ms=5,
-                      lw=1.6, capsize=3, elinewidth=1, **look)
-        for x, s in points:
-            axis.scatter([x] * len(s.values), s.values, s=8, color=look["color"], alpha=0.45, zorder=3)
-    return [s for _, s in points]
-
-
-def bars(axis, groups):
-    """groups: {group: [(label, Score, colour, hatch)]}; the axis does not begin at 0, so every bar has its value."""
-    drawn = [s for group in groups.values() for _, s, *_ in group if s]
-    fit(axis, drawn, 0.45, 0.3)
-    for i, group in enumerate(groups.values()):
-        width = 0.8 / len(group)
-        for k, (label, s, colour, hatch) in enumerate(group):
-            if s:
-                x = i - 0.4 + (k + 0.5) * width
-                axis.bar(x, s.mean, 0.92 * width, color=colour, hatch=hatch, edgecolor="white", label=label)
-                axis.errorbar(x, s.mean, yerr=bar(s), color="black", capsize=3 if bar(s) else 0, lw=1)
-                axis.annotate(f"{s.mean:.1f}", (x, axis.get_ylim()[0]), xytext=(0, 3), textcoords="offset points", ha="center",
-                              fontsize=8, bbox=dict(fc="white", ec="none", pad=0.6))
-                axis.scatter([x] * len(s.values), s.values, s=9, color="black", zorder=3)
-    axis.set_xticks(range(len(groups)), groups)
-    axis.grid(False, axis="x")
-
-
-def having(sources, wanted):
-    """{source: names} of the sources for which wanted(sections of its models, recipes) finds any; {} if the first has none."""
-    found = {}
-    for source in sources:
-        parts = {k: {n: recipes.parse(n) for n in names} for k, names in sections(source.names).items()}
-        names = [n for n in wanted(parts) if any(source.score(n, [c], RULE) for f in IN_WORDS for c in source.columns.get(f, ()))]
-        if names:
-            found[source] = names
-    return found if sources[0] in found else {}         # the paper's row stands below ours, not in its place
-
-
-def objective(recipe):
-    return recipe.stages[0][0]
-
-
-# ---- the figures
-
-def figure_2(sources):
-    """Bars: MLM at 40 % and CLM, by size."""
-    names = having(sources, lambda parts: [n for n, r in parts["base"].items() if objective(r) in (MLM, CLM)])
-    if not names:
+    # a start alone is not worth a bar: there must be a continuation of it
+    models = {}
+    for source, names in models_with_scores(sources, choose).items():
+        if any(recipes.parse(name).start for name in names):
+            models[source] = names
+    if not models:
         return None
-    figure, panels = frame(list(names), names)
-    for source, _, columns, axis in panels:
-        groups = {}
-        for name in names[source]:
-            r = recipes.parse(name)
-            groups.setdefault(r.size.upper(), []).append((
-                "MLM, 40 % masked" if objective(r) == MLM else "CLM", source.score(name, columns, paper_rule(source)),
-                *((MLM_BLUE, "") if objective(r) == MLM else (CLM_RED, "//"))))
-        bars(axis, groups)
-    return finish(figure)
+    figure, panels = frame(models)
+    for panel in panels:
+        groups = {"from MLM": [], "from CLM": []}
+        for name in models[panel.source]:
+            recipe = recipes.parse(name)
+            start = "CLM" if first_objective(recipe) == CLM else "MLM"
+            colour = CLM_RED if start == "CLM" else MLM_BLUE
+            if recipe.start:
+                added = recipes.steps_in_words(recipe.steps - recipe.start)
+                label = f"MLM for {added} steps more, from {start}"
+                bar = Bar(label, panel.score(name), colour, hatch="xx")
+            else:
+                bar = Bar(f"{start} start", panel.score(name), colour)
+            groups[f"from {start}"].append(bar)
+        draw_bars(panel.axis, {title: bars for title, bars in groups.items() if bars})
+    add_legend(figure)
+    return figure
 
 
-def paper_rule(source):
-    return "paper" if source.is_paper else RULE
+# ---- Figures 3, 4, 6, 9 and 10: lines
 
+class LineFigure:
+    """Family scores against some property of the models, a line per group of models.
 
-def lines_figure(sources, wanted, key, x, xlabel, look, log=False, ticks=None):
-    """Lines of family scores. key(recipe) -> [what a line's models share]; x(source, name) -> where a model lies;
-    look(keys) -> {key: (label, style)}"""
-    names = having(sources, wanted)
-    names = {s: [n for n in found if x(s, n) is not None] for s, found in names.items()}
-    names = {s: found for s, found in names.items() if found}
-    if sources[0] not in names:
-        return None
-    figure, panels = frame(list(names), names)
-    styles = look(list({k: None for found in names.values() for name in found for k in key(recipes.parse(name))}))
-    for source, _, columns, axis in panels:
-        lines = {}
-        for name in names[source]:
-            for k in key(recipes.parse(name)):
-                lines.setdefault(k, []).append((x(source, name), source.score(name, columns, paper_rule(source))))
-        drawn = []
-        for k, (label, style) in styles.items():
-            drawn += line(axis, lines.get(k, ()), label, **style)
-        if drawn:
-            fit(axis, drawn)
-        axis.set_xlabel(xlabel, fontsize=9)
-        if log:
+    A subclass says which models it shows, which line a model is on, where it lies on the x axis,
+    and how the lines look. Call an instance with the sources to draw it.
+    """
+    xlabel = ""
+    is_log = False
+    ticks = None            # of the x axis; None: matplotlib's
+    has_unit_prefixes = True        # ticks like 10k, 1M
+
+    def models(self, groups):
+        """The names to show. groups: {section: {name: recipe}}"""
+        raise NotImplementedError
+
+    def line_key(self, recipe):
+        """Models with the same key are on one line."""
+        raise NotImplementedError
+
+    def x(self, source, name):
+        """Where a model lies on the x axis; None leaves it out."""
+        raise NotImplementedError
+
+    def lines(self, keys):
+        """{key: Line}, in the order of the legend. keys: the set of all keys"""
+        raise NotImplementedError
+
+    def __call__(self, sources):
+        # the models to show that have a place on the x axis: {source: names}
+        models = {}
+        for source, names in models_with_scores(sources, self.models).items():
+            with_x = [name for name in names if self.x(source, name) is not None]
+            if with_x:
+                models[source] = with_x
+        if sources[0] not in models:
+            return None
+
+        # every panel has the same lines, in the same look
+        keys = set()
+        for names in models.values():
+            keys |= {self.line_key(recipes.parse(name)) for name in names}
+        lines = self.lines(keys)
+        figure, panels = frame(models)
+        for panel in panels:
+            self.draw_panel(panel, models[panel.source], lines)
+            self.set_x_axis(panel.axis)
+        add_legend(figure, [line.label for line in lines.values()])
+        return figure
+
+    def draw_panel(self, panel, names, lines):
+        points = defaultdict(list)          # {key: [(x, Score), ...]}
+        for name in names:
+            score = panel.score(name)
+            if score:
+                key = self.line_key(recipes.parse(name))
+                points[key].append((self.x(panel.source, name), score))
+        # the lines in the order of the legend, each from left to right
+        scores = []
+        for key, line in lines.items():
+            if key in points:
+                points[key].sort(key=lambda point: point[0])
+                draw_line(panel.axis, points[key], line)
+                scores += [score for _, score in points[key]]
+        if scores:
+            fit_axis(panel.axis, scores)
+
+    def set_x_axis(self, axis):
+        axis.set_xlabel(self.xlabel, fontsize=9)
+        if self.is_log:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(10, (1, 3)))
             axis.xaxis.set_minor_formatter(NullFormatter())
-        if xlabel != AXES["flops"] and not ticks:
-            axis.xaxis.set_major_formatter(lambda value, _: EngFormatter(sep="")(value).replace("G", "B"))
-        if ticks:
-            axis.set_xticks(ticks)
-    return finish(figure, [label for label, _ in styles.values()])
+        if self.ticks:
+            axis.set_xticks(self.ticks)
+        elif self.has_unit_prefixes:
+            axis.xaxis.set_major_formatter(with_unit_prefix)
 
 
-def shades(keys, colours, words):
-    return {k: (words(k), SERIES[i % 4] | dict(color=colours[i % 3])) for i, k in enumerate(keys)}
+def with_unit_prefix(value, _position):
+    """10k, 3M, 100B: engineers say giga, language models have billions."""
+    return EngFormatter(sep="")(value).replace("G", "B")
 
 
-def figure_3(sources):
-    """Score against the masking rate, a line a size."""
-    def wanted(parts):
-        rates = {n: objective(r) for n, r in parts["base"].items() if objective(r) != CLM}
+def shaded_lines(keys, colours, label):
+    """Lines that differ in shade, marker and style. label: key -> text. -> {key: Line}"""
+    lines = {}
+    for i, key in enumerate(keys):
+        style = dict(marker=MARKERS[i % 4], ls=LINE_STYLES[i % 4], color=colours[i % 3])
+        lines[key] = Line(label(key), style)
+    return lines
+
+
+class MaskingRateFigure(LineFigure):
+    """Figure 3: score against the masking rate, a line per size."""
+    xlabel = "masking rate, %"
+    ticks = (20, 30, 40, 50)
+
+    def models(self, groups):
+        rates = {}
+        for name, recipe in groups["base"].items():
+            if first_objective(recipe) != CLM:
+                rates[name] = first_objective(recipe)
         return list(rates) if len(set(rates.values())) > 1 else []
-    return lines_figure(sources, wanted, lambda r: [r.size], lambda source, name: int(objective(recipes.parse(name))[3:]),
-                        "masking rate, %", lambda keys: shades(sorted(keys, key=size_of), BLUES, str.upper), ticks=(20, 30, 40, 50))
+
+    def line_key(self, recipe):
+        return recipe.size
+
+    def x(self, _source, name):
+        return int(first_objective(recipes.parse(name))[3:])
+
+    def lines(self, keys):
+        by_size = sorted(keys, key=lambda size: (size_of(size), size))
+        return shaded_lines(by_size, BLUES, str.upper)
 
 
-def figure_4(axis):
-    """Score against an axis of pretraining, MLM and CLM; against FLOPs it is the paper's Figure 10."""
-    def look(keys):
+class EfficiencyFigure(LineFigure):
+    """Figures 4 and 10: score of MLM and CLM checkpoints against how much they were trained."""
+    is_log = True
+
+    def __init__(self, amount):
+        """amount: a key of AXES"""
+        self.amount = amount
+        self.xlabel = AXES[amount]
+        self.has_unit_prefixes = amount != "flops"
+
+    def models(self, groups):
+        return [name for name, r in groups["steps"].items() if first_objective(r) in (MLM, CLM)]
+
+    def line_key(self, recipe):
+        return recipe.size, first_objective(recipe)
+
+    def x(self, source, name):
+        return source.amount(name, self.amount)
+
+    def lines(self, keys):
         sizes = sorted({size for size, _ in keys}, key=size_of)
-        return {(size, o): (("MLM, 40 % masked" if o == MLM else "CLM") + f", {size.upper()}" * (len(sizes) > 1),
-                            LOOK[o[:3]] | (dict(marker="os^D"[sizes.index(size) % 4]) if len(sizes) > 1 else {}))
-                for size, o in sorted(keys, key=lambda k: (size_of(k[0]), k[1] != MLM))}
-    return lambda sources: lines_figure(
-        sources, lambda parts: [n for n, r in parts["steps"].items() if objective(r) in (MLM, CLM)],
-        lambda r: [(r.size, objective(r))], lambda source, name: source.amount(name, axis), AXES[axis], look, log=True)
+        lines = {}
+        for size, objective in sorted(keys, key=lambda key: (size_of(key[0]), key[1] != MLM)):
+            label = MLM_LABEL if objective == MLM else "CLM"
+            style = LOOK[kind_of(objective)]
+            if len(sizes) > 1:
+                label += f", {size.upper()}"
+                style = style | dict(marker=MARKERS[sizes.index(size) % 4])
+            lines[size, objective] = Line(label, style)
+        return lines
 
 
-def figure_6(sources):
-    """Score against the share of CLM, a line a budget."""
-    def ends(r):
-        return [(size_of(r.size), r.size, r.steps)]
+class ShareFigure(LineFigure):
+    """Figure 6: score against the share of CLM, a line per budget."""
+    xlabel = "share of CLM, % of steps"
 
-    def wanted(parts):
-        mixed = {(*ends(r), o) for r in parts["shares"].values() if len(r.stages) > 1 for o in (CLM, r.stages[1][0])}
-        return [n for n, r in parts["shares"].items() if (*ends(r), r.stages[-1][0]) in mixed]
-    return lines_figure(
-        sources, wanted, ends, lambda source, name: 100 * recipes.parse(name).clm_share(), "share of CLM, % of steps",
-        lambda keys: shades(sorted(keys), PURPLES, lambda k: f"{k[1].upper()}, budget {recipes.steps_in_words(k[2])}"))
+    def models(self, groups):
+        # a line needs models of both objectives; the models of one objective are its ends
+        on_a_line = set()
+        for recipe in groups["shares"].values():
+            if len(recipe.stages) > 1:
+                second_objective = recipe.stages[1][0]
+                on_a_line.add((self.line_key(recipe), CLM))
+                on_a_line.add((self.line_key(recipe), second_objective))
+        names = []
+        for name, recipe in groups["shares"].items():
+            last_objective = recipe.stages[-1][0]
+            if (self.line_key(recipe), last_objective) in on_a_line:
+                names.append(name)
+        return names
+
+    def line_key(self, recipe):
+        return size_of(recipe.size), recipe.size, recipe.steps
+
+    def x(self, _source, name):
+        return 100 * recipes.parse(name).clm_share()
+
+    def lines(self, keys):
+        def label(key):
+            _, size, budget = key
+            return f"{size.upper()}, budget {recipes.steps_in_words(budget)}"
+
+        return shaded_lines(sorted(keys), PURPLES, label)
 
 
-def figure_8(sources):
-    """Bars: a decayed model and what MLM made of it in the longest continuation, from MLM and from CLM."""
-    names = having(sources, lambda parts: [n for n, r in parts["continued"].items() if not r.start or r.steps == max(
-        q.steps for q in parts["continued"].values() if q.start)])
-    names = {s: found for s, found in names.items() if any(recipes.parse(n).start for n in found)}
-    if not names:
-        return None
-    figure, panels = frame(list(names), names)
-    for source, _, columns, axis in panels:
-        groups = {}
-        for name in names[source]:
-            r = recipes.parse(name)
-            start = "CLM" if objective(r) == CLM else "MLM"
-            label = f"MLM for {recipes.steps_in_words(r.steps - r.start)} steps more, from {start}" if r.start else f"{start} start"
-            groups.setdefault(f"from {start}", []).append((label, source.score(name, columns, paper_rule(source)),
-                                                           CLM_RED if start == "CLM" else MLM_BLUE, "xx" if r.start else ""))
-        bars(axis, dict(sorted(groups.items(), reverse=True)))
-    return finish(figure)
+class ContinuedFigure(LineFigure):
+    """Figure 9: score against steps of continued pretraining, from MLM and from CLM."""
+    xlabel = "steps of MLM after the start"
+
+    def models(self, groups):
+        has_continuation = any(recipe.start for recipe in groups["continued"].values())
+        return list(groups["continued"]) if has_continuation else []
+
+    def line_key(self, recipe):
+        return kind_of(first_objective(recipe))
+
+    def x(self, source, name):
+        return added_steps(source, name)
+
+    def lines(self, keys):
+        return {key: Line(f"from {key.upper()}", LOOK[key]) for key in sorted(keys, reverse=True)}
 
 
-def added(source, name):
-    """Steps of continued pretraining, of the source's own scale; 0 for a start."""
+def added_steps(source, name):
+    """Steps of continued pretraining at the source's own scale: 0 for a start, None if unknown."""
     recipe = recipes.parse(name)
     if not recipe.start:
         return 0
     if source.is_paper:
         return recipe.steps - recipe.start
-    whole, start = source.amount(name, "steps"), source.amount(recipe.parent().name, "steps")
-    return whole - start if whole and start else None
+    total = source.amount(name, "steps")
+    before = source.amount(recipe.parent().name, "steps")
+    if not total or not before:
+        return None
+    return total - before
 
 
-def figure_9(sources):
-    """Score against steps of continued pretraining, from MLM and from CLM."""
-    return lines_figure(
-        sources, lambda parts: list(parts["continued"]) if any(r.start for r in parts["continued"].values()) else [],
-        lambda r: [objective(r)[:3]], added, "steps of MLM after the start",
-        lambda keys: {k: (f"from {k.upper()}", LOOK[k]) for k in sorted(keys, reverse=True)})
+# ---- Figures 5 and 7: how far scores spread
+
+class Spread:
+    """The scores of each task, to be drawn around their mean."""
+
+    def __init__(self):
+        # {source: {(family, column): {label: scores}}}
+        self.scores = defaultdict(lambda: defaultdict(dict))
+
+    def add(self, source, family, column, label, scores):
+        """Add scores of one task; a single score has no spread and is left out."""
+        if len(scores) > 1:
+            self.scores[source][family, column][label] = scores
+
+    def draw(self):
+        """Every score a dot, and a bar of one standard deviation."""
+        figure, axes = rows_of_panels(len(self.scores))
+        for (source, scores_of_columns), row in zip(self.scores.items(), axes):
+            for family, axis in zip(IN_WORDS, row):
+                columns = [column for f, column in scores_of_columns if f == family]
+                for i, column in enumerate(columns):
+                    for label, scores in scores_of_columns[family, column].items():
+                        draw_spread(axis, i, label, scores)
+                self.label_panel(axis, family, columns)
+            row[0].set_ylabel(f"{source.label}\nscore - its mean, points", fontsize=10)
+        add_legend(figure)
+        return figure
+
+    @staticmethod
+    def label_panel(axis, family, columns):
+        title = f"{family}, {METRICS[family]}" if columns else f"{family}: no rows"
+        axis.set_title(title, fontsize=10)
+        names = [textwrap.fill(column, 14, break_long_words=False) for column in columns]
+        rotation = 0 if len(columns) < 4 else 30
+        axis.set_xticks(range(len(columns)), names, fontsize=8, rotation=rotation)
+        axis.set_xlim(-0.6, max(len(columns), 1) - 0.4)
+        axis.axhline(0, color="grey", lw=0.6)
+        axis.grid(alpha=0.25, axis="y")
 
 
-def spread_figure(series):
-    """Centred scores of each task: every value a dot, and a bar of one standard deviation.
-    series: {source: {(family, column): {label: values}}}"""
-    figure, axes = plt.subplots(len(series), 4, figsize=(12, 0.6 + 3.0 * len(series)), layout="constrained", squeeze=False)
-    for (source, found), row in zip(series.items(), axes):
-        for family, axis in zip(IN_WORDS, row):
-            columns = [c for f, c in found if f == family]
-            for i, column in enumerate(columns):
-                for label, values in found[family, column].items():
-                    clm = label.startswith("CLM")
-                    look, x, values = LOOK["clm" if clm else "mlm"], i + 0.17 * (1 if clm else -1), values - np.mean(values)
-                    axis.scatter(np.full(len(values), x + 0.09), values, s=7, color=look["color"], alpha=0.4)
-                    axis.errorbar(x, 0, yerr=np.std(values, ddof=1), color=look["color"], marker=look["marker"], ls="none",
-                                  capsize=5, lw=2, label=label)
-            axis.set_title(f"{family}, {UNITS[family]}" if columns else f"{family}: no rows", fontsize=10)
-            axis.set_xticks(range(len(columns)), [textwrap.fill(c, 14, break_long_words=False) for c in columns], fontsize=8,
-                            rotation=0 if len(columns) < 4 else 30)
-            axis.set_xlim(-0.6, max(len(columns), 1) - 0.4)
-            axis.axhline(0, color="grey", lw=0.6)
-            axis.grid(alpha=0.25, axis="y")
-        row[0].set_ylabel(f"{source.label}\nscore - its mean, points", fontsize=10)
-    return finish(figure)
+def draw_spread(axis, i, label, scores):
+    """The scores of the i-th column of a panel: MLM's left of its middle, CLM's right."""
+    is_clm = label.startswith("CLM")
+    look = LOOK["clm" if is_clm else "mlm"]
+    x = i + 0.17 if is_clm else i - 0.17
+    centred = scores - np.mean(scores)
+    axis.scatter(np.full(len(scores), x + 0.09), centred, s=7, color=look["color"], alpha=0.4)
+    axis.errorbar(x, 0, yerr=np.std(centred, ddof=1), color=look["color"], marker=look["marker"],
+                  ls="none", capsize=5, lw=2, label=label)
 
 
 def figure_5(sources):
-    """How far scores lie from their mean over learning rates and seeds, MLM and CLM, at the largest size that has both."""
-    found = {}
-    for source in (s for s in sources if isinstance(s, StudyResults)):
-        base = {(r.size, objective(r)): n for n in sections(source.names)["base"] for r in [recipes.parse(n)]}
-        sizes = sorted({size for size, _ in base if (size, MLM) in base and (size, CLM) in base}, key=size_of)
-        for family, column in ((f, c) for f in IN_WORDS for c in source.columns.get(f, ())):
-            for label, o in (("MLM, 40 % masked", MLM), ("CLM", CLM)) if sizes else ():
-                rows = [(seed, r) for seed, r in source.rows_of(base[sizes[-1], o], column)
-                        if not r["failed"] and FIT_LRS[0] <= r["lr"] <= FIT_LRS[1]]
-                means = {s: np.mean([r["test"]["score"] for q, r in rows if q == s]) for s in {s for s, _ in rows}}
-                values = [100 * (r["test"]["score"] - means[s]) for s, r in rows]      # around the mean of each pretraining seed
-                if len(values) > 1:
-                    found.setdefault(source, {}).setdefault((family, column), {})[label] = values
-    return spread_figure(found) if found else None
+    """How far scores lie from their mean over learning rates and seeds, MLM and CLM.
+
+    Of the largest size that has both. The paper published no numbers for it.
+    """
+    spread = Spread()
+    for source in sources:
+        if source.is_paper:
+            continue
+        # the models of one objective: {size: {objective: name}}
+        models = defaultdict(dict)
+        for name in sections(source.names)["base"]:
+            recipe = recipes.parse(name)
+            models[recipe.size][first_objective(recipe)] = name
+        sizes = [size for size in models if MLM in models[size] and CLM in models[size]]
+        if not sizes:
+            continue
+        # all trials of the largest size that has both objectives
+        largest = max(sizes, key=size_of)
+        for family, column in columns_of(source):
+            for label, objective in ((MLM_LABEL, MLM), ("CLM", CLM)):
+                rows = source.rows_of(models[largest][objective], column)
+                spread.add(source, family, column, label, scores_around_seed_means(rows))
+    return spread.draw() if spread.scores else None
+
+
+def scores_around_seed_means(rows):
+    """Test scores at Figure 5's learning rates, in points around the mean of their pretraining
+    seed.
+
+    rows: [(pretraining seed, row), ...]
+    """
+    lowest, highest = FIGURE_5_LRS
+    by_seed = defaultdict(list)
+    for seed, row in rows:
+        if not row["failed"] and lowest <= row["lr"] <= highest:
+            by_seed[seed].append(row["test"]["score"])
+    values = []
+    for scores in by_seed.values():
+        mean = np.mean(scores)
+        values += [100 * (score - mean) for score in scores]
+    return values
 
 
 def figure_7(sources):
-    """How far scores lie from their mean over masking rates and seeds: MLM throughout, and CLM with the decay alone in MLM. Of the
-    paper the second is not published as numbers, nor the seeds: one mean a masking rate."""
-    found = {}
-    for source in sources:
-        parts = sections(source.names)
-        rates = {n: recipes.parse(n) for n in parts["base"] + parts["others"]}
-        decays = {n: r for n, r in rates.items() if not r.start and not r.turns and not r.step
-                  and [o[:3] for o, _ in r.stages] == ["clm", "mlm"]}
-        sizes = {r.size for r in decays.values()} or {"610m"}
-        plain = {n: r for n, r in rates.items() if len(r.stages) == 1 and re.fullmatch(r"mlm\d+", objective(r)) and r.size in sizes}
-        for label, group in (("MLM throughout", plain), ("CLM, its decay in MLM", decays)):
-            for family, column in ((f, c) for f in IN_WORDS for c in source.columns.get(f, ())):
-                values = []
-                for name in group if len(group) > 1 else ():
-                    if source.is_paper:
-                        values.append(source.score(name, [column], "paper").mean)
-                    else:
-                        picked = [select_trials(rows, "paper") for rows in source.rows[name, column].values()]
-                        values += [100 * r["test"]["score"] for p in picked if p for r in p.rows]
-                if len(values) > 1:
-                    found.setdefault(source, {}).setdefault((family, column), {})[label] = values
-    return spread_figure(found) if sources[0] in found else None
+    """How far scores lie from their mean over masking rates and seeds.
 
+    MLM throughout, and CLM whose decay alone is in MLM. The paper published neither the second as
+    numbers nor single seeds: of it there is one mean per masking rate.
+    """
+    spread = Spread()
+    for source in sources:
+        groups = sections(source.names)
+        candidates = {name: recipes.parse(name) for name in groups["base"] + groups["others"]}
+        decays = [name for name, recipe in candidates.items() if is_clm_then_mlm(recipe)]
+        # beside them, models of MLM throughout, of the same sizes
+        sizes = {candidates[name].size for name in decays} or {"610m"}
+        throughout = []
+        for name, recipe in candidates.items():
+            is_mlm = len(recipe.stages) == 1 and re.fullmatch(r"mlm\d+", first_objective(recipe))
+            if is_mlm and recipe.size in sizes:
+                throughout.append(name)
+        for label, names in (("MLM throughout", throughout), ("CLM, its decay in MLM", decays)):
+            if len(names) > 1:
+                for family, column in columns_of(source):
+                    scores = scores_of_models(source, names, column)
+                    spread.add(source, family, column, label, scores)
+    return spread.draw() if sources[0] in spread.scores else None
+
+
+def scores_of_models(source, names, column):
+    """Scores of some models on one task: a study's selected trials, or the paper's means."""
+    if source.is_paper:
+        return [source.score(name, [column], "paper").mean for name in names]
+    scores = []
+    for name in names:
+        for rows in source.rows[name, column].values():
+            selection = select_trials(rows, "paper")
+            if selection is not None:
+                scores += [100 * row["test"]["score"] for row in selection.rows]
+    return scores
+
+
+# ---- Figure 12: losses of a study
 
 def figure_12(sources):
-    """Losses of pretraining and its continuation, a panel a budget: training (thin, own objective) and validation (MLM)."""
-    curves = {}
-    for source in (s for s in sources if isinstance(s, StudyResults)):
-        for name, facts in sorted(source.study.models.items()):
-            r = recipes.parse(name)
-            if r.start and facts.get("curve", {}).get("train"):
-                curves.setdefault(r.steps - r.start, {}).setdefault(objective(r)[:3], (facts["curve"], r))       # the lowest seed's
+    """Losses of pretraining and its continuation, a panel per length of the continuation.
+
+    Training losses (thin) are of each phase's own objective, validation losses of MLM.
+    """
+    curves = continuation_curves(sources)
+    # the paper published no losses, so only a study has curves
     if not curves:
         return None
-    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.8), layout="constrained", squeeze=False)
-    for axis, (steps, found) in zip(axes[0], sorted(curves.items())):
-        for start, (curve, _) in sorted(found.items(), reverse=True):
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.8), layout="constrained",
+                                squeeze=False)
+    for axis, added in zip(axes[0], sorted(curves)):
+        for start, curve in sorted(curves[added].items(), reverse=True):
             look = LOOK[start]
-            axis.plot(*zip(*[r[:2] for r in curve["train"]]), color=look["color"], ls=look["ls"], lw=0.8, alpha=0.5,
-                      label=f"{start.upper()}, then MLM: training, own objective")
+            name = f"{start.upper()}, then MLM"
+            # thin: training; thick, with markers: validation
+            steps = [point[0] for point in curve["train"]]
+            losses = [point[1] for point in curve["train"]]
+            axis.plot(steps, losses, color=look["color"], ls=look["ls"], lw=0.8, alpha=0.5,
+                      label=f"{name}: training, own objective")
             if curve["validation"]:
-                axis.plot(*zip(*curve["validation"]), **look, ms=3.5, lw=1.5, label=f"{start.upper()}, then MLM: validation, MLM")
-        axis.set_title(f"{recipes.steps_in_words(steps)} steps more (the paper's count)", fontsize=10)
+                steps, losses = zip(*curve["validation"])
+                axis.plot(steps, losses, **look, ms=3.5, lw=1.5, label=f"{name}: validation, MLM")
+        title = f"{recipes.steps_in_words(added)} steps more (the paper's count)"
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("training steps", fontsize=9)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("loss, nats a target", fontsize=10)
-    return finish(figure, ncols=2)
-
-
-FIGURES = {"fig02_objectives_by_size": figure_2, "fig03_masking_rate": figure_3,
-           **{f"fig04_{axis}": figure_4(axis) for axis in ("steps", "tokens", "targets")}, "fig10_flops": figure_4("flops"),
-           "fig05_learning_rates": figure_5, "fig06_share_of_clm": figure_6, "fig07_masking_after_clm": figure_7,
-           "fig08_continued_bars": figure_8, "fig09_continued_steps": figure_9, "fig12_losses": figure_12}
-
-
-# ---- runs without trials
-
-def colour(r):
-    kinds = {split_name(objective)[0] for objective, _ in r["settings"]["phases"]}
-    return {"mlm": MLM_BLUE, "clm": CLM_RED}.get(kinds.pop(), BOTH) if len(kinds) == 1 else BOTH
-
-
-def smooth(values, weight=0.9):
-    """Exponential moving average without the start's bias."""
-    out, mean = [], 0.0
-    for i, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        out.append(mean / (1 - weight ** i))
-    return out
-
-
-def in_legend(name):
-    """A folder's name as matplotlib shows it unchanged: dollar signs would be read as formulas, and a label that begins with an
-    underscore is left out of the legend."""
-    name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
-
-
-def loss_curves(runs):
-    """Of runs of train.py against their tokens: validation losses of both objectives, and each run's own training loss."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    panels = (("MLM loss, validation", "validation", "val_mlm_loss"), ("CLM loss, validation", "validation", "val_clm_loss"),
-              ("training loss (each run's own objective)", "train", "loss"))
-    for axis, (title, kind, key) in zip(axes, panels):
-        for r in sorted(runs, key=lambda r: colour(r) == BOTH):      # the pair last: its beginning covers the trunk's
-            x, y = [row["tokens"] / 1e6 for row in r[kind]], [row[key] for row in r[kind]]
-            style = dict(color=colour(r), label=in_legend(r["name"]), lw=1.8)
-            if kind == "train":
-                axis.plot(x, y, color=colour(r), alpha=0.18, lw=0.8)
-                axis.plot(x, smooth(y), **style)
-            else:
-                axis.plot(x, y, marker="o", ms=3, **style)
-                axis.annotate(f"{y[-1]:.2f}", (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center",
-                              color=colour(r))
-        for tokens in {switch(r) for r in runs} - {None}:
-            axis.axvline(tokens / 1e6, color="grey", ls=":", lw=1)
-            axis.text(tokens / 1e6, 0.98, " objective swap", transform=axis.get_xaxis_transform(), va="top", fontsize=8,
-                      color="grey")
-        axis.set(title=title, xlabel="million tokens", ylabel="nats per target")
-        axis.margins(x=0.08)
-        axis.grid(alpha=0.25)
-        axis.legend()
+    add_legend(figure, ncols=2)
     return figure
 
 
-def switch(r):
-    """Tokens seen when the first phase ends, or None for a run of one phase."""
-    s = r["settings"]
-    return s["phases"][0][1] * s["batch_rows"] * s["block_size"] if len(s["phases"]) > 1 else None
+def continuation_curves(sources):
+    """The loss curves of continued pretraining: {steps added: {"clm" or "mlm" start: curve}}
+
+    Of several pretraining seeds, those of the first name.
+    """
+    curves = defaultdict(dict)
+    for source in sources:
+        if source.is_paper:
+            continue
+        for name, facts in sorted(source.study.models.items()):
+            recipe = recipes.parse(name)
+            curve = facts.get("curve", {})
+            start = kind_of(first_objective(recipe))
+            if recipe.start and start in LOOK and curve.get("train"):
+                curves[recipe.steps - recipe.start].setdefault(start, curve)
+    return curves
+
+
+FIGURES = {"fig02_objectives_by_size": figure_2,
+           "fig03_masking_rate": MaskingRateFigure(),
+           "fig04_steps": EfficiencyFigure("steps"),
+           "fig04_tokens": EfficiencyFigure("tokens"),
+           "fig04_targets": EfficiencyFigure("targets"),
+           "fig10_flops": EfficiencyFigure("flops"),
+           "fig05_learning_rates": figure_5,
+           "fig06_share_of_clm": ShareFigure(),
+           "fig07_masking_after_clm": figure_7,
+           "fig08_continued_bars": figure_8,
+           "fig09_continued_steps": ContinuedFigure(),
+           "fig12_losses": figure_12}

@@ -2,10 +2,10 @@
 import numpy as np
 
 from reporting import stats, tables
+from reporting.caveats import list_warnings
 from reporting.output import MARK
 from reporting.scores import IN_WORDS, interval
 from reporting.sections import sections
-from reporting.caveats import list_warnings
 
 # {section: (heading, number of the paper's first table or 0, its figures)}
 SECTIONS = {

@@ -31,8 +31,8 @@ from core import files as core_files
 from core.configurator import RunError, UserError
 from core.files import find_files
 from corpus.documents import documents, files_of
-from reporting import figures as report_figures
 from reporting import read as report_read
+from reporting.loss_curves import loss_curves
 from reporting.read import read_run
 
 ODD = "[lr=5e-4] *?{x} ü $a$ ::|b"
@@ -264,7 +264,7 @@ def test_a_legend_shows_a_runs_name_as_it_is(tiny, tmp_path):
     names = [ODD, "_run", "$\\frac$", "5$", "a\\$b"]
     for name in names:
         shutil.copytree(tmp_path / "run", tmp_path / "runs" / name)
-    figure = report_figures.loss_curves([read_run(str(tmp_path / "runs" / name)) for name in names])
+    figure = loss_curves([read_run(str(tmp_path / "runs" / name)) for name in names])
     figure.savefig(tmp_path / "curves.png", dpi=40)
     for axis in figure.axes:
         assert [text.get_text().strip().replace("\\$", "$") for text in axis.get_legend().get_texts()] == names      # as it draws them

@@ -122,7 +122,7 @@ def test_axes_count_from_the_first_ancestor(whole):
     study, ours = read(whole[0])
     assert ours.amount("610m-mlm40-42k", "steps") == 840 and ours.amount("610m-clm-dec42k-mlm40-64k", "steps") == 1280
     assert ours.amount("610m-clm-42k-1000", "targets") == 20 * made.PER_STEP == ours.amount("610m-mlm40-42k-1000", "targets") / 0.4
-    assert report_figures.added(ours, "610m-clm-dec42k-mlm40-64k") == 440 and report_figures.added(ours, "610m-clm-42k") == 0
+    assert report_figures.added_steps(ours, "610m-clm-dec42k-mlm40-64k") == 440 and report_figures.added_steps(ours, "610m-clm-42k") == 0
     curve = study.models["610m-clm-dec42k-mlm40-64k"]["curve"]
     steps, phases = [r[0] for r in curve["train"]], [r[2] for r in curve["train"]]
     assert steps == sorted(steps) and steps[0] < 10 and steps[-1] > 1270 and len(steps) <= 200
