@@ -1,25 +1,32 @@
-"""Fine-tune an encoder for retrieval, search with it, and score the ranking: every collection, learning rate and seed.
+"""Fine-tune an encoder for retrieval, search with it, and score the ranking.
 
-    python eval_ir.py --ckpt=runs/demo/clm_then_mlm config/retrieval_quick.py            # a minute, no network
-    python eval_ir.py --ckpt=RUN --tasks=squad_retrieval --data_dir=FOLDER               # a folder in BEIR's layout
-    torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN --tasks=all                        # MS MARCO, NQ, MLDR: 8 GPUs share the grid
-    torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN --tasks=all --finals=true --shard=true    # and the whole corpora, together
-    python report.py RUN --to=RUN/report                                                 # the table
+    # a minute, no network
+    python eval_ir.py --ckpt=runs/demo/clm_then_mlm config/retrieval_quick.py
+    # a folder in BEIR's layout: FOLDER/squad_retrieval/{corpus.jsonl,queries.jsonl,qrels/}
+    python eval_ir.py --ckpt=RUN --tasks=squad_retrieval --data_dir=FOLDER
+    # MS MARCO, NQ and MLDR: 8 GPUs share the grid of learning rates and seeds
+    torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN --tasks=all
+    # then the best learning rates on the whole corpora, 8 GPUs together on each trial
+    torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN --tasks=all --finals=true --shard=true
+    # the table
+    python report.py RUN --to=RUN/report
 
-Training is the paper's (arXiv 2507.00994, section 4): pairs of a query and a document that answers it, an embedding is the mean of
-the last hidden states, and of a batch's documents the query must find its own (InfoNCE over cosines at temperature 0.05). Then
-every document of a pool is encoded and searched exactly. Rows, seeds and the queue are finetune.py's:
-OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json. What a pool is, and how to bring your own collection: ir_data.py.
+A trial has a learning rate and a seed. It loads the collections, trains on pairs of a query and a
+document that answers it, encodes every document of a pool, searches it exactly, scores the ranking,
+and writes a row: OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json. Rows, seeds and the queue of trials
+are the same as finetune.py's.
+
+Training is the paper's (arXiv 2507.00994, section 4). An embedding is the mean of the last hidden
+states, and a query must tell its own document from the others of the batch (InfoNCE over cosines at
+temperature 0.05). Pools: retrieval/pools.py. Your own collection: retrieval/collections.py.
 """
-import json
 import os
 import shlex
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -27,280 +34,344 @@ from core import checkpoint
 from core.configurator import UserError, run
 from core.device import keep_freed_memory, pick_device
 from core.distributed import Processes, all_sum, speaks, start_processes
-from core.tokenizer import DOCUMENT, QUERY
-from retrieval import collections as ir_data
-from retrieval import retriever, tokens
-from retrieval.mteb_adapter import on_mteb
-from retrieval.pools import BM25_LIMIT, bm25, pool_of, training_pairs
-from retrieval.targets import Target
+from core.files import read_json
+from retrieval import targets
+from retrieval.mteb_adapter import score_on_mteb
+from retrieval.pools import POOLS
+from retrieval.retriever import Retriever
 from tasks import metrics, queue, registry, worker
 from tasks.training import Diverged
-
-DEPTH = 100           # documents kept for each query
-POOLS = ("judged", "hard", "full")
+from tasks.worker import GridSettings
 
 
 @dataclass
-class Config:
+class Config(GridSettings):
     # what
-    ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
-    tasks: str = "demo"             # names with commas between them, all (the paper's three) or demo
-    data_dir: str = ""              # local collections instead of the hub: data_dir/<task>/{corpus.jsonl,queries.jsonl,qrels/}
-    out_dir: str = ""               # where trials/ is written; the checkpoint's folder if empty
-    lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
+    data_dir: str = ""              # folder of local collections, data_dir/<task>/, in BEIR's layout; empty: the hub's
     seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
-    random_weights: bool = False    # the same model from random weights: what pretraining is worth
-    train_on: str = ""              # whose training pairs; empty: MS MARCO's for the paper's three, else each collection its own
-    pool: str = ""                  # what is searched: judged, hard or full; empty: judged (paper, demo), full (your own)
+    train_on: str = ""              # whose training pairs; empty: MS MARCO's (the paper's three), else its own
+    pool: str = ""                  # judged, hard or full; empty: judged (paper, demo), full (your own)
     hard_negatives: int = 100       # BM25's best documents for each query that are in the pool "hard"
     finals: bool = False            # then the best learning rate's seeds again on the full pool
-    keep: bool = False              # keep each trial's encoder as a checkpoint beside its row
-    mteb: str = ""                  # no training: the encoder as it is on tasks of the package mteb, as in NFCorpus,SciFact
+    mteb: str = ""                  # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
     # how
-    mode: str = "standard"          # standard: NDCG@10; paper: its own score, and known positives of a query among its negatives
+    mode: str = "standard"          # standard: NDCG@10; paper: its own score, and positives among the negatives
     steps: int = 0                  # of each trial; 0: 1,000, the paper's
     batch: int = 32                 # pairs in a step; each query's negatives are the other documents
     temperature: float = 0.05       # of InfoNCE
-    warmup: float = 0.1             # share of the steps
-    beta1: float = 0.9              # AdamW
-    beta2: float = 0.95             # AdamW
-    adam_eps: float = 1e-5          # AdamW
-    weight_decay: float = 0.1       # on matrices, not on norms and biases
-    grad_clip: float = 1.0          # global norm; 0: no clipping
-    max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
-    causal: bool = False            # keep the causal mask, as an ablation
-    param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates
     # system
-    device: str = "auto"            # cuda where there is one, else cpu
-    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32; similarities are float32 in any case
-    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
-    micro_tokens: int = 16_384      # tokens in a forward and backward pass; a batch beyond it is computed twice, with the same loss
+    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32; cosines are float32
+    micro_tokens: int = 16_384      # tokens in a forward and backward pass; a larger batch is embedded twice
     eval_tokens: int = 0            # tokens in a forward pass of encoding; 0: 8,192 on a CPU, 65,536 on a GPU
-    cache_dir: str = "data/tasks"   # tokenized collections, and what BM25 found
-    shard: bool = False             # torchrun's processes share each trial, its batches and its corpus, instead of the grid
+    cache_dir: str = "data/tasks"   # tokenized collections, and BM25's best documents
+    shard: bool = False             # torchrun's processes share each trial instead of the grid
 
 
-FACTS = "data", "steps", "train_on", "train_data", "pool", "hard_negatives"       # which rows of one folder share
+# The facts that all rows of one folder of trials must share.
+FACTS = ("data", "steps", "train_on", "train_data", "pool", "hard_negatives")
+# Settings that may differ between the processes of a grid, or that FACTS hold already.
 FREE = (*worker.FREE, "train_on", "pool", "hard_negatives", "finals", "mteb", "shard")
 
 
-class Worker(retriever.Retriever):
-    """Runs trials: trains on the pairs at hand and searches the collections that are scored after them."""
+@dataclass(frozen=True)
+class Search:
+    """What the trials of one folder do: train on a collection's pairs, search a pool of another."""
+
+    task: str        # the collection that is searched
+    pool: str
+    own_pool: str    # the pool that the collection is searched in unless --pool names another
+    train_on: str    # the collection whose pairs are trained on
+
+    @property
+    def folder(self):
+        """Its folder under trials/: the pool is in the name unless it is the collection's own."""
+        return self.task if self.pool == self.own_pool else f"{self.task}-{self.pool}"
+
+
+# ---- one trial
+
+class Worker(Retriever):
+    """Runs trials. It keeps what it has read for the next trial."""
 
     def __init__(self, c, path, processes):
         super().__init__(c, path, processes, FREE)
-        self.source, self.pairs, self.targets = None, None, {}
         self.steps = c.steps or 1000
+        self.library = targets.Library(c, self.tokenizer, self.max_length, processes)
+        self.training_set = None
+        self.targets = {}            # {folder: Target}
 
-    def in_turn(self, make):
-        """make() where it may write to the cache: by the first process, then by those that share its trials and find it there."""
-        found = make() if self.processes.first else None
-        all_sum([0], self.processes)
-        return found if self.processes.first else make()
+    def run(self, trial, out_dir, searches):
+        """Train once, then search and score every target of the trial that has no row yet.
 
-    def tokens(self, name, texts, *key):
-        return self.in_turn(lambda: tokens.encoded(name, texts, self.tokenizer, self.max_length, (QUERY, DOCUMENT, *key),
-                                                    self.c.cache_dir))
+        searches: {folder: Search}. trial["task"] and trial["also"] are such folders. -> the row of
+        trial["task"]; those of trial["also"] are written here.
+        """
+        folders = [trial["task"], *trial.get("also", ())]
+        trials = [trial | {"task": folder, "also": ()} for folder in folders]
+        open_trials = [t for t in trials if not queue.is_done(out_dir, t)]
 
-    def take(self, train_on, wanted, folder):
-        """Read and tokenize what a trial trains on and is scored by, unless it is at hand. wanted: {folder name: (task, pool)}"""
-        if not self.source or self.source.name != train_on:
-            self.source = ir_data.load(train_on, self.c.data_dir)
-            queries, documents, pairs, known = training_pairs(self.source)
-            n, texts = len(queries), [QUERY + text for text in queries] + [DOCUMENT + text for text in documents]
-            encoded, _ = self.tokens(f"{train_on}-pairs", lambda: enumerate(texts), self.source.fingerprint)
-            self.pairs = encoded, pairs + [0, n], [{n + d for d in found} for found in known]      # places in encoded
-            say(f"{train_on}: {len(pairs):,} training pairs, {self.steps} steps of {self.c.batch}", self.source.notes)
-        for name, (task, pool) in wanted.items():
-            if name not in self.targets:
-                self.targets[name] = self.target(task, pool)
-            self.settle(folder, name, self.targets[name].facts, FACTS)
+        # Load the collections: the pairs to train on, and what is searched afterwards.
+        self.load([searches[folder] for folder in folders], out_dir)
 
-    def target(self, name, pool):
-        """Read and tokenize a collection's queries and the documents of a pool. -> Target"""
-        c, source = self.c, self.source
-        collection = source if name == source.name else ir_data.load(name, c.data_dir)
-        chosen = self.in_turn(lambda: pool_of(collection, pool, c.hard_negatives, c.cache_dir))
-        asked = dict.fromkeys(q for split in ("validation", "test") for q in collection.qrels[split] if q in collection.queries)
-        queries, query_ids = self.tokens(f"{name}-queries", lambda: ((q, QUERY + collection.queries[q]) for q in asked),
-                                         collection.fingerprint)
-        hard = c.hard_negatives if pool == "hard" else None
-        documents, ids = self.tokens(f"{name}-{pool}", lambda: ((id_, DOCUMENT + text) for id_, text in collection.documents()
-                                                                if chosen is None or id_ in chosen), collection.fingerprint, hard)
-        if not ids or not asked:
-            raise UserError(f"{name}: no {'document of the pool ' + pool if asked else 'judged query'} is in the collection")
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        rank = torch.empty(len(ids), dtype=torch.int64)
-        rank[torch.tensor(order)] = torch.arange(len(ids))
-        cut = int(documents["truncated"][0])
-        facts = {"task": name, "kind": "retrieval", "pool": pool, "documents": len(ids), "train_on": source.name,
-                 "steps": self.steps, "epochs": round(self.steps * c.batch / len(self.pairs[1]), 3),
-                 "data": collection.fingerprint, "train_data": source.fingerprint, "hard_negatives": hard,
-                 "truncated_frac": cut / len(ids), "baseline": self.baseline(collection, chosen, len(ids))}
-        notes = [f"{cut:,} documents cut at {self.max_length} tokens"] * (cut > 0) + collection.notes * (collection is not source)
-        of = " and ".join(f"{len(collection.qrels[split]):,} {split}" for split in ("validation", "test"))
-        say(f"{name}: retrieval, {of} queries, pool {pool} of {len(ids):,} documents", notes)
-        return Target(collection, queries, query_ids, documents, [ids[i] for i in order], rank, facts)
-
-    def baseline(self, collection, chosen, n):
-        """What BM25 scores on the test queries in the same pool. -> {"name", "score"}, or None where it takes too long"""
-        if n > BM25_LIMIT or not self.processes.first:
-            return None
-        qrels = collection.qrels["test"]
-        return {"name": "BM25", "score": self.score(qrels, bm25(collection, list(qrels), chosen, DEPTH))[0]["score"]}
-
-    def score(self, qrels, found):
-        """-> {"score", ...}: means over all queries of the qrels; each query's own score"""
-        of = {"ndcg_10": metrics.ndcg(qrels, found), "paper_ndcg_10": metrics.ndcg_of_retrieved(qrels, found),
-              "mrr_10": metrics.mrr(qrels, found), "recall_100": metrics.recall(qrels, found)}
-        items = list(of["paper_ndcg_10" if self.c.mode == "paper" else "ndcg_10"].values())
-        return {"score": sum(items) / len(items)} | {k: sum(v.values()) / len(v) for k, v in of.items()} | {"n": len(items)}, items
-
-    def run(self, trial, folder, where):
-        """Train once and score those of the trial's tasks that have no row. where: {folder name: (task, pool, train_on)}
-        -> the row of trial["task"]; those of trial["also"] are written here"""
-        names = [trial["task"], *trial.get("also", ())]
-        todo = [name for name in names if not queue.is_done(folder, {**trial, "task": name, "also": ()})]
-        self.take(where[names[0]][2], {name: where[name][:2] for name in names}, folder)
-        began, what = time.time(), f"{self.source.name} lr {trial['lr']:g} seed {trial['seed']}"
-        row = self.facts | {"lr": trial["lr"], "seed": trial["seed"], "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        # Train on pairs, from the same weights as every other trial.
+        name = f"{self.training_set.collection.name} lr {trial['lr']:g} seed {trial['seed']}"
+        row = self.facts | {
+            "lr": trial["lr"],
+            "seed": trial["seed"],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        began = time.time()
         self.restore(trial["seed"])
         try:
-            row["train_loss"] = self.train(self.pairs, self.steps, trial, what)
-            row |= {"failed": False, "secs": {"train": round(time.time() - began, 2)}}
+            row["train_loss"] = self.train(self.training_set, self.steps, trial, name)
         except Diverged as error:
-            say(f"{what}: failed, {error}", [])
+            log(f"{name}: failed, {error}")
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
+        else:
+            row |= {"failed": False, "secs": {"train": round(time.time() - began, 2)}}
         if self.c.keep and not row["failed"] and self.processes.first:
-            self.keep(folder, trial, row | {k: self.targets[names[0]].facts[k] for k in ("task", "kind", "steps")})
-        for name in reversed(todo):            # trial["task"] is last, its row is work()'s to write
-            own = trial | {"task": name}
-            found = row | self.targets[name].facts | ({} if row["failed"] else self.evaluate(name, own, folder, row["secs"]))
-            if name == trial["task"]:
-                return found
-            if self.processes.first:
-                queue.finish(queue.path_of(folder, own), found)
-        return row                             # trial["task"] has its row already, which stays
+            facts = self.facts_of(trial["task"])
+            self.keep(out_dir, trial, row | {key: facts[key] for key in ("task", "kind", "steps")})
 
-    def evaluate(self, name, trial, folder, secs):
-        """Search a target with the encoder as it is. -> what the trial's row says of it"""
-        t, began = self.targets[name], time.time()
-        scores, ids = (found.tolist() for found in self.search(t.queries, t.documents, t.rank, DEPTH, name))
-        found = {q: {t.ids[d]: s for d, s in zip(*row) if d >= 0} for q, *row in zip(t.query_ids, ids, scores)}
-        parts = {split: self.score(t.collection.qrels[split], found) for split in ("validation", "test")}
-        row = {split: means for split, (means, _) in parts.items()}
+        # Search and score each target, and write its row. The row of trial["task"] comes last: the
+        # caller writes it. Where it has been written before, the queue keeps the old one.
+        for t in reversed(open_trials):
+            folder = t["task"]
+            target_row = row | self.facts_of(folder)
+            if not row["failed"]:
+                target_row |= self.evaluate(folder, t, out_dir, row["secs"])
+            if folder == trial["task"]:
+                return target_row
+            if self.processes.first:
+                queue.finish(queue.path_of(out_dir, t), target_row)
+        return row
+
+    def load(self, searches, out_dir):
+        """Read and tokenize what a trial needs, unless an earlier trial has."""
+        train_on = searches[0].train_on
+        if self.training_set is None or self.training_set.collection.name != train_on:
+            self.training_set = self.library.training_set(train_on)
+            n = len(self.training_set.pairs)
+            log(
+                f"{train_on}: {n:,} training pairs, {self.steps} steps of {self.c.batch}",
+                self.training_set.collection.notes,
+            )
+        for search in searches:
+            if search.folder not in self.targets:
+                target = self.library.target(
+                    search.task, search.pool, self.training_set.collection
+                )
+                self.targets[search.folder] = target
+                self.log_target(target)
+            self.settle(out_dir, search.folder, self.facts_of(search.folder), FACTS)
+
+    def log_target(self, target):
+        """Print the size of a target and what is odd about it."""
+        notes = []
+        if target.truncated:
+            notes.append(f"{target.truncated:,} documents cut at {self.max_length} tokens")
+        if target.collection is not self.training_set.collection:  # whose notes are printed already
+            notes += target.collection.notes
+        validation, test = (len(target.collection.qrels[s]) for s in ("validation", "test"))
+        log(
+            f"{target.collection.name}: retrieval, {validation:,} validation and {test:,} test "
+            f"queries, pool {target.pool} of {len(target.document_ids):,} documents",
+            notes,
+        )
+
+    def facts_of(self, folder):
+        """What every row of a folder of trials says about its target and the training."""
+        target = self.targets[folder]
+        source = self.training_set
+        n = len(target.document_ids)
+        return {
+            "task": target.collection.name,
+            "kind": "retrieval",
+            "pool": target.pool,
+            "documents": n,
+            "train_on": source.collection.name,
+            "steps": self.steps,
+            "epochs": round(self.steps * self.c.batch / len(source.pairs), 3),
+            "data": target.collection.fingerprint,
+            "train_data": source.collection.fingerprint,
+            "hard_negatives": target.hard_negatives,
+            "truncated_frac": target.truncated / n,
+            "baseline": target.baseline,
+        }
+
+    def evaluate(self, folder, trial, out_dir, secs):
+        """Search a target with the encoder at hand and score the ranking. -> scores for its row"""
+        target = self.targets[folder]
+        began = time.time()
+
+        # Encode the pool and search it, in one pass.
+        cosines, places = self.search(
+            target.queries, target.documents, target.places, targets.DEPTH, folder
+        )  # [Q, DEPTH] each
+        ranking = targets.named_ranking(target, cosines, places)
+
+        # Score the ranking, and keep each query's own score beside the row.
+        split_scores = {}
+        for split in ("validation", "test"):
+            qrels = target.collection.qrels[split]
+            split_scores[split] = targets.score(qrels, ranking, self.c.mode)
+        row = {split: scores.means for split, scores in split_scores.items()}
         row["secs"] = secs | {"eval": round(time.time() - began, 2)}
         if self.processes.first:
-            items = {split: np.array(own, np.float16) for split, (_, own) in parts.items()}
-            row["per_item"] = worker.keep_items(folder, trial, **items)
-        baseline = t.facts["baseline"]
-        say(f"{name} lr {trial['lr']:g} seed {trial['seed']}: NDCG@10 validation {100 * row['validation']['score']:.2f}, test "
-            f"{100 * row['test']['score']:.2f}" + (f" (BM25 {100 * baseline['score']:.2f})" if baseline else "")
-            + f", {secs['train'] + row['secs']['eval']:.1f} s", [])
+            items = {}
+            for split, scores in split_scores.items():
+                items[split] = np.array(scores.per_query, np.float16)
+            row["per_item"] = worker.keep_items(out_dir, trial, **items)
+
+        validation, test = (100 * row[split]["score"] for split in ("validation", "test"))
+        text = f"{folder} lr {trial['lr']:g} seed {trial['seed']}: "
+        text += f"NDCG@10 validation {validation:.2f}, test {test:.2f}"
+        if target.baseline:
+            text += f" (BM25 {100 * target.baseline['score']:.2f})"
+        log(f"{text}, {secs['train'] + row['secs']['eval']:.1f} s")
         return row
 
 
-def say(text, notes):
+def log(text, notes=()):
     if speaks():
         tqdm.write("; ".join([text, *notes]))
 
 
-# ---- the grid
+# ---- the grid of trials
 
 def check(c):
-    """Raises UserError for what is wrong with the settings alone. -> {task: (Task, pool, train_on)}"""
-    found = {}
+    """The searches that the settings ask for. -> [Search]
+
+    Raises UserError for what is wrong with the settings alone.
+    """
+    searches = []
     for name in worker.check(c, registry.PAPER_IR, registry.DEMO_IR):
         task = registry.find(name, c.data_dir)
         if task.kind != "retrieval":
-            raise UserError(f"{name} is no retrieval collection: python finetune.py --tasks={name}")
-        found[name] = task, c.pool or task.pool, c.train_on or task.train_on or name
-    for train_on in {train_on for *_, train_on in found.values()}:
-        registry.find(train_on, c.data_dir)
+            raise UserError(
+                f"{name} is not a retrieval collection: python finetune.py --tasks={name}"
+            )
+        pool = c.pool or task.pool
+        train_on = c.train_on or task.train_on or name
+        searches.append(Search(name, pool, task.pool, train_on))
+    for search in searches:
+        registry.find(search.train_on, c.data_dir)
     if c.pool not in ("", *POOLS):
-        raise UserError(f"pool={c.pool}: expected {', '.join(POOLS)}, or nothing for each collection's own")
+        raise UserError(
+            f"pool={c.pool}: expected {', '.join(POOLS)}, or nothing for each collection's own"
+        )
     if not 0 < c.temperature < float("inf") or c.hard_negatives < 1:
-        raise UserError(f"temperature={c.temperature}, hard_negatives={c.hard_negatives}: expected numbers above 0")
-    if c.finals and all(pool == "full" for _, pool, _ in found.values()):
-        raise UserError("finals=true is for pools that are not the full corpus: it is searched in full already")
+        raise UserError(
+            f"temperature={c.temperature}, hard_negatives={c.hard_negatives}: "
+            "expected numbers above 0"
+        )
+    if c.finals and all(search.pool == "full" for search in searches):
+        raise UserError(
+            "finals=true is for pools that are not the full corpus: it is searched in full already"
+        )
     if c.batch < 2:
-        raise UserError("batch=1: a query's negatives are the other pairs' documents, so expected at least 2")
-    return found
+        raise UserError(
+            "batch=1: a query's negatives are the other pairs' documents, so expected at least 2"
+        )
+    return searches
 
 
-def folder_of(name, task, pool):
-    """A task's folder under trials/: its pool is in the name unless it is the task's own."""
-    return name if pool == task.pool else f"{name}-{pool}"
+def grid(searches, lrs, seeds):
+    """The trials of some searches: those that train on the same pairs share one training.
+
+    -> [{"task": the first one's folder, "also": folders of the others, "lr", "seed"}]
+    """
+    folders_of = defaultdict(list)
+    for search in searches:
+        folders_of[search.train_on].append(search.folder)
+    trials = []
+    for folders in folders_of.values():
+        for lr in lrs:
+            for seed in seeds:
+                trial = {"task": folders[0], "also": tuple(folders[1:]), "lr": lr, "seed": seed}
+                trials.append(trial)
+    return trials
 
 
-def grid(where, lrs, seeds):
-    """Trials of tasks that train on the same pairs are one training. where: {folder name: (task, pool, train_on)}"""
-    by_source = defaultdict(list)
-    for name, (*_, train_on) in where.items():
-        by_source[train_on].append(name)
-    return [{"task": names[0], "also": tuple(names[1:]), "lr": lr, "seed": seed}
-            for names in by_source.values() for lr in lrs for seed in seeds]
+def best_lr(out_dir, folder, c):
+    """The learning rate of the best mean validation score of a finished grid.
 
-
-def chosen_lr(folder, name, c):
-    """The learning rate of the best mean validation score of a finished grid, or None if every trial failed."""
+    None if every trial failed.
+    """
     scores = defaultdict(list)
     for lr in c.lrs:
         for seed in c.seeds:
-            with open(queue.path_of(folder, {"task": name, "lr": lr, "seed": seed}), encoding="utf-8") as f:
-                row = json.load(f)
+            row = read_json(queue.path_of(out_dir, {"task": folder, "lr": lr, "seed": seed}))
             if not row["failed"]:
                 scores[lr].append(row["validation"]["score"])
     return metrics.best_lr(scores) if scores else None
 
 
-def work(mine, todo, folder, where):
-    """Run a list of trials: from the queue, or all of them together."""
-    mine.refuse_other_settings(folder, {name: {"pool": pool, "train_on": train_on} for name, (_, pool, train_on) in where.items()})
-    if mine.processes.world_size == 1:
-        return queue.work(todo, folder, lambda trial: mine.run(trial, folder, where))
-    for trial in todo:
-        if all_sum([mine.processes.first and not queue.is_done(folder, trial)], mine.processes)[0]:
-            row = mine.run(trial, folder, where)
-            if mine.processes.first:
-                queue.finish(queue.path_of(folder, trial), row)
-    all_sum([0], mine.processes)      # the last row is there before anybody goes on
-    return None
+def run_grid(retriever, searches, lrs, seeds, out_dir):
+    """Run every trial that has no row yet."""
+    by_folder = {search.folder: search for search in searches}
+    settings = {s.folder: {"pool": s.pool, "train_on": s.train_on} for s in searches}
+    retriever.refuse_other_settings(out_dir, settings)
+    trials = grid(searches, lrs, seeds)
 
+    # Alone, or beside other workers that take their own trials from the queue.
+    if retriever.processes.world_size == 1:
+        queue.work(trials, out_dir, lambda trial: retriever.run(trial, out_dir, by_folder))
+        return
+
+    # All processes together on each trial. The first decides, so that all agree on what is open.
+    for trial in trials:
+        is_open = retriever.processes.first and not queue.is_done(out_dir, trial)
+        if all_sum([is_open], retriever.processes)[0]:
+            row = retriever.run(trial, out_dir, by_folder)
+            if retriever.processes.first:
+                queue.finish(queue.path_of(out_dir, trial), row)
+    all_sum([0], retriever.processes)      # no process continues before the last row is written
+
+
+# ---- the program
 
 def main(c):
-    wanted = check(c)
+    searches = check(c)
     keep_freed_memory()
     path = checkpoint.find(c.ckpt)
-    processes = start_processes(pick_device(c.device))[0] if c.shard else Processes(0, 0, 1)
+    processes = Processes(0, 0, 1)
+    if c.shard:
+        processes, _ = start_processes(pick_device(c.device))
     try:
-        run_grids(c, wanted, path, processes)
+        run_all(c, searches, path, processes)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def run_grids(c, wanted, path, processes):
+def run_all(c, searches, path, processes):
     """The grid, and with --finals its best learning rates on the full pools; or --mteb."""
     if processes.world_size > 2 * c.batch:
-        raise UserError(f"{processes.world_size} processes share {2 * c.batch} texts of a batch: start fewer, or without --shard")
-    folder = c.out_dir or (os.path.join(path, "random") if c.random_weights else path)
-    mine = Worker(c, path, processes)
+        raise UserError(
+            f"{processes.world_size} processes share {2 * c.batch} texts of a batch: "
+            "start fewer, or without --shard"
+        )
+    out_dir = c.out_dir
+    if not out_dir:
+        out_dir = os.path.join(path, "random") if c.random_weights else path
+    retriever = Worker(c, path, processes)
     if c.mteb:
-        return on_mteb(mine, folder)
-    where = {folder_of(name, task, pool): (name, pool, train_on) for name, (task, pool, train_on) in wanted.items()}
-    work(mine, grid(where, c.lrs, c.seeds), folder, where)
+        score_on_mteb(retriever, c.mteb, out_dir)
+        return
+
+    run_grid(retriever, searches, c.lrs, c.seeds, out_dir)
     if c.finals:
-        by_lr = defaultdict(dict)
-        for name, (task, pool, train_on) in wanted.items():
-            lr = chosen_lr(folder, folder_of(name, task, pool), c)
-            if pool != "full" and lr is not None:
-                by_lr[lr][folder_of(name, task, "full")] = name, "full", train_on
-        for lr, where in by_lr.items():
-            work(mine, grid(where, (lr,), c.seeds), folder, where)
+        finals = defaultdict(list)   # {learning rate: searches}
+        for search in searches:
+            lr = best_lr(out_dir, search.folder, c)
+            if search.pool != "full" and lr is not None:
+                finals[lr].append(replace(search, pool="full"))
+        for lr, full_searches in finals.items():
+            run_grid(retriever, full_searches, (lr,), c.seeds, out_dir)
     if speaks():
-        report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
-        print(f"rows in {folder}/trials; the table: {report}")
+        report = shlex.join(["python", "report.py", out_dir, f"--to={out_dir}/report"])
+        print(f"rows in {out_dir}/trials; the table: {report}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-# The paper's retrieval, with the settings of its code: 6 learning rates x 5 seeds = 30 trainings an encoder on MS MARCO's pairs, each of
-# which searches the judged documents of MS MARCO, NQ and MLDR.
+# The paper's retrieval, as its code has it: 6 learning rates x 5 seeds = 30 trainings an encoder on
+# MS MARCO's pairs. After each, the judged documents of MS MARCO, NQ and MLDR are searched.
 #   torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN config/retrieval_paper.py --out_dir=RUN/paper
-# 1,000 steps of 32 pairs, every other document of a batch is a negative; weights and optimizer state in bfloat16, which loses small
-# updates (finetune_paper.py). For numbers of your own prefer the defaults: the same grid without this file.
+# 1,000 steps of 32 pairs; every other document of a batch is a negative. Weights and optimizer state
+# are in bfloat16, which loses small updates (finetune_paper.py). For numbers of your own prefer the
+# defaults: the same grid without this file.
 tasks = "all"
-mode, param_dtype = "paper", "bfloat16"
+mode = "paper"
+param_dtype = "bfloat16"
 lrs = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)
 seeds = (0, 1, 2, 3, 4)

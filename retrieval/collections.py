@@ -1,208 +1,354 @@
-"""Retrieval collections: documents, queries, judgements (qrels), the pairs to train on, and the pools that are searched.
+"""Retrieval collections: documents, queries, relevance judgements (qrels), and pairs to train on.
 
-    msmarco nq mldr_en     the Hugging Face hub's mteb copies at pinned commits; msmarco also has the training pairs of all three
-    DATA_DIR/<name>/       any folder in BEIR's layout: corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and
-                           qrels/{train,validation or dev,test}.tsv (query-id, corpus-id, score); may be packed (.gz .xz .zst)
-    sotu_search            made by rule from the demo corpus (demo_tasks.py)
+    msmarco nq mldr_en     the Hugging Face hub's mteb copies at pinned commits; msmarco also has
+                           the training pairs that all three use
+    DATA_DIR/<name>/       any folder in BEIR's layout, your own collection included:
+                               corpus.jsonl      _id, title (may be missing), text
+                               queries.jsonl     _id, text
+                               qrels/test.tsv    query-id, corpus-id, score, between tabs;
+                                                 also train.tsv, and validation.tsv or dev.tsv
+                           all of them may be compressed (.gz .xz .zst)
+    sotu_search            made by rule from the demo corpus (tasks/demo.py)
 
-What is searched decides the level of every score, so a pool has a name, which stands in each row, and pools are never mixed:
+A collection is never repaired. What is odd about it but can be scored is counted in its notes, and
+anything else is refused with a message that names the line.
 
-    judged   the documents that have a judgement for a validation or test query. The paper's (arXiv 2507.00994, its
-             evaluation code): no distractors, so its scores cannot be compared with BEIR's.
-    hard     these and the best documents by BM25 for each of the queries
-    full     the whole corpus
-
-Without validation judgements the learning rate is chosen on 5 % of the training queries, or, where there are none, on half of the
-test queries (so for NQ, as the paper's code has it); which ones is decided by a hash of their id.
+A collection without validation judgements still needs some to choose the learning rate. They are
+cut from the training queries (5 %), or from the test queries (half) where there is no training set;
+so for NQ, as in the paper's code (arXiv 2507.00994). A hash of its id decides the side of a query.
 """
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.configurator import UserError
 from core.files import find_files, hashed, lines_of
-from tasks.family import value
-from tasks.registry import HELD_OUT, find
+from tasks.registry import HELD_OUT, find, value
 
-SPLITS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
+SPLITS = {  # the names of each split's file in qrels/
+    "train": ("train",),
+    "validation": ("validation", "dev"),
+    "test": ("test",),
+}
+LAYOUT = "BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv"
 
 
 @dataclass
 class Collection:
     name: str
-    documents: object     # a function -> iterator of (id, text with its title), in the corpus' order
-    queries: dict         # {id: text}
-    qrels: dict           # {"train", "validation", "test": {query: {document: grade}}}; an empty train without pairs
-    fingerprint: str      # 16 hex digits that change with queries, qrels or corpus
-    pairs: list           # [(query text, document text)] where training pairs come without ids
-    notes: list           # what a reader of the scores should know
+    documents: Callable  # documents() iterates over (id, text with its title), in the corpus' order
+    queries: dict        # {id: text}
+    qrels: dict          # {"train" | "validation" | "test": {query id: {document id: grade}}}
+    fingerprint: str     # 16 hex digits that change with the queries, the qrels or the corpus
+    pairs: list          # [(query text, document text)] where training pairs come without ids
+    notes: list          # what a reader of the scores should know
 
 
-def load(name, data_dir=""):
-    """-> Collection. Raises UserError, in one line, for what does not fit, and for a collection that cannot be reached."""
+def load_collection(name, data_dir=""):
+    """Reads and checks a collection: a folder of data_dir, the hub's, or the demo's. -> Collection
+
+    Raises UserError, in one line, for what cannot be scored or reached.
+    """
     task = find(name, data_dir)
     if task.kind != "retrieval":
-        raise UserError(f"{name} is no retrieval collection: python finetune.py --tasks={name}")
-    documents, queries, qrels = of_folder(task.folder) if task.folder else of_demo(task) if task.make else of_hub(name, task)
-    pairs = pairs_of_hub(task) if task.pairs and not task.folder else []
-    ids, digest, empty = set(), hashlib.sha256(), []
-    for id_, text in documents():
-        if id_ in ids:
-            raise UserError(f"{name}: the document id '{id_}' is there twice: rename or remove one")
-        ids.add(id_)
-        digest.update(f"{id_}\0{text}\0".encode("utf-8", "surrogatepass"))
-        if not text.strip():
-            empty.append(id_)
-    for what, found in (("documents", ids), ("queries", queries), ("judgements of test queries", qrels.get("test"))):
-        if not found:
-            raise UserError(f"{name} has no {what}: an empty collection cannot be searched")
-    notes = []
-    for split in [s for s in SPLITS if qrels.get(s)]:
-        graded = qrels[split]
-        unknown = [[q for q in graded if q not in queries], sorted({d for grades in graded.values() for d in grades} - ids)]
-        for what, strange in zip(("queries", "documents"), unknown):
-            fate = "are left out" if split == "train" else "count as not found"
-            notes += counted(f"{what} of the {split} judgements that are not in the collection {fate}", strange)
-        if split != "train":
-            notes += counted(f"{split} queries without a relevant document score 0",
-                             [q for q, grades in graded.items() if max(grades.values()) < 1])
-    notes += counted("documents are empty", empty)
+        raise UserError(
+            f"{name} is not a retrieval collection: python finetune.py --tasks={name}"
+        )
+    if task.folder:
+        documents, queries, qrels = read_folder(task.folder)
+    elif task.make:
+        documents, queries, qrels = read_demo(task)
+    else:
+        documents, queries, qrels = read_hub(name, task)
+    pairs = []
+    if task.pairs and not task.folder:
+        pairs = read_hub_pairs(task)
+
+    # Check what was read. The notes say what is odd about it.
+    document_ids, empty_ids, digest = scan_documents(name, documents)
+    needed = {
+        "documents": document_ids,
+        "queries": queries,
+        "judgements of test queries": qrels.get("test"),
+    }
+    for noun, values in needed.items():
+        if not values:
+            raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
+    notes = judgement_notes(qrels, queries, document_ids)
+    notes += count_note("documents are empty", empty_ids)
+
+    # Every collection ends up with validation and test queries.
     if "validation" not in qrels:
-        source, share = ("train", HELD_OUT) if qrels.get("train") else ("test", 0.5)
-        chosen = {q for q in qrels[source] if hashed(q) < share}
-        qrels["validation"] = {q: grades for q, grades in qrels[source].items() if q in chosen}
-        qrels[source] = {q: grades for q, grades in qrels[source].items() if q not in chosen}
-        notes.append(f"validation is cut from {source}, {len(chosen):,} queries")
+        notes.append(cut_validation(qrels))
     for split in ("validation", "test"):
         if not qrels[split]:
-            raise UserError(f"{name} has no {split} queries: give qrels/{split}.tsv, or more queries to cut it from")
+            raise UserError(
+                f"{name} has no {split} queries: give qrels/{split}.tsv, "
+                "or more queries to cut it from"
+            )
+
     digest.update(json.dumps([queries, qrels, pairs], sort_keys=True).encode())
-    return Collection(name, documents, queries, {"train": {}} | qrels, digest.hexdigest()[:16], pairs, notes)
+    return Collection(
+        name=name,
+        documents=documents,
+        queries=queries,
+        qrels={"train": {}} | qrels,
+        fingerprint=digest.hexdigest()[:16],
+        pairs=pairs,
+        notes=notes,
+    )
 
 
-def counted(what, strange, shown=3):
-    """["2 documents are empty (471, 995)"], or [] for none."""
-    names = ", ".join(strange[:shown]) + (", ..." if len(strange) > shown else "")
-    return [f"{len(strange):,} {what} ({names})"] if strange else []
+# ---- checks and notes
+
+
+def scan_documents(name, documents):
+    """Reads the corpus once. -> its ids, the ids of empty documents, and a hash of all of it
+
+    Raises UserError for an id that appears twice.
+    """
+    ids = set()
+    empty_ids = []
+    digest = hashlib.sha256()
+    for document_id, text in documents():
+        if document_id in ids:
+            raise UserError(
+                f"{name}: the document id '{document_id}' appears twice: rename or remove one"
+            )
+        ids.add(document_id)
+        digest.update(f"{document_id}\0{text}\0".encode("utf-8", "surrogatepass"))
+        if not text.strip():
+            empty_ids.append(document_id)
+    return ids, empty_ids, digest
+
+
+def judgement_notes(qrels, queries, document_ids):
+    """Notes on judgements that name unknown queries or documents, or nothing relevant."""
+    notes = []
+    for split in SPLITS:
+        if not qrels.get(split):
+            continue
+        judged_ids = set()
+        for grades in qrels[split].values():
+            judged_ids |= grades.keys()
+        unknown_queries = [query_id for query_id in qrels[split] if query_id not in queries]
+        unknown_documents = sorted(judged_ids - document_ids)
+
+        consequence = "are left out" if split == "train" else "count as not found"
+        where = f"of the {split} judgements that are not in the collection {consequence}"
+        notes += count_note(f"queries {where}", unknown_queries)
+        notes += count_note(f"documents {where}", unknown_documents)
+        if split != "train":
+            hopeless = [
+                query_id for query_id, grades in qrels[split].items() if max(grades.values()) < 1
+            ]
+            notes += count_note(f"{split} queries without a relevant document score 0", hopeless)
+    return notes
+
+
+def count_note(text, ids, shown=3):
+    """["2 documents are empty (471, 995)"], or [] if there are no ids."""
+    if not ids:
+        return []
+    names = ", ".join(ids[:shown])
+    if len(ids) > shown:
+        names += ", ..."
+    return [f"{len(ids):,} {text} ({names})"]
+
+
+def cut_validation(qrels):
+    """Moves a share of the training or test queries to qrels["validation"]. -> a note"""
+    if qrels.get("train"):
+        source, share = "train", HELD_OUT
+    else:
+        source, share = "test", 0.5
+    graded = qrels[source]
+    chosen = {query_id for query_id in graded if hashed(query_id) < share}
+    qrels["validation"] = {q: grades for q, grades in graded.items() if q in chosen}
+    qrels[source] = {q: grades for q, grades in graded.items() if q not in chosen}
+    return f"validation is cut from {source}, {len(chosen):,} queries"
+
+
+# ---- reading: each of these returns documents, queries and qrels, as a Collection has them
 
 
 def titled(title, text):
-    return f"{title}. {text}" if title and title.strip() else text
+    """A document's text behind its title, if it has one."""
+    if title and title.strip():
+        return f"{title}. {text}"
+    return text
 
 
-# ---- reading
+def read_folder(folder):
+    """Reads a folder in BEIR's layout."""
+    corpus = find_json_lines(folder, "corpus")
 
-def one_file(folder, name):
-    found = find_files(folder, f"{name}.jsonl*")
-    if not found:
-        raise UserError(f"{folder} has no {name}.jsonl: BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    return found[0]
+    def documents():
+        for where, row in read_json_lines(corpus):
+            document_id = value(row, "_id", str, where)
+            title = ""
+            if row.get("title") is not None:
+                title = value(row, "title", str, where)
+            yield document_id, titled(title, value(row, "text", str, where))
+
+    # Queries, which are few, are read at once.
+    queries = {}
+    for where, row in read_json_lines(find_json_lines(folder, "queries")):
+        query_id = value(row, "_id", str, where)
+        if query_id in queries:
+            raise UserError(
+                f"{where}: the query id '{query_id}' appears twice: rename or remove one"
+            )
+        queries[query_id] = value(row, "text", str, where)
+
+    qrels = {}
+    for split, names in SPLITS.items():
+        # A split's file has one of several names. The last in the alphabet counts, so that
+        # validation.tsv comes before dev.tsv.
+        paths = []
+        for name in names:
+            paths += find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")
+        if paths:
+            qrels[split] = parse_qrels(read_tab_separated(max(paths)))
+    if "test" not in qrels:
+        raise UserError(f"{folder} has no qrels/test.tsv: {LAYOUT}")
+    return documents, queries, qrels
 
 
-def json_lines(path):
+def find_json_lines(folder, name):
+    """The path of folder/name.jsonl, which may be compressed."""
+    paths = find_files(folder, f"{name}.jsonl*")
+    if not paths:
+        raise UserError(f"{folder} has no {name}.jsonl: {LAYOUT}")
+    return paths[0]
+
+
+def read_json_lines(path):
+    """Yields (where, row) of each line; `where` names file and line, for error messages."""
     for where, line in lines_of(path):
         try:
             yield where, json.loads(line)
         except json.JSONDecodeError:
-            raise UserError(f"{where} is no JSON object") from None
+            raise UserError(f"{where} is not a JSON object") from None
 
 
-def of_folder(folder):
-    """-> documents, queries, qrels of a folder in BEIR's layout"""
-    corpus = one_file(folder, "corpus")
-
-    def documents():
-        for where, row in json_lines(corpus):
-            id_, title = value(row, "_id", str, where), "" if row.get("title") is None else value(row, "title", str, where)
-            yield id_, titled(title, value(row, "text", str, where))
-
-    queries = {}
-    for where, row in json_lines(one_file(folder, "queries")):
-        id_ = value(row, "_id", str, where)
-        if id_ in queries:
-            raise UserError(f"{where}: the query id '{id_}' is there twice: rename or remove one")
-        queries[id_] = value(row, "text", str, where)
-    qrels = {}
-    for split, names in SPLITS.items():
-        paths = [path for name in names for path in find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")]
-        for path in sorted(paths, reverse=True)[:1]:           # "validation" before "dev"
-            qrels[split] = read_qrels((where, line.rstrip("\r\n").split("\t")) for where, line in lines_of(path))
-    if "test" not in qrels:
-        raise UserError(f"{folder} has no qrels/test.tsv: BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    return documents, queries, qrels
+def read_tab_separated(path):
+    """Yields (where, list of columns) of each line."""
+    for where, line in lines_of(path):
+        yield where, line.rstrip("\r\n").split("\t")
 
 
-def read_qrels(rows):
-    """(where, [query, document, grade]) of each row, BEIR's header allowed -> {query: {document: grade}}"""
+def parse_qrels(rows):
+    """Turns (where, [query id, document id, grade]) rows into {query id: {document id: grade}}.
+
+    The first row may be BEIR's header.
+    """
     qrels = {}
     for i, (where, row) in enumerate(rows):
         if i == 0 and row == ["query-id", "corpus-id", "score"]:
             continue
         if len(row) != 3:
-            raise UserError(f"{where} has {len(row)} columns, not query-id, corpus-id and score with tabs between them")
-        query, document, grade = row
+            raise UserError(
+                f"{where} has {len(row)} columns: expected query-id, corpus-id and score, "
+                "with tabs between them"
+            )
+        query_id, document_id, grade = row
         try:
             grade = int(grade)
         except ValueError:
-            raise UserError(f"{where}: the grade '{grade}' is no whole number") from None
-        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise UserError(f"{where}: document '{document}' has another grade for query '{query}' further up")
+            raise UserError(f"{where}: the grade '{grade}' is not a whole number") from None
+        grades = qrels.setdefault(query_id, {})
+        if grades.setdefault(document_id, grade) != grade:
+            raise UserError(
+                f"{where}: document '{document_id}' has another grade for query '{query_id}' "
+                "in an earlier line"
+            )
     return qrels
 
 
-def of_demo(task):
-    found = task.make()
-    queries = {id_: text for part in found["queries"].values() for id_, text in part.items()}
-    return lambda: iter(found["corpus"].items()), queries, found["qrels"]
+def read_demo(task):
+    """Makes the demo's collection."""
+    demo = task.make()
+    queries = {}
+    for split_queries in demo["queries"].values():
+        queries |= split_queries
+    return lambda: iter(demo["corpus"].items()), queries, demo["qrels"]
 
 
-def id_of(row):
-    return str(row["_id"] if "_id" in row else row["id"])
-
-
-def of_hub(name, task):
-    """-> documents, queries, qrels of one of the hub's mteb collections, numbers of queries checked"""
-    kind = f"{task.config}-" if task.config else ""
-    corpus, asked, judged = (from_hub(task.hub, f"{kind}{what}" if what or kind else "default", task.revision)
-                             for what in ("corpus", "queries", "qrels" if kind else ""))
+def read_hub(name, task):
+    """Reads one of the hub's mteb collections, and checks its numbers of judged queries."""
+    if task.config:
+        configs = f"{task.config}-corpus", f"{task.config}-queries", f"{task.config}-qrels"
+    else:
+        configs = "corpus", "queries", "default"
+    corpus, query_rows, judgements = (
+        load_from_hub(task.hub, config, task.revision) for config in configs
+    )
 
     def documents():
-        before = set()                    # where validation and test have a corpus each, they share documents
-        for i, part in enumerate(corpus.values(), start=1):
-            for row in part:
-                if id_of(row) not in before:
+        # Where validation and test have a corpus each, these share documents: skip the second copy.
+        # The last corpus (of most collections the only one) need not be remembered.
+        earlier_ids = set()
+        for i, rows in enumerate(corpus.values(), start=1):
+            for row in rows:
+                if id_of(row) not in earlier_ids:
                     yield id_of(row), titled(row.get("title"), row["text"])
             if i < len(corpus):
-                before.update(map(id_of, part))
+                earlier_ids.update(map(id_of, rows))
 
-    queries = {id_of(row): row["text"] for part in asked.values() for row in part}
+    queries = {}
+    for rows in query_rows.values():
+        queries |= {id_of(row): row["text"] for row in rows}
+
+    # The judgements of each split, as many as the table of tasks says.
     qrels = {}
-    for split, there, size in zip(SPLITS, task.splits, task.sizes):
-        if there:
-            rows = judged[there] if there in judged else []
-            qrels[split] = read_qrels((f"{name}, {there} row {i}", [str(row["query-id"]), str(row["corpus-id"]), row["score"]])
-                                      for i, row in enumerate(rows))
-            if len(qrels[split]) != size:
-                raise UserError(f"{name}: {task.hub} has judgements for {len(qrels[split]):,} queries in {there}, and the table in "
-                                f"tasks.py {size:,}: the data has changed")
+    for split, hub_split, size in zip(SPLITS, task.splits, task.sizes):
+        if not hub_split:
+            continue
+        columns = []
+        if hub_split in judgements:
+            for i, row in enumerate(judgements[hub_split]):
+                cells = [str(row["query-id"]), str(row["corpus-id"]), row["score"]]
+                columns.append((f"{name}, {hub_split} row {i}", cells))
+        qrels[split] = parse_qrels(columns)
+        if len(qrels[split]) != size:
+            raise UserError(
+                f"{name}: {task.hub} has judgements for {len(qrels[split]):,} queries in "
+                f"{hub_split}, and the table in tasks/registry.py {size:,}: the data has changed"
+            )
     return documents, queries, qrels
 
 
-def pairs_of_hub(task):
-    rows = next(iter(from_hub(task.pairs, None, "main").values()))
+def id_of(row):
+    """The id of a hub row, under either of its two names, as text."""
+    return str(row["_id"] if "_id" in row else row["id"])
+
+
+def read_hub_pairs(task):
+    """The training pairs of a hub collection. -> [(query text, document text)]"""
+    splits = load_from_hub(task.pairs, None, "main")
+    rows = next(iter(splits.values()))
     return list(zip(rows["query"], rows["positive"]))
 
 
-def from_hub(repository, config, revision):
+def load_from_hub(repository, config, revision):
     """All splits of one configuration, memory-mapped. Raises UserError."""
     try:
         import datasets
         from huggingface_hub.utils import logging
-        logging.set_verbosity_error()       # its retries; the error below says it once
-        return datasets.load_dataset(repository, config, revision=None if os.path.isdir(repository) else revision)
-    except Exception as error:              # network, hub and parser each raise their own
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"could not load {repository} at {revision} from the Hugging Face hub ({type(error).__name__}: {first}): "
-                        "connect to the network, or give a folder in BEIR's layout with --data_dir=FOLDER, or run --tasks=demo"
-                        ) from None
+
+        logging.set_verbosity_error()  # hide its retries: the error below says it once
+        if os.path.isdir(repository):
+            revision_asked = None
+        else:
+            revision_asked = revision
+        return datasets.load_dataset(repository, config, revision=revision_asked)
+    except Exception as error:  # network, hub and parser each raise their own
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"could not load {repository} at {revision} from the Hugging Face hub "
+            f"({type(error).__name__}: {first_line}): connect to the network, or give a folder in "
+            "BEIR's layout with --data_dir=FOLDER, or run --tasks=demo"
+        ) from None

@@ -1,4 +1,4 @@
-"""An encoder as the package mteb calls it."""
+"""Scores an encoder with the package mteb: our Retriever in the shape that mteb calls."""
 import os
 
 import numpy as np
@@ -6,7 +6,7 @@ import torch
 
 from core.configurator import RunError, UserError
 from core.tokenizer import DOCUMENT, QUERY
-from retrieval.tokens import tokenized
+from retrieval.tokens import tokenize
 
 
 class ForMteb:
@@ -14,17 +14,29 @@ class ForMteb:
 
     def __init__(self, retriever):
         from mteb.models.model_meta import ModelMeta
+
         self.retriever = retriever
         name = f"nanoencoder/{retriever.facts['model']}"
-        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": retriever.facts["ckpt_sha"]})
+        revision = retriever.facts["ckpt_sha"]
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision})
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-        """inputs: mteb's batches of texts -> float32 array [n, C]. Texts that are neither query nor document have no prefix."""
-        prefix = {"query": QUERY, "document": DOCUMENT}.get(getattr(prompt_type, "value", prompt_type), "")
-        arrays, _ = tokenized([prefix + text for batch in inputs for text in batch["text"]], self.retriever.tokenizer,
-                                      self.retriever.max_length)
-        encoded = {"tokens": np.concatenate(arrays), "bounds": np.cumsum([0, *map(len, arrays)])}
-        return self.retriever.embeddings(encoded, f"{task_metadata.name} {hf_split}").cpu().numpy()
+        """Embeds mteb's batches of texts. -> float32 array [n, C]
+
+        Texts that are neither a query nor a document get no prefix.
+        """
+        kind = getattr(prompt_type, "value", prompt_type)
+        prefix = {"query": QUERY, "document": DOCUMENT}.get(kind, "")
+        texts = []
+        for batch in inputs:
+            texts += [prefix + text for text in batch["text"]]
+        arrays, _ = tokenize(texts, self.retriever.tokenizer, self.retriever.max_length)
+        sequences = {
+            "tokens": np.concatenate(arrays),
+            "bounds": np.cumsum([0, *map(len, arrays)]),
+        }
+        embeddings = self.retriever.embeddings(sequences, f"{task_metadata.name} {hf_split}")
+        return embeddings.cpu().numpy()
 
     def similarity(self, a, b):
         return torch.as_tensor(a) @ torch.as_tensor(b).T
@@ -33,21 +45,29 @@ class ForMteb:
         return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
 
 
-def on_mteb(mine, folder):
-    """Score the encoder, untrained as it is given, on tasks of the package mteb, which keeps its results in folder/mteb."""
+def score_on_mteb(retriever, task_names, folder):
+    """Scores an encoder, without training it, on tasks of mteb, and prints their main scores.
+
+    task_names: "NFCorpus,SciFact". mteb keeps its results in folder/mteb.
+    """
     try:
         import mteb
     except ImportError:
         raise UserError("--mteb needs the package mteb: pip install mteb") from None
+    names = [name for name in task_names.replace(" ", "").split(",") if name]
     try:
-        found = mteb.get_tasks(tasks=[name for name in mine.c.mteb.replace(" ", "").split(",") if name])
+        tasks = mteb.get_tasks(tasks=names)
     except (KeyError, ValueError) as error:
-        raise UserError(f"mteb={mine.c.mteb}: {error.args[0]}") from None
+        raise UserError(f"mteb={task_names}: {error.args[0]}") from None
+    cache_dir = os.path.join(folder, "mteb")
     try:
-        results = mteb.evaluate(ForMteb(mine), found, cache=mteb.ResultCache(os.path.join(folder, "mteb")))
-    except Exception as error:                # network, hub and mteb each raise their own
-        first = (str(error).splitlines() or [""])[0]
-        raise RunError(f"mteb could not score {mine.c.mteb} ({type(error).__name__}: {first}); finished tasks are kept in "
-                       f"{folder}/mteb") from error
-    for task, result in zip(found, results.task_results):
-        print(f"{result.task_name}: {task.metadata.main_score} {100 * result.get_score():.2f}")
+        results = mteb.evaluate(ForMteb(retriever), tasks, cache=mteb.ResultCache(cache_dir))
+    except Exception as error:  # network, hub and mteb each raise their own
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RunError(
+            f"mteb could not score {task_names} ({type(error).__name__}: {first_line}); "
+            f"finished tasks are kept in {cache_dir}"
+        ) from error
+    for task, result in zip(tasks, results.task_results):
+        score = 100 * result.get_score()
+        print(f"{result.task_name}: {task.metadata.main_score} {score:.2f}")

@@ -1,71 +1,149 @@
-"""What is searched: pools of documents, BM25, and the pairs to train on."""
+"""What is trained on and what is searched: training pairs, pools of documents, and BM25.
+
+The documents that a query is searched among decide the level of its score. So each pool has a name,
+every row of results holds that name, and results of different pools are never mixed:
+
+    judged   the documents that have a judgement for a validation or test query. The paper's
+             (arXiv 2507.00994, its evaluation code). There are no other documents to confuse the
+             encoder, so its scores cannot be compared with BEIR's.
+    hard     the judged documents and, for each query, BM25's best documents of the corpus
+    full     the whole corpus
+"""
 import json
 import os
+from dataclasses import dataclass
 
 import numpy as np
 
 from core.configurator import UserError
-from core.files import unique
+from core.files import read_json, write_whole
 
-BM25_LIMIT = 1_000_000  # documents; a baseline of more takes a quarter of an hour and tens of gigabytes
+POOLS = ("judged", "hard", "full")
+# Beyond a million documents, BM25's baseline takes a quarter of an hour and tens of gigabytes.
+BM25_LIMIT = 1_000_000
 
 
 # ---- training pairs
 
-def training_pairs(collection):
-    """-> (query texts, document texts, pairs [P, 2] of indices into them, known: for each query text its set of documents).
 
-    A pair is a query and a document of grade 1 or above. Equal texts are one text, so that a copy of a positive is no negative.
-    Raises UserError where there are none.
+@dataclass
+class TrainingPairs:
+    """Pairs of a query and a document that answers it, over distinct texts."""
+
+    queries: list  # Q texts
+    documents: list  # D texts
+    pairs: np.ndarray  # [P, 2] int: places in queries and in documents
+    positives: list  # for each query, the set of all documents that answer it, as places
+
+
+def training_pairs(collection):
+    """The collection's training pairs. -> TrainingPairs
+
+    A pair is a query and a document of grade 1 or above. Equal texts become one text, so that a
+    copy of a positive is never taken for a negative. Raises UserError if there is no pair.
     """
-    if collection.pairs:
-        texts = collection.pairs
-    else:
-        wanted = {d for grades in collection.qrels["train"].values() for d, grade in grades.items() if grade >= 1}
-        document = {id_: text for id_, text in collection.documents() if id_ in wanted}
-        texts = [(collection.queries[q], document[d]) for q, grades in collection.qrels["train"].items() if q in collection.queries
-                 for d, grade in grades.items() if grade >= 1 and d in document]
-    if not texts:
-        raise UserError(f"{collection.name} has no training pairs (qrels/train.tsv): name a collection that has, --train_on=NAME")
-    queries, documents = ({text: i for i, text in enumerate(dict.fromkeys(pair[side] for pair in texts))} for side in (0, 1))
-    pairs = np.array([(queries[q], documents[d]) for q, d in dict.fromkeys(texts)])
-    known = [set() for _ in queries]
-    for q, d in pairs.tolist():
-        known[q].add(d)
-    return list(queries), list(documents), pairs, known
+    text_pairs = collection.pairs or judged_text_pairs(collection)
+    if not text_pairs:
+        raise UserError(
+            f"{collection.name} has no training pairs (qrels/train.tsv): "
+            "name a collection that has, --train_on=NAME"
+        )
+    text_pairs = list(dict.fromkeys(text_pairs))  # each pair once, in the order of its first copy
+
+    # Each text once.
+    queries = list(dict.fromkeys(query for query, _ in text_pairs))
+    documents = list(dict.fromkeys(document for _, document in text_pairs))
+
+    # The pairs, as places in these two lists.
+    query_places = {text: i for i, text in enumerate(queries)}
+    document_places = {text: i for i, text in enumerate(documents)}
+    pairs = []
+    positives = [set() for _ in queries]
+    for query, document in text_pairs:
+        q = query_places[query]
+        d = document_places[document]
+        pairs.append((q, d))
+        positives[q].add(d)
+    return TrainingPairs(queries, documents, np.array(pairs), positives)
+
+
+def judged_text_pairs(collection):
+    """[(query text, document text)] of the training judgements of grade 1 or above."""
+    id_pairs = []
+    for query_id, grades in collection.qrels["train"].items():
+        id_pairs += [(query_id, document_id) for document_id, grade in grades.items() if grade >= 1]
+    relevant_ids = {document_id for _, document_id in id_pairs}
+    texts = {id_: text for id_, text in collection.documents() if id_ in relevant_ids}
+    return [
+        (collection.queries[query_id], texts[document_id])
+        for query_id, document_id in id_pairs
+        if query_id in collection.queries and document_id in texts
+    ]
 
 
 # ---- pools
 
-def pool_of(collection, pool, hard_negatives, folder):
-    """Ids of the documents that are searched, or None for all. hard: BM25's best hard_negatives for each query, kept in folder."""
+
+def pool_ids(collection, pool, hard_negatives, cache_dir):
+    """The ids of the documents in a pool, or None for all documents.
+
+    hard_negatives: how many of BM25's best documents for each query the pool "hard" has. They are
+    kept in cache_dir, because finding them takes minutes in a large corpus.
+    """
     if pool == "full":
         return None
-    graded = {q: grades for split in ("validation", "test") for q, grades in collection.qrels[split].items()}
-    ids = {d for grades in graded.values() for d in grades}
+    qrels = collection.qrels["validation"] | collection.qrels["test"]
+    judged = set()
+    for grades in qrels.values():
+        judged |= grades.keys()
     if pool == "judged":
-        return ids
-    path = os.path.join(folder, f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json")
+        return judged
+
+    # BM25's documents are kept under a name that changes with the collection and with how many.
+    name = f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json"
+    path = os.path.join(cache_dir, name)
     if not os.path.isfile(path):
-        os.makedirs(folder, exist_ok=True)
-        found = sorted({d for best in bm25(collection, sorted(graded), None, hard_negatives).values() for d in best})
-        with open(unique(path), "w", encoding="utf-8") as f:
-            json.dump(found, f)
-        os.replace(unique(path), path)
-    with open(path, encoding="utf-8") as f:
-        return ids | set(json.load(f))
+        best = bm25(collection, sorted(qrels), None, hard_negatives)
+        best_ids = set()
+        for scores in best.values():
+            best_ids |= scores.keys()
+        os.makedirs(cache_dir, exist_ok=True)
+        write_whole(path, json.dumps(sorted(best_ids)).encode())
+    return judged | set(read_json(path))
 
 
-def bm25(collection, queries, pool, k):
-    """BM25's k best documents of a pool (ids, or None for all): {query: {document: score}}; bm25s' defaults, English stop words."""
+def bm25(collection, query_ids, pool, k):
+    """BM25's k best documents of a pool for each query. -> {query id: {document id: score}}
+
+    pool: a set of document ids, or None for all. The settings are the defaults of the package
+    bm25s, without English stop words. A document that shares no word with the query is left out.
+    """
     try:
         import bm25s
     except ImportError:
         raise UserError("BM25 needs the package bm25s: pip install -r requirements.txt") from None
-    ids, texts = zip(*((id_, text) for id_, text in collection.documents() if pool is None or id_ in pool))
+
+    # Index the documents of the pool.
+    ids = []
+    texts = []
+    for document_id, text in collection.documents():
+        if pool is None or document_id in pool:
+            ids.append(document_id)
+            texts.append(text)
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    asked = [q for q in queries if q in collection.queries]
-    tokens = bm25s.tokenize([collection.queries[q] for q in asked], stopwords="en", show_progress=False)
-    found, scores = index.retrieve(tokens, k=min(k, len(ids)), show_progress=False)
-    return {q: {ids[d]: float(s) for d, s in zip(row, of) if s > 0} for q, row, of in zip(asked, found, scores)}
+    words = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+    index.index(words, show_progress=False)
+
+    # Search for all queries that the collection has.
+    query_ids = [query_id for query_id in query_ids if query_id in collection.queries]
+    query_texts = [collection.queries[query_id] for query_id in query_ids]
+    query_words = bm25s.tokenize(query_texts, stopwords="en", show_progress=False)
+    places, scores = index.retrieve(query_words, k=min(k, len(ids)), show_progress=False)  # [Q, k]
+    best = {}
+    for query_id, query_places, query_scores in zip(query_ids, places, scores):
+        best[query_id] = {
+            ids[place]: float(score)
+            for place, score in zip(query_places, query_scores)
+            if score > 0
+        }
+    return best

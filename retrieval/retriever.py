@@ -1,9 +1,12 @@
-"""An encoder as a retriever: embeddings of packed texts, contrastive training on pairs, search; and as mteb wants to call it.
+"""An encoder as a retriever: embeddings of packed texts, contrastive training on pairs, search.
 
-After arXiv 2507.00994, section 4: an embedding is the mean of the last hidden states over all tokens of "Query: ..." or
-"Document: ..." and eos, and similarity the cosine. Trained with InfoNCE over the documents of a batch, which stays one loss
-however it is cut into micro-batches or shared by processes.
+After arXiv 2507.00994, section 4: the embedding of a text is the mean of the last hidden states
+over all tokens of "Query: ..." or "Document: ..." and eos, and similarity is the cosine. Training
+is InfoNCE over the documents of a batch. It stays the same loss however the batch is cut into
+micro-batches or shared by processes.
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -18,109 +21,197 @@ from tasks import packing, worker
 from tasks.training import fit
 
 
-def info_nce(embeddings, known, temperature):
-    """InfoNCE of a batch, query to document only: each query's own document against those of the others.
+def info_nce(embeddings, excluded, temperature):
+    """InfoNCE of a batch, from query to document only. -> the sum of B cross-entropies, in nats
 
-    embeddings [2B, C] fp32 of unit length, B queries and then their B documents; known [B, B] bool: documents of other pairs that
-    answer the query, too, and are no negatives. -> the sum of B cross-entropies, in nats
+    Each query must tell its own document from those of the other pairs.
+    embeddings [2B, C] fp32 of unit length: B queries and then their B documents.
+    excluded [B, B] bool: documents of other pairs that are not taken as negatives of a query.
     """
-    queries, documents = embeddings.chunk(2)
-    cosines = queries @ documents.T                                                   # [B, B]
-    return F.cross_entropy((cosines / temperature).masked_fill(known, float("-inf")),
-                           torch.arange(len(queries), device=queries.device), reduction="sum")
+    queries, documents = embeddings.chunk(2)  # [B, C] each
+    cosines = queries @ documents.T  # [B, B]
+    logits = (cosines / temperature).masked_fill(excluded, float("-inf"))
+    own_document = torch.arange(len(queries), device=queries.device)
+    return F.cross_entropy(logits, own_document, reduction="sum")
 
 
-def known_positives(pairs, known):
-    """pairs [B, 2] of query and document, known: for each query its documents -> [B, B] bool for info_nce"""
-    return torch.tensor([[i != j and d in known[q] for j, (_, d) in enumerate(pairs)] for i, (q, _) in enumerate(pairs)])
+def other_positives(pairs, positives):
+    """True where another pair's document answers the query, too. -> [B, B] bool
+
+    pairs: B lists [query, document]; positives: for each query the set of its documents.
+    """
+    rows = []
+    for i, (query, _) in enumerate(pairs):
+        answers = positives[query]
+        rows.append([i != j and document in answers for j, (_, document) in enumerate(pairs)])
+    return torch.tensor(rows)
+
+
+@dataclass
+class MicroBatch:
+    """Sequences that are embedded in one forward and backward pass.
+
+    If they are a batch, InfoNCE is computed right away. If they are a piece of one, its loss and
+    its gradient at each embedding have been computed before, from all pieces.
+    """
+
+    indices: list  # places in TrainingSet.sequences
+    excluded: torch.Tensor = None  # of a batch: see info_nce
+    gradient: torch.Tensor = None  # of a piece: [S, C], the loss' gradient at its embeddings
+    loss: torch.Tensor = None  # of a piece: the batch's loss, counted once; 0 for all other pieces
 
 
 class Retriever(worker.Worker):
-    """c: settings of eval_ir.py; processes: those that share each trial (system.Processes)."""
+    """An encoder that embeds, searches and is trained to.
 
-    def __init__(self, c, path, processes, free):
-        super().__init__(c, path, free)
+    settings: eval_ir.py's; processes: the core.distributed.Processes that share each trial.
+    """
+
+    def __init__(self, settings, path, processes, free):
+        super().__init__(settings, path, free)
         self.processes = processes
-        self.eval_tokens = c.eval_tokens or (65_536 if self.device.startswith("cuda") else 8192)
+        self.eval_tokens = settings.eval_tokens
+        if not self.eval_tokens:
+            self.eval_tokens = 65_536 if self.device.startswith("cuda") else 8192
 
-    def embed(self, encoded, indices):
-        """Embeddings of some sequences, fp32 of unit length. -> [S, C]"""
-        tokens, cu_seqlens = packing.pack(encoded, indices, self.device)
+    # ---- embeddings
+
+    def embed(self, sequences, indices):
+        """Embeds some sequences in one forward pass. -> [S, C] fp32 of unit length"""
+        tokens, cu_seqlens = packing.pack(sequences, indices, self.device)
         with self.autocast():
-            hidden = self.encoder(tokens, cu_seqlens, self.c.causal)
+            hidden = self.encoder(tokens, cu_seqlens, self.c.causal)  # [T, C]
         return F.normalize(segment_mean(hidden, cu_seqlens), dim=-1)
 
-    def encode(self, encoded, what, rank=0, world=1):
-        """Yields (indices [S], embeddings [S, C]) until all sequences were there, or a process' share of them. Longest first, so
-        that what does not fit in memory fails at once."""
-        order = np.argsort(-packing.lengths(encoded), kind="stable")
-        batches = packing.by_budget(order, encoded, self.eval_tokens)[rank::world]
-        with tqdm(total=sum(map(len, batches)), desc=what, unit="text", leave=False, disable=not speaks()) as bar:
+    def encode(self, sequences, title, rank=0, world_size=1):
+        """Yields (indices [S], embeddings [S, C]) of all sequences, or of this process' share.
+
+        The longest come first, so that what does not fit in memory fails at once.
+        """
+        order = np.argsort(-packing.lengths(sequences), kind="stable")
+        batches = packing.by_budget(order, sequences, self.eval_tokens)[rank::world_size]
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc=title, unit="text", leave=False, disable=not speaks()) as bar:
             for indices in batches:
                 with torch.inference_mode():
-                    part = self.embed(encoded, indices)
-                yield torch.tensor(indices, device=self.device), part
+                    embeddings = self.embed(sequences, indices)
+                yield torch.tensor(indices, device=self.device), embeddings
                 bar.update(len(indices))
 
-    def embeddings(self, encoded, what):
-        """-> [n, C] in the order of the texts"""
-        found = torch.empty(len(encoded["bounds"]) - 1, self.encoder.config.n_embd, device=self.device)
-        for indices, part in self.encode(encoded, what):
-            found[indices] = part
-        return found
+    def embeddings(self, sequences, title):
+        """Embeds all sequences. -> [n, C] in their order"""
+        n = len(sequences["bounds"]) - 1
+        rows = torch.empty(n, self.encoder.config.n_embd, device=self.device)
+        for indices, embeddings in self.encode(sequences, title):
+            rows[indices] = embeddings
+        return rows
 
-    def search(self, queries, documents, ids, k, what):
-        """The k best documents of each query. queries, documents: tokens and bounds; ids [n] int64 of the documents, whose order
-        decides ties. -> scores [Q, k] fp32, ids [Q, k], as search.top_k has them"""
-        rank, world = self.processes.rank, self.processes.world_size
-        asked, ids = self.embeddings(queries, f"{what} queries"), ids.to(self.device)
-        pieces = ((ids[indices], part) for indices, part in self.encode(documents, what, rank, world))
-        keys = search.best_keys(asked, pieces, k)
-        if world > 1:
-            parts = [torch.empty_like(keys) for _ in range(world)]
-            dist.all_gather(parts, keys)
-            keys = search.merge(torch.cat(parts, dim=1), k)                           # [Q, world * k] -> [Q, k]
+    # ---- search
+
+    def search(self, queries, documents, ids, k, title):
+        """Finds the k best documents of each query, encoding the documents as it goes.
+
+        queries, documents: tokens and bounds; ids [n] int64 of the documents, which decide ties.
+        -> scores [Q, k] fp32 and ids [Q, k], as search.top_k returns them
+        """
+        rank = self.processes.rank
+        world_size = self.processes.world_size
+        query_embeddings = self.embeddings(queries, f"{title} queries")
+        ids = ids.to(self.device)
+        pieces = (
+            (ids[indices], embeddings)
+            for indices, embeddings in self.encode(documents, title, rank, world_size)
+        )
+        keys = search.best_keys(query_embeddings, pieces, k)
+        if world_size > 1:
+            # Each process has searched its share of the documents.
+            keys_of_processes = [torch.empty_like(keys) for _ in range(world_size)]
+            dist.all_gather(keys_of_processes, keys)
+            keys = torch.cat(keys_of_processes, dim=1)  # [Q, world_size * k]
+            keys = search.merge(keys, k)  # [Q, k]
         return search.decode(keys.cpu())
 
-    def train(self, source, steps, trial, name):
-        """Train the encoder on (encoded, pairs [P, 2] of sequences in it, known: for each query its documents). -> loss curve"""
-        c, (encoded, pairs, known), parameters = self.c, source, self.parameters()
-        rank, world = self.processes.rank, self.processes.world_size
+    # ---- training
 
-        def micro_batches(step):
-            position, n = np.arange(step * c.batch, (step + 1) * c.batch), len(pairs)       # in the stream of all epochs
-            chosen = pairs[permute(position % n, n, trial["seed"], position // n)]                        # [B, 2]
-            # the paper's code has every other document as a negative, right or wrong
-            others = known_positives(chosen.tolist(), known) & (c.mode != "paper")
-            others, sequences = others.to(self.device), chosen.T.ravel()                                  # [2B], queries first
-            mine = np.arange(2 * c.batch)[rank::world]
-            parts = packing.by_budget(sequences[mine], encoded, c.micro_tokens)
-            if world == 1 and len(parts) == 1:
-                return [((parts[0], others, None), c.batch)]
-            # Each query needs every document, so the batch cannot be cut as it is: embed all of it without a graph, take the
-            # loss' gradient at each embedding, and embed it again part by part with that gradient (GradCache, arXiv 2101.06983).
-            places = [torch.from_numpy(place) for place in np.split(mine, np.cumsum([len(part) for part in parts])[:-1])]
-            found = torch.zeros(2 * c.batch, self.encoder.config.n_embd, device=self.device)
-            with torch.no_grad():
-                for part, place in zip(parts, places):
-                    found[place] = self.embed(encoded, part)
-            if world > 1:
-                dist.all_reduce(found)         # every other process has zeros in this one's places
-            loss = info_nce(found.requires_grad_(), others, c.temperature)
-            loss.backward()
-            return [((part, found.grad[place], loss.detach() * (i == 0)), c.batch * (i == 0))
-                    for i, (part, place) in enumerate(zip(parts, places))]
+    def train(self, training_set, steps, trial, name):
+        """Trains the encoder on a targets.TrainingSet. -> the loss curve, see fit()
 
-        def loss_of(batch):
-            part, given, loss = batch
-            embedded = self.embed(encoded, part)
-            if loss is None:
-                return info_nce(embedded, given, c.temperature)
-            stand_in = (embedded * given).sum()                    # has the loss' gradient, not its value
-            return stand_in + (loss - stand_in).detach()
+        Raises Diverged.
+        """
+        is_shared = self.processes.world_size > 1
+        return fit(
+            self.parameters(),
+            lambda step: self.micro_batches(training_set, step, trial["seed"]),
+            lambda micro_batch: self.loss_of(training_set, micro_batch),
+            steps,
+            trial["lr"],
+            self.c,
+            name,
+            self.sum_gradients if is_shared else None,
+        )
 
-        def sum_gradients():
-            for p in parameters:
-                dist.all_reduce(p.grad)
+    def sum_gradients(self):
+        """Adds up the gradients of all processes, in each of them."""
+        for p in self.parameters():
+            dist.all_reduce(p.grad)
 
-        return fit(parameters, micro_batches, loss_of, steps, trial["lr"], c, name, sum_gradients if world > 1 else None)
+    def micro_batches(self, training_set, step, seed):
+        """This process' share of a step. -> [(MicroBatch, number of pairs)], as fit() needs them"""
+        B = self.c.batch
+        rank = self.processes.rank
+        world_size = self.processes.world_size
+
+        # The pairs are shuffled anew in each epoch; a step takes the next B of this endless stream.
+        n = len(training_set.pairs)
+        position = np.arange(step * B, (step + 1) * B)
+        pairs = training_set.pairs[permute(position % n, n, seed, position // n)]  # [B, 2]
+        indices = pairs.T.ravel()  # [2B], queries first
+        if self.c.mode == "paper":
+            # The paper's code takes every other document as a negative, also one that answers.
+            excluded = torch.zeros(B, B, dtype=torch.bool)
+        else:
+            excluded = other_positives(pairs.tolist(), training_set.positives)
+        excluded = excluded.to(self.device)
+
+        places = np.arange(2 * B)[rank::world_size]  # of this process' texts in the batch
+        pieces = packing.by_budget(indices[places], training_set.sequences, self.c.micro_tokens)
+        if world_size == 1 and len(pieces) == 1:
+            return [(MicroBatch(pieces[0], excluded=excluded), B)]
+        return self.cached_pieces(training_set, pieces, places, excluded)
+
+    def cached_pieces(self, training_set, pieces, places, excluded):
+        """Cuts a batch into pieces without changing its loss (GradCache, arXiv 2101.06983).
+
+        Each query needs every document of the batch, so the loss of a piece alone would be another
+        one. Instead, embed all of the batch without a graph and take the loss' gradient at each
+        embedding. Then loss_of() embeds it again, piece by piece, and continues from there.
+        """
+        B = self.c.batch
+        ends = np.cumsum([len(piece) for piece in pieces])
+        places = [torch.from_numpy(p) for p in np.split(places, ends[:-1])]  # of each piece
+        embeddings = torch.zeros(2 * B, self.encoder.config.n_embd, device=self.device)
+        with torch.no_grad():
+            for piece, place in zip(pieces, places):
+                embeddings[place] = self.embed(training_set.sequences, piece)
+        if self.processes.world_size > 1:
+            dist.all_reduce(embeddings)  # a process has zeros in the places of all others
+        loss = info_nce(embeddings.requires_grad_(), excluded, self.c.temperature)
+        loss.backward()
+
+        # The first piece stands for the loss and the count of the whole batch.
+        micro_batches = []
+        for i, (piece, place) in enumerate(zip(pieces, places)):
+            is_first = i == 0
+            piece_loss = loss.detach() if is_first else torch.zeros_like(loss)
+            batch = MicroBatch(piece, gradient=embeddings.grad[place], loss=piece_loss)
+            micro_batches.append((batch, B if is_first else 0))
+        return micro_batches
+
+    def loss_of(self, training_set, batch):
+        """The loss of a MicroBatch, a sum over its queries, with its gradient."""
+        embeddings = self.embed(training_set.sequences, batch.indices)
+        if batch.excluded is not None:
+            return info_nce(embeddings, batch.excluded, self.c.temperature)
+        # This sum has the gradient that the loss has, but not its value: exchange the value.
+        stand_in = (embeddings * batch.gradient).sum()
+        return stand_in + (batch.loss - stand_in).detach()

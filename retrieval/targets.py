@@ -1,18 +1,198 @@
-"""A collection and a pool of it, tokenized: what a trial is scored by."""
+"""What a trial trains on and what it is scored by: tokenized pairs, tokenized pools, scores.
+
+A Library reads each collection once and keeps the tokens on disk. The trials of a grid share it.
+"""
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from retrieval import collections as ir_data
+from core.configurator import UserError
+from core.distributed import all_sum
+from core.tokenizer import DOCUMENT, QUERY
+from retrieval import tokens
+from retrieval.collections import Collection, load_collection
+from retrieval.pools import BM25_LIMIT, bm25, pool_ids, training_pairs
+from tasks import metrics
+
+DEPTH = 100  # documents kept for each query
+
+
+@dataclass
+class TrainingSet:
+    """The training pairs of a collection, tokenized."""
+
+    collection: Collection
+    sequences: dict  # tokens and bounds of all queries and documents
+    pairs: np.ndarray  # [P, 2] int: a query and a document, as places in sequences
+    positives: list  # for each query, the set of documents that answer it, as places in sequences
 
 
 @dataclass
 class Target:
-    """A collection and a pool of it, tokenized."""
-    collection: ir_data.Collection
-    queries: dict        # tokens and bounds of all validation and test queries
+    """A collection and a pool of it, tokenized: what is searched after training."""
+
+    collection: Collection
+    pool: str
+    hard_negatives: int  # of the pool "hard"; None for other pools
+    queries: dict  # tokens and bounds of all validation and test queries
     query_ids: list
-    documents: dict      # tokens and bounds of the pool
-    ids: list            # the pool's document ids in their own order, which search breaks ties by
-    rank: torch.Tensor   # [n] int64: place in ids of each encoded document
-    facts: dict          # what its rows say about it
+    documents: dict  # tokens and bounds of the pool
+    document_ids: list  # sorted: search breaks ties by the place in this list
+    places: torch.Tensor  # [n] int64: the place in document_ids of each document in `documents`
+    baseline: dict  # BM25's score on the test queries, or None where it takes too long
+
+    @property
+    def truncated(self):
+        """How many documents lost tokens to max_length."""
+        return int(self.documents["truncated"][0])
+
+
+class Library:
+    """Reads and tokenizes collections.
+
+    settings: eval_ir.py's data_dir, cache_dir, hard_negatives and mode. processes: those that share
+    each trial; the first of them writes the cache and the others read it.
+    """
+
+    def __init__(self, settings, tokenizer, max_length, processes):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.processes = processes
+
+    def training_set(self, name):
+        """Reads the training pairs of a collection. -> TrainingSet"""
+        collection = load_collection(name, self.settings.data_dir)
+        pairs = training_pairs(collection)
+        texts = [QUERY + text for text in pairs.queries]
+        texts += [DOCUMENT + text for text in pairs.documents]
+        key = (collection.fingerprint,)
+        sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key)
+        # Documents come after the queries: shift their places by the number of queries.
+        n = len(pairs.queries)
+        positives = []
+        for documents in pairs.positives:
+            positives.append({n + document for document in documents})
+        return TrainingSet(collection, sequences, pairs.pairs + [0, n], positives)
+
+    def target(self, name, pool, trained_on):
+        """Reads a collection's judged queries and the documents of a pool. -> Target
+
+        trained_on: the collection of the training pairs; it is not read again if it is the same.
+        Raises UserError if no query or no document is left.
+        """
+        settings = self.settings
+        collection = trained_on
+        if name != trained_on.name:
+            collection = load_collection(name, settings.data_dir)
+        ids_of_pool = self.in_turn(
+            lambda: pool_ids(collection, pool, settings.hard_negatives, settings.cache_dir)
+        )
+        hard_negatives = settings.hard_negatives if pool == "hard" else None
+
+        # Tokenize the validation and test queries, each once, and the documents of the pool.
+        judged = collection.qrels["validation"] | collection.qrels["test"]
+        asked = [query_id for query_id in judged if query_id in collection.queries]
+
+        def query_texts():
+            for query_id in asked:
+                yield query_id, QUERY + collection.queries[query_id]
+
+        def document_texts():
+            for document_id, text in collection.documents():
+                if ids_of_pool is None or document_id in ids_of_pool:
+                    yield document_id, DOCUMENT + text
+
+        key = (collection.fingerprint,)
+        queries, query_ids = self.tokenize(f"{name}-queries", query_texts, key)
+        key = (collection.fingerprint, hard_negatives)
+        documents, document_ids = self.tokenize(f"{name}-{pool}", document_texts, key)
+        if not asked:
+            raise UserError(f"{name}: no judged query is in the collection")
+        if not document_ids:
+            raise UserError(f"{name}: no document of the pool {pool} is in the collection")
+
+        # Search breaks ties by integers: number the documents in the order of their ids.
+        order = sorted(range(len(document_ids)), key=document_ids.__getitem__)
+        places = torch.empty(len(order), dtype=torch.int64)
+        places[torch.tensor(order)] = torch.arange(len(order))
+
+        # What a search by words alone scores in the same pool.
+        baseline = None
+        if len(document_ids) <= BM25_LIMIT and self.processes.first:
+            qrels = collection.qrels["test"]
+            ranking = bm25(collection, list(qrels), ids_of_pool, DEPTH)
+            means = score(qrels, ranking, settings.mode).means
+            baseline = {"name": "BM25", "score": means["score"]}
+        return Target(
+            collection=collection,
+            pool=pool,
+            hard_negatives=hard_negatives,
+            queries=queries,
+            query_ids=query_ids,
+            documents=documents,
+            document_ids=[document_ids[i] for i in order],
+            places=places,
+            baseline=baseline,
+        )
+
+    def tokenize(self, name, texts, key):
+        """Tokenizes texts, a function that returns an iterator of (id, text). See tokens.encoded"""
+        key = (QUERY, DOCUMENT, *key)
+        return self.in_turn(
+            lambda: tokens.encoded(
+                name, texts, self.tokenizer, self.max_length, key, self.settings.cache_dir
+            )
+        )
+
+    def in_turn(self, make):
+        """Calls make(), which may write to the cache: first in the first process, then in others.
+
+        So the processes that share a trial find in the cache what the first one has made.
+        """
+        made = make() if self.processes.first else None
+        all_sum([0], self.processes)  # wait for the first process
+        return made if self.processes.first else make()
+
+
+# ---- scores
+
+
+def named_ranking(target, cosines, places):
+    """A search's result by ids. cosines, places [Q, k] -> {query id: {document id: cosine}}"""
+    ranking = {}
+    rows = zip(target.query_ids, places.tolist(), cosines.tolist())
+    for query_id, query_places, query_cosines in rows:
+        ranking[query_id] = {
+            target.document_ids[place]: cosine
+            for place, cosine in zip(query_places, query_cosines)
+            if place >= 0  # -1 where the pool has fewer than k documents
+        }
+    return ranking
+
+
+@dataclass
+class Scores:
+    means: dict  # {"score", "ndcg_10", ..., "n"}: means over all queries of the qrels
+    per_query: list  # what "score" is the mean of
+
+
+def score(qrels, ranking, mode):
+    """Scores a ranking {query id: {document id: score}}. -> Scores
+
+    mode: "standard", whose score is NDCG@10, or "paper", whose score is its code's variant of it.
+    """
+    values = {
+        "ndcg_10": metrics.ndcg(qrels, ranking),
+        "paper_ndcg_10": metrics.ndcg_of_retrieved(qrels, ranking),
+        "mrr_10": metrics.mrr(qrels, ranking),
+        "recall_100": metrics.recall(qrels, ranking),
+    }
+    main_score = "paper_ndcg_10" if mode == "paper" else "ndcg_10"
+    per_query = list(values[main_score].values())
+    means = {"score": sum(per_query) / len(per_query)}
+    for name, by_query in values.items():
+        means[name] = sum(by_query.values()) / len(by_query)
+    means["n"] = len(per_query)
+    return Scores(means, per_query)

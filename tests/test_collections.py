@@ -4,22 +4,25 @@ import gzip
 import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
-from speech_collections import DOCUMENTS, QUERIES, collection, pools, tokens
-from speech_collections import collections as ir_data
+from speech_collections import DOCUMENTS, QUERIES, collection
 
 from core import tokenizer
 from core.configurator import UserError
-from retrieval.pools import pool_of, training_pairs
+from retrieval import pools, tokens
+from retrieval.collections import load_collection
+from retrieval.pools import pool_ids, training_pairs
 from tasks import metrics, registry
 
 
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
-    found = ir_data.load("rivers", collection(tmp_path / "deep"))
+    found = load_collection("rivers", collection(tmp_path / "deep"))
     assert {split: len(part) for split, part in found.qrels.items()} == {"train": 12, "validation": 4, "test": 8} and found.notes == []
     assert dict(found.documents())["d1"] == "On 1. document number 1 tells of river 1" and len(list(found.documents())) == 30
     assert dict(found.documents())["d2"] == "document number 2 tells of river 2"          # no title
-    queries, documents, pairs, known = training_pairs(found)
-    assert len(pairs) == 12 and queries[pairs[3][0]] == "which river is number 3?" and "number 3 " in documents[pairs[3][1]]
+    training = training_pairs(found)
+    query, document = training.pairs[3]
+    assert len(training.pairs) == 12
+    assert training.queries[query] == "which river is number 3?" and "number 3 " in training.documents[document]
     # packed, without header, BEIR's name for validation, one folder deeper: the same
     path = tmp_path / "deep" / "rivers"
     (path / "corpus.jsonl.gz").write_bytes(gzip.compress((path / "corpus.jsonl").read_bytes()))
@@ -27,7 +30,7 @@ def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
     text = (path / "qrels" / "validation.tsv").read_text()
     (path / "qrels" / "validation.tsv").unlink()
     (path / "qrels" / "dev.tsv").write_text(text.partition("\n")[2])
-    again = ir_data.load("rivers", str(tmp_path))
+    again = load_collection("rivers", str(tmp_path))
     assert again.qrels == found.qrels and again.fingerprint == found.fingerprint
 
 
@@ -35,20 +38,21 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
     documents = [*DOCUMENTS, {"_id": "copy", "text": "document number 0 tells of river 0"}]
     folder = collection(tmp_path, documents=documents, test=[("q9", "d9", 1)], validation=[("q8", "d8", 1)],
                         train=[("q0", "d0", 1), ("q0", "copy", 2), ("q0", "d5", 1), ("q1", "d5", 1), ("q1", "d0", 0)])
-    queries, texts, pairs, known = training_pairs(ir_data.load("rivers", folder))
-    assert len(queries) == 2 and len(texts) == 2 and pairs.tolist() == [[0, 0], [0, 1], [1, 1]]      # grade 0 is no positive
-    assert known == [{0, 1}, {1}]
+    training = training_pairs(load_collection("rivers", folder))
+    assert len(training.queries) == 2 and len(training.documents) == 2
+    assert training.pairs.tolist() == [[0, 0], [0, 1], [1, 1]]      # grade 0 is not a positive
+    assert training.positives == [{0, 1}, {1}]
 
 
 @pytest.mark.parametrize("changes, says", [
     ({"documents": []}, "rivers has no documents: an empty collection cannot be searched"),
     ({"queries": []}, "rivers has no queries"),
     ({"test": []}, "rivers has no judgements of test queries"),
-    ({"documents": [*DOCUMENTS, DOCUMENTS[3]]}, "the document id 'd3' is there twice"),
-    ({"queries": [*QUERIES, QUERIES[3]]}, "queries.jsonl, line 25: the query id 'q3' is there twice"),
-    ({"test": [("q1", "d1", "0.5")]}, "test.tsv, line 2: the grade '0.5' is no whole number"),
-    ({"test": [("q1", "d1", 1), ("q1", "d1", 2)]}, "test.tsv, line 3: document 'd1' has another grade for query 'q1' further up"),
-    ({"test": [("q1", "d1")]}, "test.tsv, line 2 has 2 columns, not query-id, corpus-id and score"),
+    ({"documents": [*DOCUMENTS, DOCUMENTS[3]]}, "the document id 'd3' appears twice"),
+    ({"queries": [*QUERIES, QUERIES[3]]}, "queries.jsonl, line 25: the query id 'q3' appears twice"),
+    ({"test": [("q1", "d1", "0.5")]}, "test.tsv, line 2: the grade '0.5' is not a whole number"),
+    ({"test": [("q1", "d1", 1), ("q1", "d1", 2)]}, "test.tsv, line 3: document 'd1' has another grade for query 'q1' in an earlier line"),
+    ({"test": [("q1", "d1")]}, "test.tsv, line 2 has 2 columns: expected query-id, corpus-id and score"),
     ({"documents": [{"id": "d1", "text": "x"}]}, "corpus.jsonl, line 1 has no field '_id' (it has id, text)"),
     ({"documents": [{"_id": "1", "title": 7, "text": "x"}]}, "corpus.jsonl, line 1: the field 'title' is int, not str"),
     ({"documents": ["d1"]}, "corpus.jsonl, line 1 has no field '_id' (it has str)"),
@@ -58,20 +62,20 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
 def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path, changes, says):
     folder = collection(tmp_path, **changes)
     with pytest.raises(UserError) as error:
-        ir_data.load("rivers", folder)
+        load_collection("rivers", folder)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
     documents = [*DOCUMENTS, {"_id": "blank", "title": "", "text": " "}]
     test = [("q1", "d1", 1), ("q1", "gone", 1), ("nobody", "d2", 1), ("q2", "d3", 0), *((f"q{i}", f"lost{i}", 1) for i in range(4, 9))]
-    found = ir_data.load("rivers", collection(tmp_path, documents=documents, test=test, validation=[("q9", "d9", 1)],
+    found = load_collection("rivers", collection(tmp_path, documents=documents, test=test, validation=[("q9", "d9", 1)],
                                               train=[("q20", "d20", 1), ("q20", "away", 1)]))
     assert found.notes == ["1 documents of the train judgements that are not in the collection are left out (away)",
                            "1 queries of the test judgements that are not in the collection count as not found (nobody)",
                            "6 documents of the test judgements that are not in the collection count as not found (gone, lost4, lost5, ...)",
                            "1 test queries without a relevant document score 0 (q2)", "1 documents are empty (blank)"]
-    assert len(training_pairs(found)[2]) == 1
+    assert len(training_pairs(found).pairs) == 1
     # ... and counts: the best that can be found of q1 is one of its two documents
     best = metrics.ndcg(found.qrels["test"], {"q1": {"d1": 1.0}})
     assert set(best) == {"q1", "nobody", "q2", "q4", "q5", "q6", "q7", "q8"} and best["q1"] == pytest.approx(1 / (1 + 1 / np.log2(3)))
@@ -80,13 +84,13 @@ def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
 def test_validation_is_cut_by_a_hash_of_the_query_where_there_is_none(tmp_path):
     queries = [{"_id": f"q{i}", "text": f"river {i}"} for i in range(400)]
     rows = [(q["_id"], "d1", 1) for q in queries]
-    halves = ir_data.load("rivers", collection(tmp_path / "a", queries=queries, test=rows))
+    halves = load_collection("rivers", collection(tmp_path / "a", queries=queries, test=rows))
     assert set(halves.qrels["validation"]).isdisjoint(halves.qrels["test"]) and halves.notes == [
         f"validation is cut from test, {len(halves.qrels['validation'])} queries"] and 150 < len(halves.qrels["test"]) < 250
-    cut = ir_data.load("rivers", collection(tmp_path / "b", queries=queries, test=rows[:9], train=rows[9:]))
+    cut = load_collection("rivers", collection(tmp_path / "b", queries=queries, test=rows[:9], train=rows[9:]))
     assert 5 < len(cut.qrels["validation"]) < 40 and set(cut.qrels["validation"]).isdisjoint(cut.qrels["train"]) and len(cut.qrels["test"]) == 9
     # the same query is on the same side in a collection with others
-    fewer = ir_data.load("rivers", collection(tmp_path / "c", queries=queries, test=rows[::2]))
+    fewer = load_collection("rivers", collection(tmp_path / "c", queries=queries, test=rows[::2]))
     assert set(fewer.qrels["test"]) == set(halves.qrels["test"]) & {q for q, *_ in rows[::2]}
     with pytest.raises(UserError, match="rivers has no training pairs .*: name a collection that has, --train_on=NAME"):
         training_pairs(halves)
@@ -94,13 +98,13 @@ def test_validation_is_cut_by_a_hash_of_the_query_where_there_is_none(tmp_path):
 
 def test_the_three_pools(tmp_path):
     documents = [*DOCUMENTS, *({"_id": f"near{i}", "text": f"which river is number {i}? which river?"} for i in range(16, 24))]
-    found = ir_data.load("rivers", collection(tmp_path, documents=documents))
-    judged = pool_of(found, "judged", 3, str(tmp_path))
-    assert judged == {f"d{i}" for i in range(12, 24)} and pool_of(found, "full", 3, str(tmp_path)) is None
-    hard = pool_of(found, "hard", 1, str(tmp_path))
+    found = load_collection("rivers", collection(tmp_path, documents=documents))
+    judged = pool_ids(found, "judged", 3, str(tmp_path))
+    assert judged == {f"d{i}" for i in range(12, 24)} and pool_ids(found, "full", 3, str(tmp_path)) is None
+    hard = pool_ids(found, "hard", 1, str(tmp_path))
     assert hard == judged | {f"near{i}" for i in range(16, 24)}                             # what BM25 has first for q16 to q23
-    more = pool_of(found, "hard", 20, str(tmp_path))
-    assert hard < more <= {d["_id"] for d in documents} and pool_of(found, "hard", 20, str(tmp_path)) == more
+    more = pool_ids(found, "hard", 20, str(tmp_path))
+    assert hard < more <= {d["_id"] for d in documents} and pool_ids(found, "hard", 20, str(tmp_path)) == more
 
 
 def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path, corpus_dir, monkeypatch):
@@ -128,9 +132,9 @@ def test_the_papers_three_are_in_the_table_and_the_hub_is_explained():
         task = registry.TASKS[name]
         assert len(task.revision) == 40 and task.pool == "judged" and (task.train_on or name) == "msmarco"
     with pytest.raises(UserError, match=r"could not load mteb/nq at b774495ed302.*connect to the network, or give a folder in BEIR's layout"):
-        ir_data.load("nq")
-    with pytest.raises(UserError, match="sst2 is no retrieval collection: python finetune.py --tasks=sst2"):
-        ir_data.load("sst2")
+        load_collection("nq")
+    with pytest.raises(UserError, match="sst2 is not a retrieval collection: python finetune.py --tasks=sst2"):
+        load_collection("sst2")
 
 
 def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
@@ -157,20 +161,21 @@ def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     task = dataclasses.replace(registry.TASKS["msmarco"], hub=str(hub), pairs=str(tmp_path / "pairs"), sizes=(0, 1, 1))
     monkeypatch.setitem(registry.TASKS, "msmarco", task)
-    found = ir_data.load("msmarco")
+    found = load_collection("msmarco")
     assert list(found.documents()) == [("1", "Nile. a river"), ("2", "b")] and found.queries == {"7": "which?", "8": "what?"}
     assert found.qrels == {"train": {}, "validation": {"7": {"1": 1}}, "test": {"8": {"2": 3}}}
-    queries, documents, pairs, known = training_pairs(found)
-    assert (queries, documents, pairs.tolist(), known) == (["who?"], ["she", "he"], [[0, 0], [0, 1]], [{0, 1}])
+    training = training_pairs(found)
+    assert training.queries == ["who?"] and training.documents == ["she", "he"]
+    assert training.pairs.tolist() == [[0, 0], [0, 1]] and training.positives == [{0, 1}]
     monkeypatch.setitem(registry.TASKS, "msmarco", dataclasses.replace(task, sizes=(0, 6_980, 43)))
-    with pytest.raises(UserError, match="has judgements for 1 queries in dev, and the table in tasks.py 6,980: the data has changed"):
-        ir_data.load("msmarco")
+    with pytest.raises(UserError, match="has judgements for 1 queries in dev, and the table in tasks/registry.py 6,980: the data has changed"):
+        load_collection("msmarco")
 
 
 @needs_shared
 @pytest.mark.parametrize("name, sizes, bm25", [("cranfield", (100, 25, 100), 0.340), ("squad_retrieval", (5000, 700, 1000), 0.806)])
 def test_real_collections_load_and_bm25_has_its_known_score(name, sizes, bm25):
-    found = ir_data.load(name, SHARED)
+    found = load_collection(name, SHARED)
     assert tuple(len(found.qrels[split]) for split in ("train", "validation", "test")) == sizes
     assert found.notes == (["2 documents are empty (471, 995)"] if name == "cranfield" else [])
     values = metrics.ndcg(found.qrels["test"], pools.bm25(found, list(found.qrels["test"]), None, 100)).values()

@@ -40,10 +40,10 @@ def rows(folder):
 
 
 def worker(c):
-    mine = eval_ir.Worker(c, checkpoint.find(c.ckpt), ALONE)
-    mine.take(c.tasks, {c.tasks: (c.tasks, "full")}, c.out_dir)
-    mine.restore(0)
-    return mine
+    retriever = eval_ir.Worker(c, checkpoint.find(c.ckpt), ALONE)
+    retriever.load([eval_ir.Search(task=c.tasks, pool="full", own_pool="full", train_on=c.tasks)], c.out_dir)
+    retriever.restore(0)
+    return retriever
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_the_grid_is_finetunes():
 
 @pytest.mark.parametrize("changes, says", [
     ({"tasks": "rivers"}, "unknown task 'rivers'"),
-    ({"tasks": "sotu_era"}, "sotu_era is no retrieval collection: python finetune.py --tasks=sotu_era"),
+    ({"tasks": "sotu_era"}, "sotu_era is not a retrieval collection: python finetune.py --tasks=sotu_era"),
     ({"pool": "half"}, "pool=half: expected judged, hard, full"),
     ({"batch": 1}, "batch=1: a query's negatives are the other pairs' documents"),
     ({"temperature": 0.0}, "temperature=0.0"),

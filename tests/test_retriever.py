@@ -15,7 +15,7 @@ from core.configurator import UserError
 from core.files import find_files
 from retrieval import retriever
 from retrieval.mteb_adapter import ForMteb
-from retrieval.tokens import tokenized
+from retrieval.tokens import tokenize
 from tasks import demo, packing
 
 
@@ -41,10 +41,10 @@ def test_info_nce_is_the_cross_entropy_of_the_own_document_among_those_that_are_
     assert retriever.info_nce(torch.cat([q, d]), known, 0.05).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_known_positives_are_all_answers_of_the_query_but_the_pairs_own():
-    known = [{7, 8}, {7}, {9}]
+def test_other_positives_are_all_answers_of_the_query_but_the_pairs_own():
+    positives = [{7, 8}, {7}, {9}]
     pairs = [(0, 7), (1, 7), (0, 8), (2, 9), (0, 7)]
-    assert retriever.known_positives(pairs, known).int().tolist() == [
+    assert retriever.other_positives(pairs, positives).int().tolist() == [
         [0, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
 
 
@@ -53,7 +53,7 @@ def gradients(c):
     mine, found = spread(worker(c)), {}
     hooks = [p.register_post_accumulate_grad_hook(lambda p, k=k: found.setdefault(k, []).append(p.grad.clone()))
              for k, p in mine.encoder.named_parameters()]
-    curve = mine.train(mine.pairs, 1, {"lr": 1e-3, "seed": 0}, "")
+    curve = mine.train(mine.training_set, 1, {"lr": 1e-3, "seed": 0}, "")
     for hook in hooks:
         hook.remove()
     return {k: steps[-1] for k, steps in found.items()}, len(found["norm.weight"]), curve
@@ -72,7 +72,7 @@ def test_cached_gradients_are_those_of_one_big_batch(ir):
 def test_without_the_cache_a_cut_batch_would_have_other_negatives(ir):
     """The reason for it: the mean over small batches is another loss."""
     one, two = (worker(ir(str(b), batch=b)) for b in (16, 4))
-    of_16, of_4 = (mine.train(mine.pairs, 1, {"lr": 1e-3, "seed": 0}, "")[0][1] for mine in (one, two))
+    of_16, of_4 = (mine.train(mine.training_set, 1, {"lr": 1e-3, "seed": 0}, "")[0][1] for mine in (one, two))
     assert of_16 > of_4 + 0.5
 
 
@@ -84,7 +84,7 @@ def test_an_embedding_depends_on_its_text_alone(ir, encoder, corpus_dir, dtype, 
     mine = spread(worker(ir(dtype=dtype)))
     short = sorted(demo.search()["queries"]["test"].values(), key=len)
     texts = [f"Query: {text}" for text in short[:200:10]] + ["", "so on " * 400]
-    arrays, cut = tokenized(texts, mine.tokenizer, mine.max_length)
+    arrays, cut = tokenize(texts, mine.tokenizer, mine.max_length)
     assert cut == 1 and len(arrays[-2]) == 1 and len(arrays[-1]) == mine.max_length
     data = {"tokens": np.concatenate(arrays), "bounds": np.cumsum([0, *map(len, arrays)])}
     alone = torch.cat([mine.embed(data, [i]) for i in range(len(texts))])
@@ -101,10 +101,10 @@ def test_an_embedding_depends_on_its_text_alone(ir, encoder, corpus_dir, dtype, 
 
 def test_an_embedding_is_the_mean_over_all_tokens(ir):
     mine = worker(ir())
-    tokens, cu_seqlens = packing.pack(mine.pairs[0], [3, 50], "cpu")
+    tokens, cu_seqlens = packing.pack(mine.training_set.sequences, [3, 50], "cpu")
     with torch.no_grad():
         hidden = mine.encoder(tokens, cu_seqlens, causal=False)
-        ours = mine.embed(mine.pairs[0], [3, 50])
+        ours = mine.embed(mine.training_set.sequences, [3, 50])
     for i, part in enumerate(hidden.split(cu_seqlens.diff().tolist())):
         assert torch.allclose(ours[i], F.normalize(part.mean(0), dim=0), atol=1e-6)
     assert tokens[cu_seqlens[1:] - 1].tolist() == [mine.tokenizer.eos_id] * 2
@@ -129,8 +129,8 @@ def test_copies_of_a_document_are_found_in_the_order_of_their_ids(ir, tmp_path):
                         train=[("q0", "a", 1)], validation=[("q1", "a", 1)], test=[("q2", "a", 1)])
     mine = worker(ir(data_dir=folder))
     target = mine.targets["one"]
-    scores, ids = mine.search(target.queries, target.documents, target.rank, 7, "")
-    names = [target.ids[i] for i in ids[0].tolist()]
+    scores, ids = mine.search(target.queries, target.documents, target.places, 7, "")
+    names = [target.document_ids[i] for i in ids[0].tolist()]
     assert [name for name in names if len(name) == 1] == ["e", "d", "c", "b", "a"]
     assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
 
