@@ -41,21 +41,20 @@ from retrieval.pools import POOLS
 from retrieval.retriever import Retriever
 from tasks import metrics, queue, registry, worker
 from tasks.training import Diverged
-from tasks.worker import GridSettings
 
 
 @dataclass
-class Config(GridSettings):
+class Config(worker.GridSettings):
     # what
-    data_dir: str = ""              # folder of local collections, data_dir/<task>/, in BEIR's layout; empty: the hub's
+    data_dir: str = ""              # local collections instead of the hub: data_dir/<task>/ in BEIR's layout
     seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
-    train_on: str = ""              # whose training pairs; empty: MS MARCO's (the paper's three), else its own
+    train_on: str = ""              # whose training pairs; empty: MS MARCO's (paper), else its own
     pool: str = ""                  # judged, hard or full; empty: judged (paper, demo), full (your own)
     hard_negatives: int = 100       # BM25's best documents for each query that are in the pool "hard"
     finals: bool = False            # then the best learning rate's seeds again on the full pool
     mteb: str = ""                  # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
     # how
-    mode: str = "standard"          # standard: NDCG@10; paper: its own score, and positives among the negatives
+    mode: str = "standard"          # standard: NDCG@10; paper: its score, and positives among negatives
     steps: int = 0                  # of each trial; 0: 1,000, the paper's
     batch: int = 32                 # pairs in a step; each query's negatives are the other documents
     temperature: float = 0.05       # of InfoNCE

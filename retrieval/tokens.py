@@ -61,6 +61,7 @@ def encoded(name, texts, tokenizer, max_length, key, folder):
 
 def write_tokens(folder, name, texts, tokenizer, max_length):
     """Tokenizes an iterator of (id, text) into the three files of a folder."""
+    # Token ids go to disk batch by batch; the bounds follow from the lengths at the end.
     texts = iter(texts)
     ids = []
     lengths = []
