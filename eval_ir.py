@@ -33,7 +33,7 @@ from tqdm import tqdm
 from core import checkpoint
 from core.configurator import UserError, run
 from core.device import keep_freed_memory, pick_device
-from core.distributed import Processes, all_sum, speaks, start_processes
+from core.distributed import Processes, all_sum, shows_progress, start_processes
 from core.files import read_json
 from retrieval import targets
 from retrieval.mteb_adapter import score_on_mteb
@@ -232,7 +232,7 @@ class Worker(Retriever):
 
 
 def log(text, notes=()):
-    if speaks():
+    if shows_progress():
         tqdm.write("; ".join([text, *notes]))
 
 
@@ -368,7 +368,7 @@ def run_all(c, searches, path, processes):
                 finals[lr].append(replace(search, pool="full"))
         for lr, full_searches in finals.items():
             run_grid(retriever, full_searches, (lr,), c.seeds, out_dir)
-    if speaks():
+    if shows_progress():
         report = shlex.join(["python", "report.py", out_dir, f"--to={out_dir}/report"])
         print(f"rows in {out_dir}/trials; the table: {report}")
 

@@ -25,7 +25,9 @@ from dataclasses import dataclass
 
 from core.configurator import UserError
 from core.files import find_files, hashed, lines_of
-from tasks.registry import HELD_OUT, find, value
+from tasks.family import value
+from tasks.loading import json_lines, load_from_hub
+from tasks.registry import HELD_OUT, find
 
 SPLITS = {  # the names of each split's file in qrels/
     "train": ("train",),
@@ -186,7 +188,7 @@ def read_folder(folder):
     corpus = find_json_lines(folder, "corpus")
 
     def documents():
-        for where, row in read_json_lines(corpus):
+        for where, row in json_lines(corpus):
             document_id = value(row, "_id", str, where)
             title = ""
             if row.get("title") is not None:
@@ -195,7 +197,7 @@ def read_folder(folder):
 
     # Queries, which are few, are read at once.
     queries = {}
-    for where, row in read_json_lines(find_json_lines(folder, "queries")):
+    for where, row in json_lines(find_json_lines(folder, "queries")):
         query_id = value(row, "_id", str, where)
         if query_id in queries:
             raise UserError(
@@ -223,15 +225,6 @@ def find_json_lines(folder, name):
     if not paths:
         raise UserError(f"{folder} has no {name}.jsonl: {LAYOUT}")
     return paths[0]
-
-
-def read_json_lines(path):
-    """Yields (where, row) of each line; `where` names file and line, for error messages."""
-    for where, line in lines_of(path):
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError:
-            raise UserError(f"{where} is not a JSON object") from None
 
 
 def read_tab_separated(path):
@@ -328,27 +321,6 @@ def id_of(row):
 
 def read_hub_pairs(task):
     """The training pairs of a hub collection. -> [(query text, document text)]"""
-    splits = load_from_hub(task.pairs, None, "main")
+    splits = load_from_hub(task.pairs)
     rows = next(iter(splits.values()))
     return list(zip(rows["query"], rows["positive"]))
-
-
-def load_from_hub(repository, config, revision):
-    """All splits of one configuration, memory-mapped. Raises UserError."""
-    try:
-        import datasets
-        from huggingface_hub.utils import logging
-
-        logging.set_verbosity_error()  # hide its retries: the error below says it once
-        if os.path.isdir(repository):
-            revision_asked = None
-        else:
-            revision_asked = revision
-        return datasets.load_dataset(repository, config, revision=revision_asked)
-    except Exception as error:  # network, hub and parser each raise their own
-        first_line = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"could not load {repository} at {revision} from the Hugging Face hub "
-            f"({type(error).__name__}: {first_line}): connect to the network, or give a folder in "
-            "BEIR's layout with --data_dir=FOLDER, or run --tasks=demo"
-        ) from None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from core.distributed import speaks
+from core.distributed import shows_progress
 from core.rng import permute
 from model import segment_mean
 from retrieval import search
@@ -91,7 +91,7 @@ class Retriever(worker.Worker):
         order = np.argsort(-packing.lengths(sequences), kind="stable")
         batches = packing.by_budget(order, sequences, self.eval_tokens)[rank::world_size]
         total = sum(map(len, batches))
-        with tqdm(total=total, desc=title, unit="text", leave=False, disable=not speaks()) as bar:
+        with tqdm(total=total, desc=title, unit="text", leave=False, disable=not shows_progress()) as bar:
             for indices in batches:
                 with torch.inference_mode():
                     embeddings = self.embed(sequences, indices)

@@ -4,18 +4,17 @@
                            index.safetensors    bounds [n + 1] of the texts in it; truncated [1]
                            ids.json             the texts' ids
 """
-import hashlib
 import itertools
 import json
 import os
-import shutil
 
 import numpy as np
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from core.distributed import speaks
-from core.files import read_json, unique
+from core.distributed import shows_progress
+from core.files import read_json
+from tasks import packing
 
 BATCH = 10_000  # texts tokenized at a time; a corpus of any size needs the memory of these
 
@@ -41,26 +40,24 @@ def encoded(name, texts, tokenizer, max_length, key, folder):
     its repr() must change with them. -> ({"tokens": int32 [N], "bounds": int64 [n + 1],
     "truncated": int64 [1], how many texts were cut}, list of n ids)
     """
-    rules = repr([tokenizer.hash.hex(), max_length, key])
-    path = os.path.join(folder, f"{name}-{hashlib.sha256(rules.encode()).hexdigest()[:16]}")
-    if not os.path.isdir(path):
-        # Write under another name and rename at the end: a folder is complete or absent.
-        temporary = unique(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        write_tokens(temporary, name, texts(), tokenizer, max_length)
-        try:
-            os.rename(temporary, path)
-        except OSError:  # another worker was faster
-            shutil.rmtree(temporary)
-    # Only the token ids stay on disk; bounds and ids are small.
-    index = load_file(os.path.join(path, "index.safetensors"))
-    tokens = np.memmap(os.path.join(path, "tokens.bin"), np.int32, "r")
-    return index | {"tokens": tokens}, read_json(os.path.join(path, "ids.json"))
+    rules = [tokenizer.hash.hex(), max_length, key]
+
+    def write(path):
+        write_tokens(path, name, texts(), tokenizer, max_length)
+
+    return packing.cached(folder, name, rules, write, read_tokens)
+
+
+def read_tokens(folder):
+    """Opens the three files of a folder. Only the token ids, which are large, stay on disk."""
+    index = load_file(os.path.join(folder, "index.safetensors"))
+    tokens = np.memmap(os.path.join(folder, "tokens.bin"), np.int32, "r")
+    return index | {"tokens": tokens}, read_json(os.path.join(folder, "ids.json"))
 
 
 def write_tokens(folder, name, texts, tokenizer, max_length):
-    """Tokenizes an iterator of (id, text) into the three files of a folder."""
+    """Tokenizes an iterator of (id, text) into the three files of a new folder."""
+    os.makedirs(folder)
     # Token ids go to disk batch by batch; the bounds follow from the lengths at the end.
     texts = iter(texts)
     ids = []
@@ -68,7 +65,7 @@ def write_tokens(folder, name, texts, tokenizer, max_length):
     truncated = 0
     with (
         open(os.path.join(folder, "tokens.bin"), "wb") as file,
-        tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=not speaks()) as bar,
+        tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=not shows_progress()) as bar,
     ):
         while batch := list(itertools.islice(texts, BATCH)):
             arrays, truncated_here = tokenize([text for _, text in batch], tokenizer, max_length)

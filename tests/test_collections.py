@@ -131,7 +131,7 @@ def test_the_papers_three_are_in_the_table_and_the_hub_is_explained():
     for name in registry.PAPER_IR:
         task = registry.TASKS[name]
         assert len(task.revision) == 40 and task.pool == "judged" and (task.train_on or name) == "msmarco"
-    with pytest.raises(UserError, match=r"could not load mteb/nq at b774495ed302.*connect to the network, or give a folder in BEIR's layout"):
+    with pytest.raises(UserError, match=r"could not load mteb/nq at b774495ed302.*connect to the network, or give local files with --data_dir=FOLDER"):
         load_collection("nq")
     with pytest.raises(UserError, match="sst2 is not a retrieval collection: python finetune.py --tasks=sst2"):
         load_collection("sst2")
