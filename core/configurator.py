@@ -57,8 +57,8 @@ def configure(config_class, argv=None):
     """The config_class that argv asks for (default: sys.argv[1:]).
 
     Its defaults come first, then the .py files of argv, wherever they stand, then --key=value
-    words. Other words go to the field `args` (a tuple), if the class has one. Raises UserError; prints the
-    help and exits 0 on --help.
+    words. Other words go to the field `args` (a tuple), if the class has one. Raises UserError;
+    prints the help and exits 0 on --help.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -117,6 +117,7 @@ def take_value(key, kind, words):
     n_values = 0
     while n_values < len(words) and not words[n_values].startswith("--"):
         n_values += 1
+    # "--fast config.py": config files are not among the words, so this --fast has no value.
     if n_values == 0:
         raise UserError(f"--{key} needs a value: write --{key}=VALUE")
     if kind is not tuple:
@@ -162,6 +163,7 @@ def check(key, value, fields, where):
     """
     field = find_field(key, fields, where)
     kind = field.type
+    # What a user may write for a value of this type.
     if kind is float and type(value) is int:
         value = float(value)
     if kind is tuple and isinstance(value, (tuple, list)):

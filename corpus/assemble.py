@@ -15,7 +15,7 @@ from tqdm import tqdm
 from core import tokenizer as tokenizers
 from core.configurator import RunError
 from core.files import find_files
-from corpus.parallel import DOCUMENT, SPLITS, folder_of, forget, prepare_files
+from corpus.parallel import DOCUMENT, SPLITS, folder_of, forget, is_of, prepare_files
 from corpus.shards import HEADER_BYTES, ShardWriter, read_header, shard_facts
 
 MERGE_AT_ONCE = 1 << 22    # records in memory while duplicates are looked for
@@ -53,12 +53,13 @@ def build_corpus(job):
     for index in tqdm(selection.files, desc="putting together", unit=" files", mininterval=1.0):
         records, is_kept = in_row_order(job.out, index, selection.dropped)
         rows = selection.rows_of(index)
+        # A document counts if it is not a duplicate and stands before the stop.
         is_before_stop = records["row"] < rows
         totals["duplicates"] += int((is_before_stop & ~is_kept).sum())
         totals["blank_documents"] += rows - int(is_before_stop.sum())
         is_kept &= is_before_stop
         for split in SPLITS:
-            is_of_split = records["val"] == (split == "val")
+            is_of_split = is_of(split, records)
             kept = records[is_of_split & is_kept]
             totals[f"{split}_documents"] += len(kept)
             totals[f"{split}_tokens"] += int(kept["tokens"].sum())
@@ -88,7 +89,8 @@ def select_documents(job):
         for index, file in files.items():
             tokens = file.train_tokens
             if index in dropped:
-                tokens = int(kept_train_tokens(job.out, index, dropped)[1].sum())
+                _, row_tokens = kept_train_tokens(job.out, index, dropped)
+                tokens = int(row_tokens.sum())
                 lost += file.train_tokens - tokens
             if tokens >= missing:
                 rows, row_tokens = kept_train_tokens(job.out, index, dropped)
@@ -97,7 +99,8 @@ def select_documents(job):
                 return Selection(used, dropped, last_row)
             missing -= tokens
 
-        # All of the source was read. Else duplicates took some tokens: read as many more.
+        # Without a limit, or with one beyond the source, this is all of the source. Otherwise
+        # duplicates took tokens: read as many more.
         if len(files) == len(job.urls) and all(file.is_complete for file in files.values()):
             return Selection(files, dropped, None)
         enough = job.tokens + lost

@@ -124,16 +124,17 @@ def prepare_file(job, index, enough, threads, report):
             break
     records = np.concatenate(batches)
 
+    # Close the shards, and note what assemble.py needs to know.
     facts = {"made": job.identity(), "whole": train_tokens < enough, "rows": rows, "shards": {}}
     for split in SPLITS:
         writers[split].close()
         for path, documents in writers[split].closed:
             facts["shards"][os.path.basename(path)] = documents
-        of_split = records[records["val"] == (split == "val")]
+        split_records = records[is_of(split, records)]
         facts[split] = {
-            "documents": len(of_split),
-            "tokens": int(of_split["tokens"].sum()),
-            "characters": int(of_split["characters"].sum()),
+            "documents": len(split_records),
+            "tokens": int(split_records["tokens"].sum()),
+            "characters": int(split_records["characters"].sum()),
         }
     records = np.sort(records, order=("id", "row"))
     write_whole(os.path.join(temporary, "documents.bin"), records.tobytes())
@@ -168,9 +169,14 @@ def write_table(table, first_row, val_fraction, tok, threads, writers):
     records["val"] = [hashed(text) < val_fraction for text in texts]
 
     for split in SPLITS:
-        chosen = np.flatnonzero(records["val"] == (split == "val"))
+        chosen = np.flatnonzero(is_of(split, records))
         writers[split].write([ids[i] for i in chosen])
     return records
+
+
+def is_of(split, records):
+    """Which records belong to a split. -> bool [n]"""
+    return records["val"] if split == "val" else ~records["val"]
 
 
 def id_hash(name, text):
@@ -202,10 +208,12 @@ def read_prepared(job, index, enough):
             f"{folder} was made otherwise ({'; '.join(changed)}): delete it, or prepare in "
             "another --out"
         )
-    train_tokens = facts["train"]["tokens"]
-    val_tokens = facts["val"]["tokens"]
     prepared = PreparedFile(
-        facts["whole"], facts["rows"], facts["shards"], train_tokens, val_tokens
+        is_complete=facts["whole"],
+        rows=facts["rows"],
+        shards=facts["shards"],
+        train_tokens=facts["train"]["tokens"],
+        val_tokens=facts["val"]["tokens"],
     )
     if prepared.is_complete or prepared.train_tokens >= enough:
         return prepared
@@ -240,7 +248,7 @@ def prepare_files(job, order, goal, enough):
             prepare_here(queue, threads)
         else:
             prepare_in_processes(queue, processes, threads)
-    return queue.counting_files()
+    return queue.files_up_to_goal()
 
 
 class FileQueue:
@@ -289,7 +297,7 @@ class FileQueue:
             bytes_of_all = sum(self.job.sizes[i] for i in self.order)
             self.bar.total = self.prepared_tokens() * bytes_of_all / bytes_so_far
 
-    def counting_files(self):
+    def files_up_to_goal(self):
         """The prepared files before the first gap, up to the goal. -> {index: PreparedFile}"""
         files = {}
         tokens = 0
@@ -301,7 +309,7 @@ class FileQueue:
         return files
 
     def is_done(self):
-        tokens = sum(file.train_tokens for file in self.counting_files().values())
+        tokens = sum(file.train_tokens for file in self.files_up_to_goal().values())
         return tokens >= self.goal
 
 
@@ -363,14 +371,10 @@ def work(sender, job, index, enough, threads):
     except (UserError, RunError) as error:
         sender.send(error)
     except BrokenPipeError:
-        pass       # the process that started this one is gone
+        return      # the process that started this one is gone
     except OSError as error:
-        sender.send(
-            RunError(
-                f"{error.strerror or error} ({error.filename}); complete files stay, run "
-                "the same command to resume"
-            )
-        )
+        reason = f"{error.strerror or error} ({error.filename})"
+        sender.send(RunError(f"{reason}; complete files stay, run the same command to resume"))
 
 
 def receive(receiver, process, url):

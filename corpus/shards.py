@@ -76,8 +76,8 @@ class ShardWriter:
 class SplitWriter:
     """Writes the documents of one split to numbered shards.
 
-    A shard is closed after the document that brings it to `shard_tokens` tokens. `path_of(i)` is the
-    path of shard i; `first` is the number of the first shard to write.
+    A shard is closed after the document that brings it to `shard_tokens` tokens. `path_of(i)` is
+    the path of shard i; `first` is the number of the first shard to write.
     """
 
     def __init__(self, path_of, tokenizer, shard_tokens, first=0):

@@ -97,7 +97,7 @@ def losses(out_dir):
 
 
 def files(checkpoint):
-    """{file name: bytes} of what a checkpoint computes: weights and moments."""
+    """{file name: bytes} of what a checkpoint computes: weights and optimizer state."""
     return {name: open(os.path.join(checkpoint, name), "rb").read() for name in ("model.safetensors", "optimizer.safetensors")}
 
 

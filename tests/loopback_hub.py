@@ -1,5 +1,5 @@
-"""A Hugging Face hub on the loopback interface: the few routes that a streamed data set needs, over real files, and the faults
-of real networks on demand.
+"""A Hugging Face hub on the loopback interface, for tests: the few routes that a streamed data set needs, over real
+files, with the faults of real networks on demand.
 
     hub = Hub(folder); HF_ENDPOINT=hub.endpoint
     hub.faults = lambda method, path, number: "drop" | "503" | None      # of the number-th request for a parquet file
@@ -26,8 +26,12 @@ class Hub:
 
     def files(self, repository):
         root = os.path.join(self.folder, repository)
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
-        return {os.path.relpath(path, root): path for path in found}
+        paths = {}
+        for folder, _, names in os.walk(root):
+            for name in names:
+                path = os.path.join(folder, name)
+                paths[os.path.relpath(path, root)] = path
+        return paths
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,10 +59,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
         repository = "/".join(urlsplit(self.path).path.split("/")[3:5])
         files = self.hub.files(repository)
-        self.json([entry(path, files[path]) for path in wanted if path in files])
+        self.json([entry(path, files[path]) for path in paths if path in files])
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -101,30 +105,32 @@ class Handler(BaseHTTPRequestHandler):
         size = os.path.getsize(path)
         facts = {"ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         first, last, status = 0, size - 1, 200
-        if wanted := self.headers.get("Range", "").removeprefix("bytes="):
-            begin, _, end = wanted.partition("-")
+        asked = self.headers.get("Range", "").removeprefix("bytes=")
+        if asked:
+            begin, _, end = asked.partition("-")
             first, last, status = int(begin), min(int(end or last), last), 206
             facts["Content_Range"] = f"bytes {first}-{last}/{size}"
         with open(path, "rb") as f:
             f.seek(first)
-            part, fault = f.read(last + 1 - first), None
+            content = f.read(last + 1 - first)
+        fault = None
         if name.endswith(".parquet") and self.command == "GET":
             with self.hub.lock:
                 self.hub.requests += 1
-                self.hub.served += len(part)
+                self.hub.served += len(content)
                 fault = self.hub.faults and self.hub.faults(name, self.hub.requests)
         if fault == "503":
             return self.answer(503, b"")
         if fault == "drop":      # promise everything, send half, hang up
             self.send_response(status)
-            for key, value in (facts | {"Content_Length": len(part)}).items():
+            for key, value in (facts | {"Content_Length": len(content)}).items():
                 self.send_header(key.replace("_", "-"), str(value))
             self.end_headers()
-            self.wfile.write(part[:len(part) // 2])
+            self.wfile.write(content[:len(content) // 2])
             self.wfile.flush()
             self.close_connection = True
             return self.connection.shutdown(2)
-        self.answer(status, part, **facts)
+        self.answer(status, content, **facts)
 
 
 def entry(name, path):
