@@ -61,9 +61,9 @@ def main():
         print(__doc__.strip())
     elif name in PARTS or name in INTERNAL:
         # The part's name comes first, and what follows are its settings.
-        part = (PARTS | INTERNAL)[name]
+        chosen = (PARTS | INTERNAL)[name]
         del sys.argv[1]
-        run(part.function, part.settings)
+        run(chosen.function, chosen.settings)
     else:
         print(f"error: what to measure? python bench.py {'|'.join(PARTS)}", file=sys.stderr)
         sys.exit(2)

@@ -36,6 +36,8 @@ def ddp(c):
         raise UserError(f"run_steps={c.run_steps}, processes={c.processes}: expected more than "
                         f"{WARMUP} steps and at least 2 processes")
     rates = measure(c, device)
+
+    # the table, and efficiencies as medians of the ratios within a round
     alone = np.array(rates["alone"])
     apart = np.array(rates["apart"])
     together = np.array(rates["together"])
@@ -64,6 +66,7 @@ def ddp(c):
 
 def measure(c, device):
     """-> {"alone" | "apart" | "together": tokens/s of each round}"""
+    # (kind, number of runs, processes of each)
     kinds = (("alone", 1, 1), ("apart", c.processes, 1), ("together", 1, c.processes))
     rates = {"alone": [], "apart": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:

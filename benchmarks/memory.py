@@ -55,7 +55,7 @@ def largest_step(c):
     total = c.memory_gib * 2 ** 30
     if not total:
         total = torch.cuda.get_device_properties(0).total_memory
-    # What is known so far: each step's peak in bytes, the most rows that fit, the fewest that do not.
+    # What is known: each step's peak in bytes, the most rows that fit, the fewest that do not.
     peaks = {}
     fits = 0
     too_many = None

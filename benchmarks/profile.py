@@ -18,6 +18,7 @@ from benchmarks.contestants import contestants, write_corpus
 from benchmarks.rows import describe, log, record
 from benchmarks.settings import StepSettings
 from benchmarks.train import choose_contestants
+from core.configurator import UserError
 from core.device import keep_freed_memory, pick_device, synchronize, why_not_compile
 from core.files import write_whole
 
@@ -35,10 +36,17 @@ class Config(StepSettings):
 
 def profile(c):
     device = pick_device(c.device)
+    # whose steps, and compiled or not
     key = next(iter(choose_contestants(c))) if c.contestants else "ours"
-    if key == "ours" and not (c.compile and why_not_compile(device) is None):
+    is_compiled = c.compile and why_not_compile(device) is None
+    if key == "ours" and not is_compiled:
         key = "ours-eager"
-    profiled = run_profiler(c, key, device)
+    contestant = contestants(c, c.nanogpt)[key]
+    if contestant.why_not:
+        raise UserError(f"contestants={c.contestants}: {key} cannot run here: {contestant.why_not}")
+    profiled = run_profiler(c, contestant, device)
+
+    # the table of operators
 
     own_time = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
     averages = profiled.key_averages()
@@ -55,8 +63,8 @@ def profile(c):
         write_whole(c.to, table.encode())
 
 
-def run_profiler(c, key, device):
-    """Profile STEPS steps of a contestant, after three that are not looked at. ->
+def run_profiler(c, contestant, device):
+    """Profile STEPS steps of a Contestant, after three that are not looked at. ->
     torch.profiler.profile"""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
@@ -64,7 +72,7 @@ def run_profiler(c, key, device):
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(c, folder)
-        training_step = contestants(c, c.nanogpt)[key].build(c, folder)
+        training_step = contestant.build(c, folder)
         for _ in range(3):
             training_step.run()
         synchronize(device)

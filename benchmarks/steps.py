@@ -105,6 +105,8 @@ def measure_step(c, size, key, folder, device):
         return row | {"why": "transformers is not installed"}
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
+
+    # Build the model and run its first step, which compiles; then the timed ones.
     began = time.monotonic()
     try:
         if key == "eurobert":
@@ -145,6 +147,7 @@ def timed_steps(run, n, device):
             batches.append(run())
             seconds.append(time.perf_counter() - began)
         return seconds, batches
+    # Events on the GPU's own clock: between the steps the host does not wait.
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -46,6 +46,7 @@ def newest(rows, *keys):
 def checks_in_words(rows):
     """What bench.py alive checked, what failed, and which attention kernel --attention=auto
     takes."""
+    # A check may have run several times: its last run counts.
     checks = newest(rows_of(rows, "alive", "trial"), "bench", "name", "heads")
     failed = [row for row in checks if not row["ok"]]
     if checks:
@@ -78,7 +79,8 @@ def step_in_words(row):
 
 def kernels_in_words(rows):
     """A line a case: ours in TFLOP/s, and how many times as long the others take."""
-    cases = {}       # case -> {contestant: row}
+    # one row a case and contestant, forward and backward together
+    cases = {}
     for row in rows_of(rows, "attention", "loss"):
         if row["pass"] == "both" and "ms" in row:
             cases.setdefault(case_in_words(row), {})[row["name"]] = row

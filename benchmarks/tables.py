@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, speed and memory of a training step, from the rows in results/speed/.
+"""The tables of docs/speed.md, a training step's speed and memory, from the rows in results/speed.
 
     python bench.py readme
 

@@ -16,7 +16,7 @@ TOY = ["--device=cpu", "--tiny=true"]
 
 
 def gpu_sh(*words, **env):
-    return subprocess.run(["bash", os.path.join(ROOT, "runs", "gpu.sh"), *words], capture_output=True, text=True, timeout=240,
+    return subprocess.run(["bash", os.path.join(ROOT, "runs", "gpu.sh"), *words], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"PYTHON": sys.executable} | env)
 
 
