@@ -128,7 +128,7 @@ class Worker(Retriever):
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
         else:
             row |= {"failed": False, "secs": {"train": round(time.time() - began, 2)}}
-        if self.c.keep and not row["failed"] and self.processes.first:
+        if self.c.keep and not row["failed"] and self.processes.is_first:
             facts = self.facts_of(trial["task"])
             self.keep(out_dir, trial, row | {key: facts[key] for key in ("task", "kind", "steps")})
 
@@ -141,7 +141,7 @@ class Worker(Retriever):
                 target_row |= self.evaluate(folder, t, out_dir, row["secs"])
             if folder == trial["task"]:
                 return target_row
-            if self.processes.first:
+            if self.processes.is_first:
                 queue.finish(queue.path_of(out_dir, t), target_row)
         return row
 
@@ -216,7 +216,7 @@ class Worker(Retriever):
             split_scores[split] = targets.score(qrels, ranking, self.c.mode)
         row = {split: scores.means for split, scores in split_scores.items()}
         row["secs"] = secs | {"eval": round(time.time() - began, 2)}
-        if self.processes.first:
+        if self.processes.is_first:
             items = {}
             for split, scores in split_scores.items():
                 items[split] = np.array(scores.per_query, np.float16)
@@ -320,10 +320,10 @@ def run_grid(retriever, searches, lrs, seeds, out_dir):
 
     # All processes together on each trial. The first decides, so that all agree on what is open.
     for trial in trials:
-        is_open = retriever.processes.first and not queue.is_done(out_dir, trial)
+        is_open = retriever.processes.is_first and not queue.is_done(out_dir, trial)
         if all_sum([is_open], retriever.processes)[0]:
             row = retriever.run(trial, out_dir, by_folder)
-            if retriever.processes.first:
+            if retriever.processes.is_first:
                 queue.finish(queue.path_of(out_dir, trial), row)
     all_sum([0], retriever.processes)      # no process continues before the last row is written
 

@@ -237,7 +237,7 @@ def train(c, device, processes):
     keep_freed_memory()
 
     def say(text):
-        if processes.first:
+        if processes.is_first:
             print(text, flush=True)
 
     # ---- the corpus. One process of each machine compares it with its checksums.
@@ -282,7 +282,7 @@ def train(c, device, processes):
     attention = pick_attention(c.attention, device, dtype, config)
     # On a GPU "auto" depends on times, which may differ between ranks: all take what rank 0 took.
     names = list(ATTENTION)
-    index = names.index(attention) if processes.first else 0
+    index = names.index(attention) if processes.is_first else 0
     attention = names[int(all_sum([index], processes)[0])]
     torch.manual_seed(c.seed)
     model = Encoder(config, attention, c.checkpoint_activations).to(device)
@@ -295,7 +295,7 @@ def train(c, device, processes):
 
     # ---- the run's folder
     config_path = os.path.join(c.out_dir, "config.json")
-    if processes.first:
+    if processes.is_first:
         os.makedirs(c.out_dir, exist_ok=True)
         tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
         log.trim(log_path, step)
@@ -312,7 +312,7 @@ def train(c, device, processes):
                 },
             )
     run_log = log.RunLog(c, beginning.totals, max_steps, device, processes)
-    if c.wandb_log and processes.first:
+    if c.wandb_log and processes.is_first:
         run_log.start_wandb(read_json(config_path)["run_id"], settings)
 
     # ---- what it runs on
@@ -375,7 +375,7 @@ def train(c, device, processes):
         # Save first: a crash or a preemption in the validation must not cost the step's checkpoint.
         if step > first_step and (step % c.save_interval == 0 or step in kept_steps or stopping):
             run_log.flush()
-            if processes.first:
+            if processes.is_first:
                 state = {
                     "settings": settings,
                     "totals": run_log.totals,

@@ -17,8 +17,11 @@ class Processes:
     world_size: int
 
     @property
-    def first(self):
+    def is_first(self):
+        """True for the one process that writes files and the log."""
         return self.rank == 0
+
+    first = is_first      # its name until all callers use the new one
 
 
 def start_processes(device):
@@ -56,6 +59,3 @@ def all_sum(values, processes):
 def shows_progress():
     """True in the process that draws progress bars: the first on each machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-speaks = shows_progress      # its name until all callers use the new one

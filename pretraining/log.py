@@ -38,7 +38,7 @@ class RunLog:
     def start_wandb(self, run_id, all_settings):
         """Send the rows to Weights & Biases, too. A resumed run with the same run_id continues its
         plot."""
-        if self.settings.wandb_log and self.processes.first:
+        if self.settings.wandb_log and self.processes.is_first:
             import wandb
 
             name = os.path.basename(os.path.normpath(self.settings.out_dir))
@@ -52,7 +52,7 @@ class RunLog:
             )
 
     def say(self, text):
-        if self.processes.first:
+        if self.processes.is_first:
             print(text, flush=True)
 
     def restart_clock(self):
@@ -152,7 +152,7 @@ class RunLog:
         )
 
     def write(self, rows):
-        if self.processes.first:
+        if self.processes.is_first:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb_run:

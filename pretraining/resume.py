@@ -117,7 +117,7 @@ def newest_step(out_dir, processes, say):
 
     The first process reads and checks the files, and the others hear which one it took.
     """
-    newest = checkpoint.latest(out_dir, say) if processes.first else None
+    newest = checkpoint.latest(out_dir, say) if processes.is_first else None
     step_plus_one = checkpoint.step_of(newest) + 1 if newest else 0
     step = int(all_sum([step_plus_one], processes)[0]) - 1
     return step if step >= 0 else None

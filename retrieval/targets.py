@@ -120,7 +120,7 @@ class Library:
 
         # What a search by words alone scores in the same pool.
         baseline = None
-        if len(document_ids) <= BM25_LIMIT and self.processes.first:
+        if len(document_ids) <= BM25_LIMIT and self.processes.is_first:
             qrels = collection.qrels["test"]
             ranking = bm25(collection, list(qrels), ids_of_pool, DEPTH)
             means = score(qrels, ranking, settings.mode).means
@@ -151,9 +151,9 @@ class Library:
 
         So the processes that share a trial find in the cache what the first one has made.
         """
-        made = make() if self.processes.first else None
+        made = make() if self.processes.is_first else None
         all_sum([0], self.processes)  # wait for the first process
-        return made if self.processes.first else make()
+        return made if self.processes.is_first else make()
 
 
 # ---- scores
