@@ -20,16 +20,16 @@ SECTIONS = {
     "others": ("Beyond the paper's tables", 0, ())}
 CAPTIONS = {
     "fig02_objectives_by_size":
-        "Figure 2: MLM at 40 % and CLM, by size. Bars do not begin at 0; their values stand in "
+        "Figure 2: MLM at 40 % and CLM, by size. Bars do not begin at 0; the values stand in "
         "them.",
     "fig03_masking_rate":
-        "Figure 3: the masking rate, a line a size.",
+        "Figure 3: the masking rate, a line per size.",
     "fig04_steps":
-        "Figure 4: undecayed checkpoints of pretraining, against steps.",
+        "Figure 4: checkpoints before the learning rate decays, against steps.",
     "fig04_tokens":
-        "Figure 4 against the tokens that were read.",
+        "Figure 4, against the tokens that were read.",
     "fig04_targets":
-        "Figure 4 against supervised tokens: all for CLM, the masked ones for MLM.",
+        "Figure 4, against supervised tokens: all for CLM, the masked ones for MLM.",
     "fig05_learning_rates":
         "Figure 5: how far single trials (dots) lie from their mean over learning rates from 1e-5 "
         "to 1e-4 and over seeds; bars are one standard deviation.",
@@ -53,48 +53,66 @@ CAPTIONS = {
 # ---- the page's explanations
 
 ABOUT_THE_PAPER = """\
-*Should We Still Pretrain Encoders with Masked Language Modeling?* (arXiv 2507.00994 v4), its Tables 2 to 17 and the figures
-that follow from them: the target of a reproduction.
+*Should We Still Pretrain Encoders with Masked Language Modeling?* (arXiv 2507.00994 v4): its
+Tables 2 to 17, and the figures that follow from them. They are the target of a reproduction.
 """
 ONLY_PLOTTED = """\
-The paper published Figures 5, 7, 11 and 12 as plots without numbers. Of Figure 7 its tables give one half, MLM throughout, as one mean a masking rate: seeds are not in it. The other three cannot be drawn from its tables.
+The paper published Figures 5, 7, 11 and 12 as plots without numbers. Its tables give one half of
+Figure 7, MLM throughout, as one mean per masking rate, without single seeds. The other three
+cannot be drawn from its tables.
 """
 ABOUT_SCORES = """\
-Scores are in percent, on test sets. A family's score is the mean of its tasks. **Rule paper**: each fine-tuning seed takes the
-learning rate of its own best validation score, ± 1.96 s/√n. **Rule standard**: one learning rate, of the best mean validation
-score, ± t s/√n. s is the sample standard deviation of n seeds.
+Scores are in percent, on test sets. A family's score is the mean of its tasks.
+
+* **Rule paper**: each fine-tuning seed takes the learning rate of its own best validation score.
+  Intervals are ± 1.96 s/√n.
+* **Rule standard**: all seeds take one learning rate, of the best mean validation score.
+  Intervals are ± t s/√n.
+
+s is the sample standard deviation of n seeds.
 """
 ABOUT_OUR_SCORES = """\
-These are rows of the plan **{plan}** at its own scale, not the paper's models. Names, and the steps in names, are the paper's;
-what was trained stands in the last table. Where a model has several pretraining seeds, each is one value, its selected test
-score, and the interval is over pretraining seeds: there, runs are independent. With one pretraining seed it is over fine-tuning
-seeds, as in the paper, and knows nothing of another pretraining run. An interval of 1.96 s/√n covers the true mean in
-{coverage}, so the pictures of ours have the t intervals of rule standard. Their dots are the values that an interval is over;
-of two values only the dots are drawn, and a wide interval may run out of its panel.
+These are scores of the plan **{plan}** at its own scale, not of the paper's models. Names are the
+paper's, and so are the steps in names. The last table says what was really trained.
+
+Where a model has several pretraining seeds, the interval is over these, because there runs are
+independent: each seed is one value, its selected test score. With one pretraining seed the
+interval is over fine-tuning seeds, as in the paper. It does not say how another pretraining run
+would differ.
+
+An interval of 1.96 s/√n covers the true mean in {coverage}. So the figures show our scores with
+the t intervals of rule standard. Dots are the values that an interval is over. Of two values only
+the dots are drawn, and a wide interval may run out of its panel.
 """
 ABOUT_PAPER_SCORES = """\
-The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run (rule paper); under rule
-standard the same are widened to Student's t (x 1.416). Its family scores are recomputed from its data sets; none is further
-than {deviation:.3f} from the printed average.
+The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run
+(rule paper). Under rule standard the same intervals are widened to Student's t (x 1.416). The
+paper's family scores are recomputed from its data sets. None is further than {deviation:.3f} from
+the printed average.
 """
 ABOUT_TESTS = """\
-**What was tested**: for each claim and task, two models that share pretraining seeds. Over examples: the differences of their
-scores on every test example, each the mean over the seeds of the learning rate that validation selected; a sign-flip
-permutation test of their mean, two-sided, {resamples:,} resamples; Holm's correction over all {tested} of them. Such a test
-does not see the randomness of pretraining. So the difference of the tables' scores by pretraining seed stands before it, with a
-t interval of its own where there are several (not corrected for the number of claims). *Confirmed*: both agree. *Confirmed for
-these checkpoints*: the examples separate the two; pretraining seeds do not, or there is only one. Token classification's
-examples are sentences with their macro F1, whose mean is not the entity F1 of the tables: where the two differences have
-opposite signs, nothing is confirmed and the verdict says so.
+**What was tested**: for each claim and task, two models that share pretraining seeds.
+
+* *Over examples*: a model's score on a test example is the mean over the seeds of the learning
+  rate that validation selected. The mean difference of the two models is tested with a two-sided
+  sign-flip permutation test ({resamples:,} resamples), and with Holm's correction over all
+  {tested} tests. Such a test does not see the randomness of pretraining.
+* *Over pretraining seeds*: the difference of the scores in the tables, with a t interval where
+  there are several seeds (not corrected for the number of claims).
+
+*Confirmed*: both agree. *Confirmed for these checkpoints*: the examples separate the two models,
+but pretraining seeds do not, or there is only one seed. In token classification the examples are
+sentences with their macro F1, and its mean is not the entity F1 of the tables. Where the two
+differences have opposite signs, nothing is confirmed and the verdict says so.
 """
 ABOUT_LEARNING_RATES = """\
 Test scores at each learning rate: means over all seeds and over the tasks that all models have.
 """
 ABOUT_TRAINING = """\
-Means over pretraining seeds, counted from the first ancestor's first step.
+Means over pretraining seeds, counted from the first step of the first ancestor.
 """
 ABOUT_ROWS = """\
-All rows: [rows.jsonl](rows.jsonl), from which `python report.py` draws this page again.
+All rows are in [rows.jsonl](rows.jsonl), from which `python report.py` draws this page again.
 """
 
 
@@ -177,7 +195,8 @@ def test_tables(tests, paper):
         orderings.append([number, text, verdicts.get(number, "no rows")])
     n_tested = sum(test["p"] is not None for test in tests)
     header = ["", "better", "worse", "task", "difference ± t over pretraining seeds (n)",
-              "examples", "± 1.96 s/√n over examples", "p", "Holm's p", "verdict", "the paper's, whole family"]
+              "examples", "± 1.96 s/√n over examples", "p", "Holm's p", "verdict",
+              "the paper's, whole family"]
     return "\n".join([
         tables.markdown(["", "ordering of the paper", "here"], orderings),
         ABOUT_TESTS.format(resamples=stats.RESAMPLES, tested=n_tested),

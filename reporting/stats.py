@@ -29,7 +29,7 @@ ORDERINGS = {
     4: "At an equal budget, a quarter of CLM and then MLM beats MLM alone",
     5: "Continued with MLM, a CLM start beats an MLM start after 22k steps, except on QA; after 2k "
        "steps it is behind",
-    6: "Retrieval wants a masking rate of 50 %, question answering (210M, 610M) of 20 %"}
+    6: "Retrieval is best at a masking rate of 50 %, question answering (210M, 610M) at 20 %"}
 
 
 # ---- the claims
@@ -193,7 +193,8 @@ def example_scores(results, name, column, seeds):
     pretraining seeds. Raises NoExampleScores.
     -> array [examples], the trials' "data"
     """
-    means = []              # one array [examples] per pretraining seed
+    # one array [examples] per pretraining seed, the mean over its fine-tuning seeds
+    means = []
     versions = set()
     for seed in seeds:
         selection = select_trials(results.rows[name, column].get(seed, ()), "standard")
@@ -282,6 +283,7 @@ def paired_tests(results, earlier_tests=()):
                     test = earlier.get((claim.better, claim.worse, column), test)
                 tests.append(test)
 
+    # the correction is over all tests that have a p value, those of an earlier report included
     with_p = [test for test in tests if test["p"] is not None]
     adjusted = holm([test["p"] for test in with_p])
     for test, p in zip(with_p, adjusted):

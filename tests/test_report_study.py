@@ -87,7 +87,7 @@ def test_a_study_has_all_tables_and_all_figures_and_ours_beside_the_papers(whole
     assert set(re.findall(r"^\| (610m\S+)", others, re.M)) == {"610m-clm-40k-mlm20-42k", "610m-clm-40k-mlm40-42k", "610m-mntp40-42k"}
     for name in report_figures.FIGURES:
         assert os.path.isfile(f"{out}/{name}.png")
-    assert "plan **toy** at its own scale, not the paper's models" in text
+    assert "plan **toy** at its own scale, not of the paper's models" in text
     rows = [json.load(open(row_of(root, "610m-mlm20-42k", task, lr, seed))) | {"failed": False}
             for task in ("sst2", "sotu_era") for lr in made.LRS for seed in made.SEEDS]
     for rule, factor in (("paper", 1.96), ("standard", 12.706)):
