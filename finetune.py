@@ -1,18 +1,23 @@
-"""Fine-tune an encoder on tasks: a grid of learning rates and seeds, and a row of scores for each trial.
+"""Fine-tune an encoder on tasks: a grid of learning rates and seeds, with a row of scores each.
 
-    python finetune.py --ckpt=runs/demo/clm_then_mlm --tasks=demo config/finetune_quick.py      # minutes, no network
-    python finetune.py --ckpt=RUN/step_0042000 --tasks=sst2,squad                               # the whole grid of two tasks
-    torchrun --nproc_per_node=8 finetune.py --ckpt=RUN --tasks=all config/finetune_paper.py     # 8 GPUs share the paper's grid
-    python report.py RUN --to=RUN/report                                                        # the table
+    # minutes, no network
+    python finetune.py --ckpt=runs/demo/clm_then_mlm --tasks=demo config/finetune_quick.py
+    # the complete grid of two tasks
+    python finetune.py --ckpt=RUN/step_0042000 --tasks=sst2,squad
+    # 8 GPUs share the paper's grid
+    torchrun --nproc_per_node=8 finetune.py --ckpt=RUN --tasks=all config/finetune_paper.py
+    # the table
+    python report.py RUN --to=RUN/report
 
-A trial is one task, learning rate and seed: it restores the encoder's weights, adds a new head, trains
-both, and scores them. Its row goes to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default beside the
-checkpoint, with the score of each example in an .npz of the same name. Start the program as often as
-you like, on as many machines as see the folder: workers share the trials that are left, finished
-trials stay, and a killed worker costs only the trial it was in.
+A trial is one task, learning rate and seed: it restores the encoder's weights, adds a new head,
+trains both, and scores them. Its row goes to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default
+beside the checkpoint, with the score of each example in an .npz of the same name. Start the program
+as often as you like, on as many machines as see the folder: workers share the trials that are left,
+finished trials stay, and a killed worker costs only the trial it was in.
 
-`--tasks=all` are the paper's nine, `demo` the three made from the demo corpus. tasks/registry.py lists
-them; a folder of your own data is one more. What differs between kinds of tasks is in tasks/family.py.
+`--tasks=all` are the paper's nine, `demo` the three made from the demo corpus. tasks/registry.py
+lists them; a folder of your own data is one more. What differs between kinds of tasks is in
+tasks/family.py.
 """
 import itertools
 import math
@@ -39,12 +44,12 @@ from tasks.training import Diverged, fit
 class Config(worker.GridSettings):
     # what
     tasks: str = "demo"             # names with commas between them, all (the paper's nine) or demo
-    data_dir: str = ""              # local data instead of the hub: data_dir/<task>/{train,validation,test}.jsonl
+    data_dir: str = ""              # data_dir/<task>/{train,validation,test}.jsonl instead of the hub
     seeds: tuple = (0, 1, 2, 3, 4)  # of the new head and of the order of the data, and of nothing else
     keep: bool = False              # keep each trial's encoder and head as a checkpoint beside its row
     # how
-    mode: str = "standard"          # standard: entity F1, answers as spans; paper: the paper's labels, heads and scores
-    split: str = "hash"             # how validation is cut from train: hash (of the text) or encodeval (the paper's, by row)
+    mode: str = "standard"          # standard, or paper: the labels, heads and scores of the paper's code
+    split: str = "hash"             # cut of validation: hash (of the text) or encodeval (the paper's, by row)
     steps: int = 0                  # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
     # system
     micro_tokens: int = 16_384      # tokens in a forward and backward pass; a step is cut to fit
@@ -70,7 +75,7 @@ class Worker(worker.Worker):
         self.facts["split"] = c.split
 
     def run(self, trial, folder):
-        """Run one trial: load the task, restore the encoder, train, evaluate. Returns the trial's row.
+        """Run one trial: load the task, restore the encoder, train, evaluate, and return its row.
 
         trial: {"task", "lr", "seed"}. folder: where trials/ is written.
         """
@@ -90,46 +95,59 @@ class Worker(worker.Worker):
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
         trained = time.time()
 
-        validation, test = self.data.family.evaluate(self.outputs(head, "validation"), self.outputs(head, "test"))
+        # the scores of each split, and each example's own
+        outputs = self.outputs(head, "validation"), self.outputs(head, "test")
+        (validation, validation_items), (test, test_items) = self.data.family.evaluate(*outputs)
         row["failed"] = False
-        row["validation"] = validation[0] | {"n": len(validation[1])}
-        row["test"] = test[0] | {"n": len(test[1])}
-        row["per_item"] = worker.keep_items(folder, trial, validation=np.array(validation[1], np.float16),
-                                            test=np.array(test[1], np.float16))
+        row["validation"] = validation | {"n": len(validation_items)}
+        row["test"] = test | {"n": len(test_items)}
+        row["per_item"] = worker.keep_items(
+            folder, trial, validation=np.array(validation_items, np.float16),
+            test=np.array(test_items, np.float16))
         row["secs"] = {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}
-        tqdm.write(f"{name}: validation {100 * row['validation']['score']:.2f}, test {100 * row['test']['score']:.2f} "
-                   f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), {time.time() - began:.1f} s")
+        tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, "
+                   f"test {100 * test['score']:.2f} "
+                   f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), "
+                   f"{time.time() - began:.1f} s")
         if self.c.keep:
             self.keep(folder, trial, row | {"labels": self.data.family.task.labels}, head)
         return row
 
     def load_task(self, name, folder):
-        """Read and encode a task, unless the trial before was of the same one. Prints what a reader of its scores should know."""
+        """Read and encode a task, unless the trial before was of the same one.
+
+        Prints what a reader of its scores should know.
+        """
         if self.data and self.data.facts["task"] == name:
             return
         c = self.c
         task, examples, notes = loading.load(name, c.data_dir, c.split)
         family = registry.family_of(task, c.mode)
         fingerprint = loading.fingerprint(examples)
-        sequences = packing.encode_task(name, family, examples, fingerprint, self.tokenizer, self.max_length, c.cache_dir)
+        sequences = packing.encode_task(name, family, examples, fingerprint, self.tokenizer,
+                                        self.max_length, c.cache_dir)
         splits = {split: Split(examples[split], sequences[split]) for split in examples}
 
         steps_of_epoch = math.ceil(len(sequences["train"]["example"]) / c.batch)
         steps = c.steps
         if not steps:
             steps = task.epochs * steps_of_epoch if task.epochs else 1000
-        n_truncated = {split: int(arrays["truncated"][0]) for split, arrays in sequences.items()}
-        notes += [f"{n:,} of {split} cut at {self.max_length} tokens" for split, n in n_truncated.items() if n]
+        truncated_share = {}
+        for split, arrays in sequences.items():
+            n_truncated = int(arrays["truncated"][0])
+            truncated_share[split] = n_truncated / len(examples[split])
+            if n_truncated:
+                notes.append(f"{n_truncated:,} of {split} cut at {self.max_length} tokens")
         facts = {"task": name, "kind": task.kind, "data": fingerprint, "steps": steps,
                  "epochs": round(steps / steps_of_epoch, 3),
-                 "truncated_frac": {split: n / len(examples[split]) for split, n in n_truncated.items()},
-                 "baseline": family.baseline(splits)}
+                 "truncated_frac": truncated_share, "baseline": family.baseline(splits)}
         self.settle(folder, name, facts)
         self.data = TaskData(family, splits, facts)
         if shows_progress():
             sizes = " + ".join(f"{len(examples[split]):,}" for split in examples)
-            tqdm.write("; ".join([f"{name}: {family.title}, {sizes} examples, {steps} steps of {c.batch} "
-                                  f"({facts['epochs']:g} epochs)", *notes]))
+            summary = (f"{name}: {family.title}, {sizes} examples, {steps} steps of {c.batch} "
+                       f"({facts['epochs']:g} epochs)")
+            tqdm.write("; ".join([summary, *notes]))
 
     def train(self, head, trial, name):
         """Train encoder and head on the task at hand. Returns the loss curve."""
@@ -142,9 +160,9 @@ class Worker(worker.Worker):
             position = np.arange(step * c.batch, (step + 1) * c.batch)
             indices = permute(position % n, n, trial["seed"], position // n)
             batches = []
-            for part in packing.by_budget(indices, sequences, c.micro_tokens):
-                targets, count = family.targets(sequences, part)
-                batches.append(((part, targets), count))
+            for batch_indices in packing.by_budget(indices, sequences, c.micro_tokens):
+                targets, count = family.targets(sequences, batch_indices)
+                batches.append(((batch_indices, targets), count))
             return batches
 
         def loss_of(micro_batch):
@@ -153,7 +171,8 @@ class Worker(worker.Worker):
             return family.loss(self.logits(head, batch), batch)
 
         parameters = [*self.parameters(), *head.parameters()]
-        return fit(parameters, micro_batches, loss_of, self.data.facts["steps"], trial["lr"], c, name)
+        steps = self.data.facts["steps"]
+        return fit(parameters, micro_batches, loss_of, steps, trial["lr"], c, name)
 
     def outputs(self, head, split):
         """The head's Outputs for a whole split."""
@@ -162,8 +181,8 @@ class Worker(worker.Worker):
         # longest sequences first, so that what does not fit in memory fails at once
         order = np.argsort(-lengths, kind="stable")
         logits = [None] * len(lengths)
-        for indices in tqdm(packing.by_budget(order, data.sequences, self.c.eval_tokens), desc=split, leave=False,
-                            disable=not shows_progress()):
+        batches = packing.by_budget(order, data.sequences, self.c.eval_tokens)
+        for indices in tqdm(batches, desc=split, leave=False, disable=not shows_progress()):
             batch = packing.batch_of(data.sequences, indices, self.device)
             with torch.inference_mode():
                 batch_logits = self.logits(head, batch).cpu()
@@ -183,13 +202,14 @@ class Worker(worker.Worker):
 # ---- the grid
 
 def check(c):
-    """Returns the names of the tasks. Raises UserError if a setting is wrong, whatever the checkpoint."""
+    """Returns the names of the tasks. Raises UserError if a setting is wrong."""
     names = worker.check(c, registry.PAPER, registry.DEMO)
     for name in names:
         if registry.find(name, c.data_dir).kind == "retrieval":
             raise UserError(f"{name} is a retrieval collection: python eval_ir.py --tasks={name}")
     if c.split not in ("hash", "encodeval") or c.eval_tokens < 1:
-        raise UserError(f"split={c.split}, eval_tokens={c.eval_tokens}: expected hash or encodeval, and at least 1 token")
+        raise UserError(f"split={c.split}, eval_tokens={c.eval_tokens}: expected hash or "
+                        "encodeval, and at least 1 token")
     return names
 
 

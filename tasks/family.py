@@ -14,8 +14,8 @@ question_answering.py. A new one derives from Family, and gets a line in registr
     baseline(splits)                        the score of a prediction that reads no text
 
 Examples are read once, and encoded once for each tokenizer (packing.py). The sequences of a split
-are a dict of arrays over all its tokens, laid end to end; what else `encode` puts into it is between
-the family's own methods.
+are a dict of arrays over all its tokens, laid end to end; what else `encode` puts into it is
+between the family's own methods.
 """
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from core.configurator import UserError
 
+# ---- what finetune.py hands to a family
 
 @dataclass
 class Split:
@@ -36,6 +37,8 @@ class Outputs(Split):
     """A split, and what the head says about it."""
     logits: list           # one float32 array for each sequence: [outputs], or [tokens, outputs]
 
+
+# ---- the base class
 
 class Family:
     """One task of a family. Paper variants, which do as the paper's code does, are subclasses."""
@@ -57,32 +60,37 @@ class Family:
     def evaluate(self, validation, test):
         """Scores both splits: (scores, each example's own score) of validation, and of test.
 
-        validation, test: Outputs. A family that tunes something, on validation only, overrides this.
+        validation, test: Outputs. A family that tunes something, on validation only, overrides
+        this.
         """
         validation_scores = self.score(validation, self.predict(validation))
         test_scores = self.score(test, self.predict(test))
         return validation_scores, test_scores
 
 
+# ---- what several families use
+
 def value(row, name, kind, where):
-    """The field `name` of a row. Raises UserError, naming the row, if it is missing or not a `kind`."""
+    """The field `name` of a row. Raises UserError, which names the row, if it is not a `kind`."""
     if not isinstance(row, dict) or name not in row:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no field '{name}' (it has {fields})")
     if not isinstance(row[name], kind):
-        raise UserError(f"{where}: the field '{name}' is {type(row[name]).__name__}, not {kind.__name__}")
+        type_name = type(row[name]).__name__
+        raise UserError(f"{where}: the field '{name}' is {type_name}, not {kind.__name__}")
     return row[name]
 
 
 def label_id(labels, label, where):
-    """The id of a label that a row gives by id or by name. Raises UserError if the task lacks it."""
+    """The id of a label that a row gives by id or name. Raises UserError if the task lacks it."""
     if isinstance(label, str) and label in labels:
         return labels.index(label)
     if type(label) is not int or not 0 <= label < len(labels):
         names = ", ".join(labels[:9])
         if len(labels) > 9:
             names += ", ..."
-        raise UserError(f"{where}: label {label!r} is not in the table: {len(labels)} labels, {names}")
+        raise UserError(f"{where}: label {label!r} is not in the table: "
+                        f"{len(labels)} labels, {names}")
     return label
 
 

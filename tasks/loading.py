@@ -1,4 +1,4 @@
-"""Reading a task's data: from a local folder, from the Hugging Face hub, or from the function that makes it.
+"""Reading a task's data: from a local folder, the Hugging Face hub, or the function that makes it.
 
 `load(name, data_dir, split)` is the way in. Rows become examples by the task's family, which checks
 them. Where the data has no validation set, one is cut from train: by a hash of the text, so that
@@ -17,7 +17,8 @@ SPLITS = ("train", "validation", "test")
 
 
 def load(name, data_dir="", split="hash"):
-    """(Task, {"train" | "validation" | "test": examples}, notes: what a reader of the scores should know).
+    """(Task, {"train" | "validation" | "test": examples}, notes: what a reader of the scores should
+    know).
 
     Raises UserError, in one line, for a row that does not fit, a data set that has changed, or one
     that cannot be reached.
@@ -25,6 +26,8 @@ def load(name, data_dir="", split="hash"):
     task = find(name, data_dir)
     if split not in ("hash", "encodeval"):
         raise UserError(f"split={split}: expected hash (ours) or encodeval (the paper's)")
+
+    # rows, wherever they come from
     if task.folder:
         rows = read_folder(task.folder)
     elif task.make:
@@ -32,35 +35,41 @@ def load(name, data_dir="", split="hash"):
     else:
         rows = read_hub(name, task)
 
+    # rows -> examples, checked; the mode does not matter for that
     family = family_of(task)
     examples, n_empty = {}, 0
-    for part, part_rows in rows.items():
-        examples[part] = []
-        for where, row in with_places(name, part, part_rows):
+    for part_name, part_rows in rows.items():
+        examples[part_name] = []
+        for where, row in with_places(name, part_name, part_rows):
             example = family.read(row, where)
             text = family.key_text(example)
-            is_empty = not text.strip() or text == "-DOCSTART-"      # the latter is CoNLL's document marker
+            # CoNLL marks the beginning of a document by a sentence of one word
+            is_empty = not text.strip() or text == "-DOCSTART-"
             n_empty += is_empty
             if not (is_empty and family.leaves_out_empty):
-                examples[part].append(example)
+                examples[part_name].append(example)
     notes = []
     if n_empty:
         fate = "left out" if family.leaves_out_empty else "read as an end-of-text token alone"
         notes.append(f"{n_empty} empty texts, {fate}")
 
+    # all three splits must have something in them
     if "validation" not in examples:
         examples["train"], examples["validation"] = cut(family, examples["train"], split)
-    for part in SPLITS:
-        if not examples.get(part):
-            raise UserError(f"{name} has no {part} examples: give {part}.jsonl in {task.folder}, or more rows to cut it from")
+    for part_name in SPLITS:
+        if not examples.get(part_name):
+            raise UserError(f"{name} has no {part_name} examples: give {part_name}.jsonl in "
+                            f"{task.folder}, or more rows to cut it from")
     return task, examples, notes
 
 
 def with_places(name, split, rows):
-    """Yields (where, row): the place that an error message names. Rows of a folder know theirs already."""
+    """Yields (where, row), where an error message finds it. A folder's rows say it already."""
     for i, row in enumerate(rows):
         yield row if isinstance(row, tuple) else (f"{name}, {split} row {i}", row)
 
+
+# ---- a local folder
 
 def read_folder(folder):
     """{split: [(where, row)]} of a folder's .jsonl files.
@@ -87,8 +96,10 @@ def json_lines(path):
         yield where, row
 
 
+# ---- the Hugging Face hub
+
 def read_hub(name, task):
-    """{split: rows} from the hub. Raises UserError if sizes or label names are not those of the table."""
+    """{split: rows} from the hub. Raises UserError if sizes or labels differ from the table."""
     dataset = load_from_hub(task.hub, task.config, task.revision, task.files)
     rows = {}
     for split, hub_split, size in zip(SPLITS, task.splits, task.sizes):
@@ -96,45 +107,52 @@ def read_hub(name, task):
             continue
         n = len(dataset[hub_split]) if hub_split in dataset else 0
         if n != size:
-            raise UserError(f"{name}: {task.hub} has {n} rows in {hub_split}, and the table in tasks/registry.py {size}: "
-                            "the data has changed")
+            raise UserError(f"{name}: {task.hub} has {n} rows in {hub_split}, and the table in "
+                            f"tasks/registry.py {size}: the data has changed")
         labels = label_names(dataset[hub_split].features.get(task.label))
         if labels and labels != task.labels:
-            raise UserError(f"{name}: {task.hub} has the labels {', '.join(labels)}, and the table in tasks/registry.py "
-                            f"{', '.join(task.labels)}: the data has changed")
+            raise UserError(f"{name}: {task.hub} has the labels {', '.join(labels)}, and the "
+                            f"table in tasks/registry.py {', '.join(task.labels)}: "
+                            "the data has changed")
         rows[split] = dataset[hub_split].to_list()
     return rows
 
 
 def label_names(feature):
-    """The names of a ClassLabel of `datasets`, or of a list of them; () if the feature is something else."""
+    """The names of a ClassLabel of `datasets`, or of a list of them; () for other features."""
     label = getattr(feature, "feature", feature)
     return tuple(getattr(label, "names", None) or ())
 
 
 def load_from_hub(repository, config="", revision="main", files=None):
-    """All splits of a data set on the Hugging Face hub, as the package `datasets` has them: {split: rows}.
+    """All splits of a data set on the Hugging Face hub, as the package `datasets` has them: {split:
+    rows}.
 
-    files: {split: pattern} of the repository's files, for those that are not published as a data set.
-    A local folder may stand for the repository. Raises UserError, in one line, if it cannot be loaded.
+    files: {split: pattern} of the repository's files, for those that are not published as a data
+    set. A local folder may stand for the repository. Raises UserError, in one line, if it cannot be
+    loaded.
     """
     is_local = os.path.isdir(repository)
     try:
         import datasets
         from huggingface_hub.utils import logging
-        logging.set_verbosity_error()       # the hub's retries are silent; the error below says it once
+        logging.set_verbosity_error()       # of its retries; the error below says it once
         if files:
             root = repository if is_local else f"hf://datasets/{repository}@{revision}"
             data_files = {split: f"{root}/{pattern}" for split, pattern in files.items()}
             file_format = "json" if "json" in files["train"] else "parquet"
             return datasets.load_dataset(file_format, data_files=data_files)
-        return datasets.load_dataset(repository, config or None, revision=None if is_local else revision)
+        if is_local:
+            return datasets.load_dataset(repository, config or None)
+        return datasets.load_dataset(repository, config or None, revision=revision)
     except Exception as error:      # network, hub and parser each raise their own
         message = (str(error).splitlines() or [""])[0]
-        raise UserError(f"could not load {repository} at {revision} from the Hugging Face hub ({type(error).__name__}: "
-                        f"{message}): connect to the network, or give local files with --data_dir=FOLDER, or run "
-                        "--tasks=demo") from None
+        raise UserError(f"could not load {repository} at {revision} from the Hugging Face hub "
+                        f"({type(error).__name__}: {message}): connect to the network, or give "
+                        "local files with --data_dir=FOLDER, or run --tasks=demo") from None
 
+
+# ---- validation
 
 def cut(family, examples, split):
     """(training examples, validation examples), cut from one list."""
@@ -142,7 +160,8 @@ def cut(family, examples, split):
         import datasets
         indices = datasets.Dataset.from_dict({"row": range(len(examples))})
         halves = indices.train_test_split(train_size=1 - HELD_OUT, seed=42)
-        return [examples[i] for i in halves["train"]["row"]], [examples[i] for i in halves["test"]["row"]]
+        train = [examples[i] for i in halves["train"]["row"]]
+        return train, [examples[i] for i in halves["test"]["row"]]
     train, validation = [], []
     for example in examples:
         is_held_out = hashed(family.key_text(example)) < HELD_OUT

@@ -1,7 +1,8 @@
-"""Scores of classification, question answering and retrieval: the standard ones, and the paper's own.
+"""Scores of classification, question answering and retrieval: standard ones, and the paper's own.
 
-Lists go in, scores between 0 and 1 come out. Where a score is a mean over examples the function gives
-one example's score, so that rows can keep them for paired tests; entity F1 is a score of a whole set.
+Lists go in, scores between 0 and 1 come out. Where a score is a mean over examples the function
+gives one example's score, so that rows can keep them for paired tests; entity F1 is a score of a
+whole set.
 
 The paper's own scores (arXiv 2507.00994; its evaluation code, EncodEval) are not the usual ones:
 `sentence_macro_f1` counts O as a class and gives a sentence without entities 1.0 for free,
@@ -16,16 +17,19 @@ from collections import Counter
 
 import numpy as np
 
+# ---- classification
 
 def accuracy(gold, predicted):
-    """Share of equal items; both lists of the same length. Raises ValueError for empty or unequal ones."""
+    """Share of equal items; both lists of the same length. Raises ValueError for empty or unequal
+    ones."""
     if not gold or len(gold) != len(predicted):
         raise ValueError(f"accuracy of {len(predicted)} predictions for {len(gold)} examples")
     return sum(g == p for g, p in zip(gold, predicted)) / len(gold)
 
 
 def best_lr(scores):
-    """The learning rate of the best mean validation score among those with the most seeds. scores: {lr: [scores]}"""
+    """The learning rate of the best mean validation score among those with the most seeds. scores:
+    {lr: [scores]}"""
     def seeds_and_mean(lr):
         return len(scores[lr]), sum(scores[lr]) / len(scores[lr])
     return max(scores, key=seeds_and_mean)
@@ -54,15 +58,17 @@ def entities(tags, strict=False):
 
 
 def entity_f1(gold, predicted, strict=False):
-    """Micro-averaged {"precision", "recall", "f1"} of the entities of all sentences; 0.0 if there are none.
+    """Micro-averaged {"precision", "recall", "f1"} of the entities of all sentences; 0.0 if there
+    are none.
 
-    Boundaries and types must be exact. gold, predicted: lists of lists of tags. Raises ValueError where
-    lengths differ.
+    Boundaries and types must be exact. gold, predicted: lists of lists of tags. Raises ValueError
+    where lengths differ.
     """
     n_right = n_gold = n_predicted = 0
     for i, (gold_tags, predicted_tags) in enumerate(zip(gold, predicted, strict=True)):
         if len(gold_tags) != len(predicted_tags):
-            raise ValueError(f"sentence {i} has {len(gold_tags)} words and {len(predicted_tags)} predicted tags")
+            raise ValueError(f"sentence {i} has {len(gold_tags)} words and {len(predicted_tags)} "
+                             "predicted tags")
         gold_entities = entities(gold_tags, strict)
         predicted_entities = entities(predicted_tags, strict)
         n_right += len(gold_entities & predicted_entities)
@@ -74,7 +80,9 @@ def entity_f1(gold, predicted, strict=False):
 
 
 def sentence_macro_f1(gold, predicted):
-    """The paper's NER score of one sentence: the mean F1 over the tags that occur in it, gold or predicted, O included."""
+    """The paper's NER score of one sentence: the mean F1 over the tags that occur in it, gold or
+    predicted, O included."""
+    # each tag's F1 is 2 right / (gold + predicted)
     n_right = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
     n_gold = Counter(gold)
     n_predicted = Counter(predicted)
@@ -87,16 +95,20 @@ def sentence_macro_f1(gold, predicted):
 # ---- question answering
 
 def normalise(answer):
-    """An answer in lower case, without ASCII punctuation and English articles, with single spaces: SQuAD's rule."""
-    answer = "".join(character for character in answer.lower() if character not in string.punctuation)
+    """An answer in lower case, without ASCII punctuation and English articles, with single spaces:
+    SQuAD's rule."""
+    characters = [character for character in answer.lower() if character not in string.punctuation]
+    answer = "".join(characters)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
 def squad(prediction, golds):
-    """(exact match, F1) of one answer, the best over all gold answers, as SQuAD v2's official script has them.
+    """(exact match, F1) of one answer, the best over all gold answers, as SQuAD v2's official
+    script has them.
 
-    golds: [] or [""] where the question has no answer; then only an answer that is empty after normalisation is right.
-    ReCoRD's official scores are these, with the entity mentions that answer a query as golds.
+    golds: [] or [""] where the question has no answer; then only an answer that is empty after
+    normalisation is right. ReCoRD's official scores are these, with the entity mentions that answer
+    a query as golds.
     """
     golds = [gold for gold in map(normalise, golds) if gold]
     if not golds:
@@ -115,9 +127,11 @@ def f1_of_words(predicted, gold):
 
 
 def token_set_f1(predicted, gold):
-    """The paper's QA score of one example: F1 of the sets of token positions in the answer; an empty set counts as {0}.
+    """The paper's QA score of one example: F1 of the sets of token positions in the answer; an
+    empty set counts as {0}.
 
-    So a model that never answers scores 1.0 on every unanswerable question, 50.07 on SQuAD v2 in total.
+    So a model that never answers scores 1.0 on every unanswerable question, 50.07 on SQuAD v2 in
+    total.
     """
     predicted = set(predicted) or {0}
     gold = set(gold) or {0}
@@ -130,14 +144,16 @@ def token_set_f1(predicted, gold):
 def ranking(qrels, run, k):
     """Yields (query, its grades, its k best documents), ranked as trec_eval ranks.
 
-    That is by the score in single precision, and documents of equal score by id, the larger first. A
-    query that the run lacks has no documents. Raises ValueError for a score that is NaN.
+    That is by the score in single precision, and documents of equal score by id, the larger first.
+    A query that the run lacks has no documents. Raises ValueError for a score that is NaN.
     """
     for query, grades in qrels.items():
-        scores = {document: float(np.float32(score)) for document, score in run.get(query, {}).items()}
-        if any(map(math.isnan, scores.values())):
-            raise ValueError(f"query {query} has a document whose score is NaN")
-        by_score = sorted(((score, document) for document, score in scores.items()), reverse=True)
+        by_score = []
+        for document, score in run.get(query, {}).items():
+            if math.isnan(score):
+                raise ValueError(f"query {query} has a document whose score is NaN")
+            by_score.append((float(np.float32(score)), document))
+        by_score.sort(reverse=True)
         yield query, grades, [document for _, document in by_score[:k]]
 
 
@@ -149,8 +165,8 @@ def dcg(gains):
 def ndcg(qrels, run, k=10):
     """NDCG@k as trec_eval's ndcg_cut.
 
-    The grade is the gain (none below 0), and the ideal ranking has all relevant documents, also those
-    that were not retrieved. A query without a relevant document has 0.
+    The grade is the gain (none below 0), and the ideal ranking has all relevant documents, also
+    those that were not retrieved. A query without a relevant document has 0.
     """
     values = {}
     for query, grades, best in ranking(qrels, run, k):
@@ -164,19 +180,20 @@ def ndcg(qrels, run, k=10):
 def ndcg_of_retrieved(qrels, run, k=10):
     """The paper's NDCG@k: scikit-learn's ndcg_score of the k retrieved documents alone.
 
-    Every relevant document counts 1, the ideal ranking is made of the retrieved documents, and those of
-    equal score share their gain.
+    Every relevant document counts 1, the ideal ranking is made of the retrieved documents, and
+    those of equal score share their gain.
     """
     values = {}
     for query, grades, best in ranking(qrels, run, k):
         score_of = run.get(query, {}).get
         best = sorted(best, key=score_of, reverse=True)
+        # scikit-learn's rule for ties: documents of equal score have their mean gain
         gains = []
         for _, tied in itertools.groupby(best, key=score_of):
             relevant = [float(is_relevant(document, grades)) for document in tied]
             gains += [sum(relevant) / len(relevant)] * len(relevant)
-        ideal_gains = sorted((float(is_relevant(document, grades)) for document in best), reverse=True)
-        ideal = dcg(ideal_gains)
+        ideal_gains = [float(is_relevant(document, grades)) for document in best]
+        ideal = dcg(sorted(ideal_gains, reverse=True))
         values[query] = dcg(gains) / ideal if ideal else 0.0
     return values
 
@@ -185,8 +202,11 @@ def mrr(qrels, run, k=10):
     """1 / the rank of the first relevant document among the k best; 0 if there is none."""
     values = {}
     for query, grades, best in ranking(qrels, run, k):
-        ranks = [rank for rank, document in enumerate(best, start=1) if is_relevant(document, grades)]
-        values[query] = 1 / ranks[0] if ranks else 0.0
+        values[query] = 0.0
+        for rank, document in enumerate(best, start=1):
+            if is_relevant(document, grades):
+                values[query] = 1 / rank
+                break
     return values
 
 

@@ -2,10 +2,11 @@
 
 The sequences of a split are a dict of arrays over N tokens in n sequences:
 
-    tokens [N], bounds [n + 1]    sequence i is tokens[bounds[i]:bounds[i + 1]]; each ends with eos, as in pretraining; no bos
-    example [n]                   the example it belongs to: a long context is cut into several sequences
-    truncated [1]                 how many examples lost tokens to max_length
-    ...                           what the task's family needs, one value a token or one a sequence
+    tokens [N]        each sequence ends with eos, as in pretraining, and has no bos
+    bounds [n + 1]    sequence i is tokens[bounds[i]:bounds[i + 1]]
+    example [n]       the example it belongs to: a long context is cut into several sequences
+    truncated [1]     how many examples lost tokens to max_length
+    ...               what the task's family needs, one value a token or one a sequence
 """
 import hashlib
 import os
@@ -32,8 +33,11 @@ def encode(family, examples, tokenizer, max_length):
         sequences += sequences_of_example
         owners += [index] * len(sequences_of_example)
         n_truncated += is_cut
+
+    # one array of everything: lay the sequences end to end, or stack their single values
     sizes = [len(sequence["tokens"]) for sequence in sequences]
-    arrays = {"truncated": np.array([n_truncated]), "example": np.array(owners), "bounds": np.cumsum([0, *sizes])}
+    arrays = {"truncated": np.array([n_truncated]), "example": np.array(owners),
+              "bounds": np.cumsum([0, *sizes])}
     for key in sequences[0]:
         values = [sequence[key] for sequence in sequences]
         if key in family.per_sequence:
@@ -57,7 +61,8 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
             f.write(save(flat))
 
     # the fifth entry: the paper's code cuts a long context, the standard mode makes windows of it
-    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, max_length, family.mode != "paper", VERSION]
+    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, max_length,
+             family.mode != "paper", VERSION]
     flat = cached(folder, name, rules, write, load_file, ending=".safetensors")
     splits = {split: {} for split in examples}
     for flat_key, array in flat.items():
@@ -66,12 +71,15 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
     return splits
 
 
+# ---- the cache
+
 def cached(folder, name, rules, write, read, ending=""):
-    """read(path) of the file, or folder, that write(path) makes once: FOLDER/<name>-<hash of rules><ending>.
+    """read(path) of the file, or folder, that write(path) makes once: FOLDER/<name>-<hash of
+    rules><ending>.
 
     rules: a list of everything that decides the content, so that a change of anything makes a new
-    file. It is written under another name first, so a reader never sees half of it, and processes that
-    make it at the same time do not disturb each other. A damaged file is made again.
+    file. It is written under another name first, so a reader never sees half of it, and processes
+    that make it at the same time do not disturb each other. A damaged file is made again.
     """
     digest = hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{name}-{digest}{ending}")
@@ -100,7 +108,7 @@ class Batch:
     tokens: torch.Tensor        # [T] int64
     cu_seqlens: torch.Tensor    # [S + 1] int32
     lengths: list               # tokens of each sequence
-    targets: dict               # {name: tensor}, what Family.targets gives for them; empty in evaluation
+    targets: dict               # {name: tensor} of Family.targets; empty in evaluation
 
 
 def batch_of(sequences, indices, device, targets=None):
@@ -134,7 +142,8 @@ def rows(sequences, key, indices):
 
 
 def by_budget(indices, sequences, budget):
-    """Cut a list of sequences, in its order, into lists of at most `budget` tokens. A longer sequence is alone."""
+    """Cut a list of sequences, in its order, into lists of at most `budget` tokens. A longer
+    sequence is alone."""
     batches, size = [[]], 0
     for i, length in zip(indices, lengths(sequences, indices)):
         if batches[-1] and size + length > budget:

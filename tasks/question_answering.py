@@ -1,4 +1,4 @@
-"""Extractive question answering: the answer is a part of the context, such as SQuAD, SQuAD v2 and ReCoRD.
+"""Extractive question answering: the answer is a part of the context (SQuAD, SQuAD v2, ReCoRD).
 
 The head gives every token two scores, for being the answer's first and its last token. A context
 that is too long becomes several windows, which overlap, and the best span of all windows wins. The
@@ -32,8 +32,9 @@ class Answer:
 
 
 class QuestionAnswering(Family):
-    """Its sequences have "target" (the characters [start, end) of the first answer, -1 without one; one
-    value a sequence) and "span" (the characters of the context that a token has bytes of, -1 outside)."""
+    """Its sequences have "target" (the characters [start, end) of the first answer, -1 without one;
+    one value a sequence) and "span" (the characters of the context that a token has bytes of, -1
+    outside)."""
 
     title = "question answering"
     per_sequence = ("target",)
@@ -43,12 +44,16 @@ class QuestionAnswering(Family):
 
     def read(self, row, where):
         """{"question", "context", "answers": [(text, start)], "entities": [(start, end)]}."""
-        example = self.read_record(row, where) if self.task.entities else self.read_squad(row, where)
+        if self.task.entities:
+            example = self.read_record(row, where)
+        else:
+            example = self.read_squad(row, where)
         context = example["context"]
         for text, start in example["answers"]:
             is_answer = isinstance(text, str) and text and type(start) is int and start >= 0
             if not is_answer or context[start:start + len(text)] != text:
-                raise UserError(f"{where}: the answer {text!r} is not at character {start} of the context")
+                raise UserError(f"{where}: the answer {text!r} is not at character {start} of the "
+                                "context")
         return example
 
     def read_squad(self, row, where):
@@ -60,10 +65,11 @@ class QuestionAnswering(Family):
         starts = value(fields, "answer_start", list, where)
         if not list(zip(texts, starts)) and not self.task.unanswerable:
             raise UserError(f"{where}: the question has no answer")
-        return {"question": question, "context": context, "answers": list(zip(texts, starts)), "entities": []}
+        answers = list(zip(texts, starts))
+        return {"question": question, "context": context, "answers": answers, "entities": []}
 
     def read_record(self, row, where):
-        """A row in ReCoRD's format: every mention of an answer among the passage's entities counts."""
+        """A row in ReCoRD's format: every mention of an answer among the entities counts."""
         context = value(row, "passage", str, where)
         question = value(row, "query", str, where)
         answer_texts = set(value(row, "answers", list, where))
@@ -73,8 +79,10 @@ class QuestionAnswering(Family):
         ends = value(marked, "end", list, where)
         answers = [(text, start) for text, start in zip(texts, starts) if text in answer_texts]
         if not answers:
-            raise UserError(f"{where}: none of the answers {sorted(answer_texts)} is an entity of the passage")
-        return {"question": question, "context": context, "answers": answers, "entities": list(zip(starts, ends))}
+            raise UserError(f"{where}: none of the answers {sorted(answer_texts)} is an entity of "
+                            "the passage")
+        return {"question": question, "context": context, "answers": answers,
+                "entities": list(zip(starts, ends))}
 
     def key_text(self, example):
         return example["context"]         # so all questions of a paragraph are on one side of a cut
@@ -96,6 +104,7 @@ class QuestionAnswering(Family):
             if starts[-1] + room < len(ids):
                 is_cut = True
 
+            # each window has the same question and answer
             answer = np.array([-1, -1])
             if example["answers"]:
                 text, start = example["answers"][0]
@@ -103,13 +112,14 @@ class QuestionAnswering(Family):
             outside = np.full((len(prefix), 2), -1, np.int32)
             windows = []
             for start in starts:
-                span = np.concatenate([outside, spans[start:start + room], [[-1, -1]]]).astype(np.int32)
+                span = np.concatenate([outside, spans[start:start + room], [[-1, -1]]])
                 tokens = np.array([*prefix, *ids[start:start + room], tokenizer.eos_id], np.int32)
-                windows.append({"tokens": tokens, "target": answer, "span": span})
+                windows.append({"tokens": tokens, "target": answer,
+                                "span": span.astype(np.int32)})
             yield index, windows, is_cut
 
     def window_starts(self, n_tokens, room):
-        """Where each window of a context begins, in tokens. room: tokens of the context in a window."""
+        """The first token of each window of a context. room: tokens of the context in a window."""
         if not self.has_windows:
             return [0]
         stride = min(STRIDE, room // 2)
@@ -121,8 +131,8 @@ class QuestionAnswering(Family):
         return TokenHead(width, 2)
 
     def targets(self, sequences, indices):
-        """"ids" [S, 2]: the answer's first and last token; both are eos if the window lacks a part of the
-        answer, or there is none. "outside" [T]: tokens that cannot be in an answer."""
+        """"ids" [S, 2]: the answer's first and last token; both are eos if the window lacks a part
+        of the answer, or there is none. "outside" [T]: tokens that cannot be in an answer."""
         pointers, outside = [], []
         for i in indices:
             span = rows(sequences, "span", [i])
@@ -137,16 +147,17 @@ class QuestionAnswering(Family):
         return {"ids": np.array(pointers), "outside": np.concatenate(outside)}, len(indices)
 
     def loss(self, logits, batch):
-        """The mean of the cross-entropies of an answer's first and last token, summed over sequences."""
+        """The sum over sequences of the mean cross-entropy of an answer's first and last token."""
         logits = logits.masked_fill(batch.targets["outside"][:, None], float("-inf"))
         # [T, 2] -> [S, longest, 2]: the only padding anywhere, of two numbers a token
-        padded = pad_sequence(logits.split(batch.lengths), batch_first=True, padding_value=float("-inf"))
+        padded = pad_sequence(logits.split(batch.lengths), batch_first=True,
+                              padding_value=float("-inf"))
         return F.cross_entropy(padded, batch.targets["ids"], reduction="sum") / 2
 
     # ---- evaluation
 
     def predict(self, outputs):
-        """An Answer to each question. "No answer" scores as in the window that is least sure of it."""
+        """An Answer to each question. For "no answer", the window least sure of it decides."""
         answers = [Answer() for _ in outputs.examples]
         best_span_score = [-np.inf] * len(answers)
         best_entity_score = [-np.inf] * len(answers)
@@ -159,11 +170,13 @@ class QuestionAnswering(Family):
             start_logits, end_logits = token_logits[:, 0], token_logits[:, 1]
             no_answer_score[k] = min(no_answer_score[k], float(token_logits[-1].sum()))
 
+            # the best span of all windows
             score, first, last = best_span(start_logits, end_logits, in_context)
             if score > best_span_score[k]:
                 best_span_score[k] = score
                 answers[k].text = example["context"][span[first, 0]:span[last, 1]].strip()
 
+            # and the best entity, by its first and last token
             for start, end in example["entities"]:
                 tokens = np.flatnonzero((span[:, 0] < end) & (span[:, 1] > start) & in_context)
                 if not len(tokens):
@@ -177,7 +190,7 @@ class QuestionAnswering(Family):
         return answers
 
     def evaluate(self, validation, test):
-        """Scores both splits. Where questions may have no answer, validation chooses the threshold for it."""
+        """Scores both splits. For questions without an answer, validation chooses the threshold."""
         if not self.task.unanswerable:
             return super().evaluate(validation, test)
         answers = self.predict(validation)
@@ -186,10 +199,12 @@ class QuestionAnswering(Family):
         return validation_scores, self.score(test, self.predict(test), threshold)
 
     def score(self, split, predictions, threshold=0.0):
-        """SQuAD's exact match and F1, as SQuAD v2's own evaluation has them where there may be no answer.
+        """SQuAD's exact match and F1, as SQuAD v2's own evaluation has them where there may be no
+        answer.
 
-        Then the answer is "" if its margin is above the threshold; untuned_f1 is F1 at the threshold 0.
-        With marked entities the answer is the best entity; free_em and free_f1 are of free spans.
+        Then the answer is "" if its margin is above the threshold; untuned_f1 is F1 at the
+        threshold 0. With marked entities the answer is the best entity; free_em and free_f1 are of
+        free spans.
         """
         gold = gold_texts(split.examples)
         if self.task.entities:
@@ -239,7 +254,11 @@ class PaperQuestionAnswering(QuestionAnswering):
 
     def predict(self, outputs):
         """The set of an answer's tokens, for each question."""
-        return [set(np.flatnonzero(token_logits.argmax(axis=1)).tolist()) for token_logits in outputs.logits]
+        predictions = []
+        for token_logits in outputs.logits:
+            inside = np.flatnonzero(token_logits.argmax(axis=1))
+            predictions.append(set(inside.tolist()))
+        return predictions
 
     def evaluate(self, validation, test):
         return Family.evaluate(self, validation, test)          # no threshold to choose
@@ -260,14 +279,16 @@ class PaperQuestionAnswering(QuestionAnswering):
 
 
 def in_answer(sequences, i):
-    """Whether each token of sequence i has a character of the first gold answer -> bool [tokens]."""
+    """Whether each token of sequence i has a character of the first gold answer -> bool
+    [tokens]."""
     start, end = sequences["target"][i]
     span = rows(sequences, "span", [i])
     return (span[:, 0] < end) & (span[:, 1] > start) & (span[:, 0] >= 0)
 
 
 def best_span(start, end, allowed):
-    """(score, i, j) of the span i <= j < i + LONGEST_ANSWER of allowed tokens that maximises start[i] + end[j]."""
+    """(score, i, j) of the span i <= j < i + LONGEST_ANSWER of allowed tokens that maximises
+    start[i] + end[j]."""
     start = np.where(allowed, start, -np.inf)
     end = np.where(allowed, end, -np.inf)
     best = -np.inf, 0, 0
@@ -281,16 +302,21 @@ def best_span(start, end, allowed):
 
 def gold_texts(examples):
     """The texts of each question's right answers."""
-    return [[text for text, _ in example["answers"]] for example in examples]
+    gold = []
+    for example in examples:
+        gold.append([text for text, _ in example["answers"]])
+    return gold
 
 
 def given_answers(answers, threshold):
-    """The texts that are given as answers: "" where "no answer" is better by more than the threshold."""
+    """The texts that are given as answers: "" where "no answer" is better by more than the
+    threshold."""
     return [answer.text if answer.margin <= threshold else "" for answer in answers]
 
 
 def squad_scores(texts, gold):
-    """{"em", "f1"} of all answers, and each question's own F1. gold: the right texts of each question."""
+    """{"em", "f1"} of all answers, and each question's own F1. gold: the right texts of each
+    question."""
     pairs = [metrics.squad(text, right) for text, right in zip(texts, gold)]
     exact = [em for em, _ in pairs]
     f1 = [f1 for _, f1 in pairs]
@@ -304,7 +330,8 @@ def best_threshold(answers, gold):
     gains = []
     for answer, right in zip(answers, gold):
         gains.append(metrics.squad(answer.text, right)[1] - metrics.squad("", right)[1])
-    # total F1, less that of answering nothing, when the first 0, 1, ... questions are answered: [n + 1]
+    # total F1, less that of answering nothing, when the first 0, 1, ... questions are answered: [n
+    # + 1]
     total = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])
     answered = int(total.argmax())
     if answered == 0:

@@ -1,13 +1,13 @@
 """A grid of trials as a queue of files, shared by any number of processes that see the same folder.
 
-    FOLDER/trials/<task>/lr5e-05_sd0.json      the trial's row: it is done (or has failed, and says so)
-    FOLDER/trials/<task>/lr5e-05_sd0.claim     a worker runs it; the modification time is a heartbeat
+    FOLDER/trials/<task>/lr5e-05_sd0.json     the trial's row: it is done, or has failed
+    FOLDER/trials/<task>/lr5e-05_sd0.claim    a worker runs it; its time is a heartbeat
 
-There is no server. Eight processes of torchrun, several shells, or the jobs of a Slurm array each take a
-trial that nobody has claimed, until all have a row. A claim is a file made with O_EXCL, and a row
-appears by a rename: exactly one process can win each, on local disks and on NFS. A killed worker costs
-the trial it was in: its claim is stale when its process is gone (same machine) or its heartbeat has
-stopped (another machine), and the next worker takes it.
+There is no server. Eight processes of torchrun, several shells, or the jobs of a Slurm array each
+take a trial that nobody has claimed, until all have a row. A claim is a file made with O_EXCL, and
+a row appears by a rename: exactly one process can win each, on local disks and on NFS. A killed
+worker costs the trial it was in: its claim is stale when its process is gone (same machine) or its
+heartbeat has stopped (another machine), and the next worker takes it.
 """
 import contextlib
 import json
@@ -41,7 +41,8 @@ def work(trials, folder, run, poll=2.0):
     Returns how many trials this process ran.
     """
     n_run = 0
-    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0, disable=not shows_progress()) as bar:
+    with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0,
+              disable=not shows_progress()) as bar:
         while True:
             open_trials = [trial for trial in trials if not is_done(folder, trial)]
             bar.n = len(trials) - len(open_trials)
@@ -121,7 +122,8 @@ def alive(path):
     finally:
         stop.set()
         heart.join()
-        # after a long silence another worker may have taken the claim: then it is not ours to remove
+        # after a long silence another worker may have taken the claim: then it is not ours to
+        # remove
         if owner_of(path) == this_process():
             os.unlink(path)
 

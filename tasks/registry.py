@@ -4,13 +4,14 @@
     conll2003 ontonotes5 uner      token classification             entities, IOB2
     squad squad_v2 record          extractive question answering
     msmarco nq mldr_en             retrieval: eval_ir.py, retrieval/collections.py reads them
-    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule from the demo corpus (demo.py)
+    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule (demo.py)
 
 A task is an entry of TASKS, a family of tasks a class and an entry of FAMILIES; nothing else needs
 to know of a new one. With --data_dir a task is read from local files with the fields of the hub's:
-data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst).
-A local folder whose info.json has "label_names", "text_fields" and "label_field" is a task of its own
-under the folder's name, and so is one in BEIR's layout, with corpus.jsonl, queries.jsonl and qrels/.
+data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst). A
+local folder whose info.json has "label_names", "text_fields" and "label_field" is a task of its own
+under the folder's name, and so is one in BEIR's layout, with corpus.jsonl, queries.jsonl and
+qrels/.
 
 Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation
 code). Its test sets are the published validation sets where the published test labels are secret;
@@ -43,7 +44,8 @@ PAPER_FAMILIES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One data set. Some fields are for some families only; fields of a row are named by its field names."""
+    """One data set. Some fields are for some families only; fields of a row are named by its field
+    names."""
     kind: str                   # a key of FAMILIES, or "retrieval"
     labels: tuple = ()          # names by id
     template: str = ""          # sequence: the text, made from a row's fields
@@ -130,8 +132,8 @@ TASKS = {
         files={"train": "record/train/*.parquet", "validation": "record/validation/*.parquet"},
         entities=True, sizes=(100_730, 0, 10_000)),
 
-    # Retrieval: the hub's mteb copies. The paper trains on MS MARCO, and searches only the documents
-    # that were judged for a collection's queries.
+    # Retrieval: the hub's mteb copies. The paper trains on MS MARCO, and searches only the
+    # documents that were judged for a collection's queries.
     "msmarco": Task(
         "retrieval", hub="mteb/msmarco", revision="c5a29a104738b98a9e76336939199e264163d4a0",
         pairs="hgissbkh/msmarco-pairs", pool="judged",
@@ -177,7 +179,8 @@ def folders(data_dir):
 
 
 def find(name, data_dir=""):
-    """The Task called name: of the table, of a local folder, or both. Raises UserError for an unknown name."""
+    """The Task called name: of the table, of a local folder, or both. Raises UserError for an
+    unknown name."""
     local = folders(data_dir) if data_dir else {}
     task = TASKS.get(name)
     if name in local:
@@ -191,16 +194,19 @@ def find(name, data_dir=""):
         names = ", ".join(sorted(TASKS.keys() | local.keys()))
         advice = "or a folder of yours, see --data_dir"
         if data_dir:
-            advice = "a folder in data_dir is one if its info.json has label_names, text_fields and label_field"
+            advice = ("a folder in data_dir is one if its info.json has label_names, text_fields "
+                      "and label_field")
         raise UserError(f"unknown task '{name}': expected one of {names}, all or demo; {advice}")
     if data_dir and not task.make:
         file = "corpus" if task.kind == "retrieval" else "train"
-        raise UserError(f"{data_dir} has no {name}/{file}.jsonl, nor one folder deeper: without --data_dir it comes from the hub")
+        raise UserError(f"{data_dir} has no {name}/{file}.jsonl, nor one folder deeper: without "
+                        "--data_dir it comes from the hub")
     return task
 
 
 def described(task, folder):
-    """The task of a local folder: the table's, whose labels its info.json must not contradict, or info.json's own."""
+    """The task of a local folder: the table's, whose labels its info.json must not contradict, or
+    info.json's own."""
     path = os.path.join(folder, "info.json")
     if not os.path.isfile(path):
         return task
@@ -208,10 +214,12 @@ def described(task, folder):
         info = read_json(path)
         labels, fields, label = tuple(info["label_names"]), info["text_fields"], info["label_field"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected label_names, text_fields and label_field ({error!r})") from None
+        raise UserError(f"{path}: expected label_names, text_fields and label_field "
+                        f"({error!r})") from None
     if task is not None:
         if labels != task.labels:
-            raise UserError(f"{path} has the labels {labels}, and the table in tasks/registry.py {task.labels}")
+            raise UserError(f"{path} has the labels {labels}, and the table in tasks/registry.py "
+                            f"{task.labels}")
         return task
     if fields == ["tokens"]:
         return Task("token", labels, label=label)

@@ -1,4 +1,4 @@
-"""Token classification: a label for every word, such as named entities in IOB2 ("B-PER", "I-PER", "O").
+"""Token classification: a label for every word, such as entities in IOB2 ("B-PER", "I-PER", "O").
 
 The head gives every token a score for each label. Here a word is trained and read at its first
 token, and the score is entity F1. The paper's code trains all tokens of a word, lets them vote, and
@@ -16,8 +16,8 @@ from tasks.packing import rows
 
 
 class TokenClassification(Family):
-    """Its sequences have, for each token: "target" (the id of its word's label, -100 at eos), "word"
-    (the index of its word, -1 at eos) and "first" (whether it stands for its word)."""
+    """Its sequences have, for each token: "target" (the id of its word's label, -100 at eos),
+    "word" (the index of its word, -1 at eos) and "first" (whether it stands for its word)."""
 
     title = "token classification"
     leaves_out_empty = True       # a sentence without words has nothing to score
@@ -26,10 +26,12 @@ class TokenClassification(Family):
     # ---- data
 
     def read(self, row, where):
-        """{"words", "tags": ids}. Tags become IOB2: an entity begins with B-, also after another one."""
+        """{"words", "tags": ids}. Tags become IOB2: an entity begins with B-, also after another
+        one."""
         words = value(row, self.task.words, list, where)
         if not all(isinstance(word, str) for word in words):
-            raise UserError(f"{where}: the field '{self.task.words}' holds something that is not a string")
+            raise UserError(f"{where}: the field '{self.task.words}' holds something that is not "
+                            "a string")
         labels = self.task.labels
         tags = [label_id(labels, tag, where) for tag in value(row, self.task.label, list, where)]
         if len(words) != len(tags):
@@ -63,6 +65,7 @@ class TokenClassification(Family):
             visible = [place for place, token_id in enumerate(ids) if token_id not in blank_ids]
             return ids, visible[0] if visible else -1
 
+        # an example -> one sequence: its words' tokens end to end, cut to max_length, and eos
         for index, example in enumerate(examples):
             ids, word_of, is_first = [], [], []
             for w, word in enumerate(example["words"]):
@@ -111,10 +114,12 @@ class TokenClassification(Family):
         return predictions
 
     def score(self, split, predictions):
-        """Precision, recall and F1 of the entities, F1 with IOB2 read strictly, and the paper's score."""
-        gold = [[self.task.labels[tag] for tag in example["tags"]] for example in split.examples]
-        per_sentence = []
-        for gold_labels, labels in zip(gold, predictions):
+        """Precision, recall and F1 of the entities, F1 with IOB2 read strictly, and the paper's
+        score."""
+        gold, per_sentence = [], []
+        for example, labels in zip(split.examples, predictions):
+            gold_labels = [self.task.labels[tag] for tag in example["tags"]]
+            gold.append(gold_labels)
             per_sentence.append(metrics.sentence_macro_f1(gold_labels, labels))
         scores = metrics.entity_f1(gold, predictions)
         scores["strict_f1"] = metrics.entity_f1(gold, predictions, strict=True)["f1"]
@@ -131,7 +136,8 @@ class TokenClassification(Family):
 class PaperTokenClassification(TokenClassification):
     """The paper's code: each token of a word is trained on its label, and the majority decides.
 
-    Of labels with equal votes the lowest id wins (in the paper's code, whichever a set yields first).
+    Of labels with equal votes the lowest id wins (in the paper's code, whichever a set yields
+    first).
     """
 
     headline = "sentence_macro_f1"
@@ -142,7 +148,8 @@ class PaperTokenClassification(TokenClassification):
         return {"ids": labels}, int((labels >= 0).sum())
 
     def predict(self, outputs):
-        """One list of labels per example, a label for every word; words that were cut off are "O"."""
+        """One list of labels per example, a label for every word; words that were cut off are
+        "O"."""
         predictions = []
         for i, (example, token_logits) in enumerate(zip(outputs.examples, outputs.logits)):
             token_labels = token_logits.argmax(axis=1)                       # [tokens]

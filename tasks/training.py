@@ -16,17 +16,17 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
 
     parameters: list of tensors; weight decay applies only to those of two or more dimensions.
     micro_batches(step) -> [(batch, number of targets)]; loss_of(batch) -> the sum of its targets'
-    losses. The step's loss is the mean over all its targets, so how a step is cut into micro-batches
-    changes nothing.
-    c: GridSettings. name: for the progress bar. reduce(): sums the gradients of the processes that
-    share a step; called before the clip.
-    The curve is [[step, mean loss since the entry before], ...], with about ten entries. Raises Diverged.
+    losses. The step's loss is the mean over all its targets, so how a step is cut into
+    micro-batches changes nothing. c: GridSettings. name: for the progress bar. reduce(): sums the
+    gradients of the processes that share a step; called before the clip. The curve is [[step, mean
+    loss since the entry before], ...], with about ten entries. Raises Diverged.
     """
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
     curve, pending = [], []
     bar = tqdm(range(steps), desc=name, leave=False, disable=not shows_progress())
     for step in bar:
@@ -47,13 +47,14 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Reading a loss makes the host wait for the device, so it is read only ten times. A gradient
-        # that is not finite ruins the weights, too.
+        # Reading a loss makes the host wait for the device, so it is read only ten times. A
+        # gradient that is not finite ruins the weights, too.
         pending.append(torch.stack([loss.float(), norm.float()]))
         if len(pending) >= steps / 10 or step == steps - 1:
             mean, norm = torch.stack(pending).mean(0).tolist()
             if not math.isfinite(mean + norm):
-                raise Diverged(f"loss {mean}, gradient norm {norm} in the {len(pending)} steps up to step {step + 1}")
+                raise Diverged(f"loss {mean}, gradient norm {norm} in the {len(pending)} steps up "
+                               f"to step {step + 1}")
             curve.append([step + 1, mean])
             bar.set_postfix_str(f"loss {mean:.4f}")
             pending = []
@@ -61,7 +62,8 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
 
 
 def share_of_peak(step, steps, warmup):
-    """The learning rate of a step as a share of the peak: Hugging Face's schedule, which begins at 0.
+    """The learning rate of a step as a share of the peak: Hugging Face's schedule, which begins at
+    0.
 
     warmup: a share of the steps.
     """

@@ -37,7 +37,7 @@ class GridSettings:
     random_weights: bool = False    # the same model from random weights: what pretraining is worth
     keep: bool = False              # keep each trial's encoder as a checkpoint beside its row
     # how
-    mode: str = "standard"          # standard, or paper: the labels, heads and scores of the paper's code
+    mode: str = "standard"          # standard, or paper: as the paper's code has it
     steps: int = 0                  # of each trial; 0: the paper's
     batch: int = 32                 # examples in a step
     warmup: float = 0.1             # share of the steps
@@ -46,9 +46,9 @@ class GridSettings:
     adam_eps: float = 1e-5          # AdamW
     weight_decay: float = 0.1       # on matrices, not on norms and biases
     grad_clip: float = 1.0          # global norm; 0: no clipping
-    max_length: int = 0             # tokens of a sequence; 0: 0.99 of what the encoder was trained on (2,028 of 2,048)
+    max_length: int = 0             # tokens of a sequence; 0: 0.99 of the encoder's own (2,028 of 2,048)
     causal: bool = False            # keep the causal mask, as an ablation
-    param_dtype: str = "float32"    # of weights and AdamW's moments; bfloat16: the paper's, which loses small updates
+    param_dtype: str = "float32"    # of weights and AdamW state; bfloat16: the paper's, loses small updates
     # system
     device: str = "auto"            # cuda where there is one, else cpu
     dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
@@ -60,8 +60,8 @@ class GridSettings:
 
 # Settings that may differ between processes that share a grid: where and how it runs, and how much
 # of it.
-FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention", "micro_tokens",
-        "eval_tokens", "cache_dir", "keep")
+FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention",
+        "micro_tokens", "eval_tokens", "cache_dir", "keep")
 
 
 def split_names(text):
@@ -78,7 +78,8 @@ def check(c, every, demo):
     c: GridSettings. every, demo: the names that --tasks=all and --tasks=demo stand for.
     """
     if not c.ckpt:
-        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest checkpoint")
+        raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest "
+                        "checkpoint")
     if c.tasks == "all":
         names = every
     elif c.tasks == "demo":
@@ -87,7 +88,8 @@ def check(c, every, demo):
         names = split_names(c.tasks)
     wrong_lrs = [lr for lr in c.lrs if type(lr) is not float or not 0 < lr < float("inf")]
     if not names or not c.lrs or wrong_lrs:
-        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above 0 written as in 1e-5")
+        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above "
+                        "0 written as in 1e-5")
     wrong_seeds = [seed for seed in c.seeds if type(seed) is not int or seed < 0]
     if not c.seeds or wrong_seeds:
         raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
@@ -96,9 +98,11 @@ def check(c, every, demo):
     if c.param_dtype not in ("float32", "bfloat16"):
         raise UserError(f"param_dtype={c.param_dtype}: expected float32 or bfloat16")
     if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
-        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least 0, and 0 <= warmup < 1")
+        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least "
+                        "0, and 0 <= warmup < 1")
     if not c.grad_clip >= 0:      # also refuses NaN
-        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no clipping")
+        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients "
+                        "may have, or 0 for no clipping")
     return tuple(dict.fromkeys(names))
 
 
@@ -116,9 +120,11 @@ class Worker:
         state = checkpoint.read_state(path)
         self.tokenizer = checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
-        pick_attention(c.attention, self.device, self.dtype, config)      # raises if it cannot run here
+        # raises if it cannot run here
+        pick_attention(c.attention, self.device, self.dtype, config)
         if self.tokenizer.vocab_size != config.vocab_size:
-            raise UserError(f"{path} has a vocabulary of {config.vocab_size:,}, but the tokenizer beside it has "
+            raise UserError(f"{path} has a vocabulary of {config.vocab_size:,}, but the tokenizer "
+                            "beside it has "
                             f"{self.tokenizer.vocab_size:,}: they do not belong together")
         self.max_length = c.max_length or round(0.99 * config.block_size)
         if self.max_length < 16:
@@ -150,9 +156,10 @@ class Worker:
         device_name = "cpu"
         if self.device.startswith("cuda"):
             device_name = torch.cuda.get_device_name(self.device)
-        return {"v": 1, "model": name, "step": step, "ckpt_sha": weights_digest(path)[:16], "mode": self.c.mode,
-                "param_dtype": self.c.param_dtype, "dtype": self.dtype, "causal": self.c.causal,
-                "max_length": self.max_length, "device": device_name, "torch": torch.__version__, "code": code()}
+        return {"v": 1, "model": name, "step": step, "ckpt_sha": weights_digest(path)[:16],
+                "mode": self.c.mode, "param_dtype": self.c.param_dtype, "dtype": self.dtype,
+                "causal": self.c.causal, "max_length": self.max_length, "device": device_name,
+                "torch": torch.__version__, "code": code()}
 
     def autocast(self):
         """The context that forward passes run in."""
@@ -178,8 +185,10 @@ class Worker:
         folder = queue.path_of(folder, trial, "encoder")
         os.makedirs(folder, exist_ok=True)
         tokenizer.save(self.tokenizer, folder)
-        row = {key: value for key, value in row.items() if key not in ("train_loss", "per_item", "secs")}
-        state = {"settings": {"tokenizer_hash": self.tokenizer.hash.hex()}, "parent": self.parent, "fine_tuned": row}
+        left_out = ("train_loss", "per_item", "secs")
+        row = {key: value for key, value in row.items() if key not in left_out}
+        state = {"settings": {"tokenizer_hash": self.tokenizer.hash.hex()},
+                 "parent": self.parent, "fine_tuned": row}
         checkpoint.save(folder, row["steps"], self.encoder.float(), state, head=head)
         self.encoder.to(getattr(torch, self.c.param_dtype))
 
@@ -224,7 +233,8 @@ def weights_digest(path):
 
 def code():
     """The commit of this repository, or None outside of a git checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 
@@ -249,5 +259,6 @@ def same_settings(path, settings):
     shared = {key: value for key, value in settings.items() if key in old}
     changed = differences(old, shared, free=())
     if changed:
-        raise UserError(f"{os.path.dirname(path)} holds trials of other settings ({'; '.join(changed)}): "
+        raise UserError(f"{os.path.dirname(path)} holds trials of other settings "
+                        f"({'; '.join(changed)}): "
                         "choose another --out_dir, or delete that folder")
