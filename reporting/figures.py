@@ -155,8 +155,8 @@ class LineFigure:
     """
     xlabel = ""
     is_log = False
-    ticks = None            # of the x axis; None: matplotlib's
-    has_unit_prefixes = True        # ticks like 10k, 1M
+    ticks = None                    # of the x axis; None: matplotlib's own
+    has_unit_prefixes = True        # ticks are written 10k, 1M
 
     def models(self, groups):
         """The names to show. groups: {section: {name: recipe}}"""

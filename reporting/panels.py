@@ -41,21 +41,21 @@ class Panel:
 
 
 def rows_of_panels(n_rows):
-    """-> figure, axes [rows, 4]: a row of four panels per source"""
+    """A figure of four panels per row, one for each family of tasks. -> figure, axes [rows, 4]"""
     return plt.subplots(n_rows, 4, figsize=(12, 0.6 + 3.0 * n_rows), layout="constrained",
                         squeeze=False)
 
 
 def frame(models):
-    """A row of empty panels per source. models: {source: names of the models to compare}
+    """A figure with a row of empty panels per source.
 
-    -> figure, the Panels that have something to show
+    models: {source: names of the models to compare} -> figure, the Panels with something to show
     """
     figure, axes = rows_of_panels(len(models))
     panels = []
     for (source, names), row in zip(models.items(), axes):
         for family, axis in zip(IN_WORDS, row):
-            columns = source.common(names, family)
+            columns = source.common_columns(names, family)
             title = f"{family}: {', '.join(columns)}"
             if source.is_paper:
                 title = f"{family}, {METRICS[family]}"

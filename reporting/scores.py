@@ -32,7 +32,7 @@ DATASETS = {"sst2": "SST-2", "qqp": "QQP", "mnli": "MNLI",
             "ontonotes5": "OntoNotes", "conll2003": "CoNLL", "uner": "UNER",
             "squad": "SQuAD", "squad_v2": "SQuADv2", "record": "ReCoRD",
             "nq": "NQ", "msmarco": "MSMARCO", "mldr_en": "MLDR"}
-COLUMNS = "experiment,model,family,dataset,mean,ci95"       # of results/paper.csv
+PAPER_COLUMNS = "experiment,model,family,dataset,mean,ci95"       # of results/paper.csv
 AXES = {"steps": "training steps", "tokens": "training tokens",
         "targets": "supervised tokens", "flops": "training FLOPs"}
 
@@ -124,7 +124,7 @@ class Score:
     n: int                          # number of seeds that the interval is over
     over: str                       # which seeds: "pretraining", "fine-tuning" or "published"
     values: tuple = ()              # one value per seed
-    fine: tuple = ()                # fewest and most fine-tuning seeds of a task's selected trials
+    fine_tuned: tuple = ()          # fewest and most fine-tuning seeds of a task's selected trials
 
 
 # ---- what a column of a table is
@@ -226,7 +226,7 @@ class StudyResults:
                 values.append(validation[objective])
         return values
 
-    def common(self, names, family):
+    def common_columns(self, names, family):
         """The family's columns that all of these models have a score in.
 
         Models without any score in the family do not count.
@@ -249,10 +249,12 @@ class StudyResults:
         its columns' selected test scores, and the interval is over these values: that is where runs
         are independent. With one pretraining seed, the interval is over the fine-tuning seeds.
         """
+        # the selected trials of every pretraining seed that has all columns:
+        # {pretraining seed: one Selection per column}
         seeds = set()
         for column in columns:
             seeds |= set(self.rows.get((name, column), ()))
-        by_seed = {}                # {pretraining seed: one Selection per column}
+        by_seed = {}
         for seed in sorted(seeds):
             selections = [select_trials(self.rows[name, c].get(seed, ()), rule) for c in columns]
             if None not in selections:
@@ -260,11 +262,12 @@ class StudyResults:
         if not by_seed:
             return None
 
+        # how many fine-tuning seeds they have
         counts = []
         for selections in by_seed.values():
             counts += [selection.n for selection in selections]
         fine_tuned = (min(counts), max(counts))
-        # the mean over columns, one for each pretraining seed
+        # several pretraining seeds: one value each, its mean over columns
         means = []
         for selections in by_seed.values():
             means.append(100 * float(np.mean([selection.mean for selection in selections])))
@@ -273,17 +276,17 @@ class StudyResults:
             half_width = interval(means, rule)
             return Score(mean, half_width, len(means), "pretraining", tuple(means), fine_tuned)
 
+        # one pretraining seed: one value for each fine-tuning seed
         selections, = by_seed.values()
         values = means_by_fine_tuning_seed(selections)
         half_width = interval(values, rule)
         return Score(means[0], half_width, len(values), "fine-tuning", tuple(values), fine_tuned)
 
     def amount(self, name, axis):
-        """How much a model was trained, counted from its first ancestor's first step; None if
-        unknown.
+        """How much a model was trained, counted from its first ancestor's first step.
 
-        axis: "steps", "tokens", "targets" (supervised tokens), "flops" or "seconds". With several
-        pretraining seeds, their mean.
+        axis: "steps", "tokens", "targets" (supervised tokens), "flops" or "seconds"
+        -> the mean over its pretraining seeds, or None if unknown
         """
         amounts = []
         for seed in self.seeds[name]:
@@ -357,14 +360,14 @@ class PaperResults:
             columns = self.columns[family]
         except (KeyError, AttributeError, TypeError, ValueError, UserError):
             raise UserError(f"{where} is not a published result: expected the columns "
-                            f"{COLUMNS}") from None
+                            f"{PAPER_COLUMNS}") from None
         if dataset != "average":
             columns[dataset] = dataset
         if self.cells.setdefault((name, family, dataset), cell) != cell:
             raise UserError(f"{where}: {name} has two different results on {dataset} {family}")
 
-    def common(self, _names, family):
-        """As StudyResults.common: every published model has all columns of a family."""
+    def common_columns(self, _names, family):
+        """As StudyResults.common_columns: every published model has all columns of a family."""
         return list(self.columns[family])
 
     def score(self, name, columns, rule):

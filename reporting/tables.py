@@ -206,7 +206,7 @@ def seeds_in_words(score):
     if score is None:
         return ""
     if score.over == "pretraining":
-        fewest, most = score.fine
+        fewest, most = score.fine_tuned
         each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         return f"{score.n} pretraining ({each} fine-tuning each)"
     return f"{score.n} fine-tuning"
@@ -247,7 +247,7 @@ def paper_table(paper, names, family):
 def study_table(results, names, family, paper):
     """A line per model and rule; beside it the paper's scores of the models that it has, too."""
     columns = list(results.columns[family])
-    common = results.common(names, family)
+    common = results.common_columns(names, family)
     published = [name for name in names if paper and name in paper.names]
     header = ["model", "rule", "interval over seeds", *columns, f"**{family}**"]
     # columns of the paper's scores, if any model of the table has the name of one of the paper's
@@ -332,7 +332,7 @@ def lr_tables(results):
     """
     texts = []
     for family in IN_WORDS:
-        columns = results.common(results.names, family)
+        columns = results.common_columns(results.names, family)
         if results.columns.get(family) and not columns:
             texts.append(f"**{family}**: no task is common to all models that have any.\n")
         table = lr_table(results, columns)

@@ -137,7 +137,7 @@ def test_pretraining_seeds_are_the_values_that_an_interval_is_over(whole):
         for name in ("610m-clm-42k", "610m-clm-42k-seed43", "610m-clm-42k-seed44"):
             rows = [json.load(open(row_of(whole[0], name, lr=lr, seed=s))) for lr in made.LRS for s in made.SEEDS]
             means.append(100 * report_scores.select_trials(rows, rule).mean)
-        assert found.values == pytest.approx(means) and (found.over, found.n, found.fine) == ("pretraining", 3, (2, 2))
+        assert found.values == pytest.approx(means) and (found.over, found.n, found.fine_tuned) == ("pretraining", 3, (2, 2))
         assert found.mean == pytest.approx(np.mean(means)) and found.half_width == pytest.approx(quantile * np.std(means, ddof=1) / 3 ** 0.5)
     assert report_tables.seeds_in_words(found) == "3 pretraining (2 fine-tuning each)"
     one = ours.score("610m-mlm20-42k", ["sst2"], "standard")
@@ -330,7 +330,7 @@ def test_two_plans_are_never_one_report(small):
     ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is not a study.json"),
     ("study.json", '{"plan": "x", "models": {"bert": {"folder": "bert"}}}', "'bert' is not a model of a study"),
     ("t.csv", "a,b\n1,2\n", "line 2 is not a published result"), ("t.csv", "", "holds no published result"),
-    ("t.csv", report_scores.COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is not a published result")])
+    ("t.csv", report_scores.PAPER_COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is not a published result")])
 def test_what_is_no_study_and_no_table_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(says)):
