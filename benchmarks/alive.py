@@ -1,5 +1,4 @@
-"""Does everything run on this machine? What must work before a measurement means anything, the most
-basic first.
+"""Does everything run on this machine? The most basic check comes first.
 
     python bench.py alive
     python bench.py alive --compile=false
@@ -124,8 +123,7 @@ def trial(c):
 # one training step beside the reference
 
 def check_steps(c, settings, folder, device):
-    """One training step of a small model, eager and compiled, CLM and MLM: is its gradient the
-    reference's?"""
+    """Is a training step's gradient the reference's? CLM and MLM, eager and compiled."""
     on_gpu = device.startswith("cuda")
     attention = "triton" if on_gpu else "sdpa"
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=256, n_ffn=512,      # head dim 64
@@ -155,8 +153,7 @@ def check_steps(c, settings, folder, device):
 
 
 def gradient_of_step(config, batch, device, attention, is_compiled, is_bf16):
-    """The gradient of the mean loss in all parameters, end to end. -> fp32 [number of
-    parameters]"""
+    """The gradient of the mean loss in all parameters, end to end. -> fp32 [parameters]"""
     torch.manual_seed(0)
     with torch.device(device):
         model = Encoder(config, attention)

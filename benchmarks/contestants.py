@@ -106,8 +106,7 @@ def contestants(settings, nanogpt_dir=""):
 # data
 
 def write_corpus(settings, folder):
-    """Write a corpus that train.py can read: random tokens, as frequent as words are (Zipf's
-    law)."""
+    """Write a corpus that train.py can read: random tokens, as frequent as words are."""
     # a tokenizer of made-up tokens, whose last two ids are eos and mask
     n_ordinary = settings.vocab_size - 2
     ranks = {}
@@ -214,8 +213,7 @@ def structural_flops(settings):
 
 def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywhere=False,
          fused_loss=True, compiled=True, pads=False):
-    """Our training step, with the features that the arguments name switched on or off. ->
-    TrainingStep"""
+    """Our training step, with features switched on or off. -> TrainingStep"""
     device = pick_device(settings.device)
     torch.manual_seed(0)
     # Making the weights of 1b takes no time on a GPU and ten seconds on a CPU.

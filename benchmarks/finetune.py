@@ -132,8 +132,10 @@ def measure(c, device, dtype, folder):
 
 
 def new_run(c, folder):
-    """A run with random weights, which are as fast as trained ones: the size and vocabulary of c.
-    -> its checkpoint"""
+    """Save a model of c's size and vocabulary. -> its checkpoint
+
+    Its weights are random, which are as fast as trained ones.
+    """
     os.makedirs(folder)
     texts = (sentence for *_, sentence in demo.sentences())
     tok = tokenizer.get(f"train:{c.vocab_size}", texts)
@@ -211,8 +213,7 @@ def run_trainer(c):
 
 
 def encode_split(task, examples, tok):
-    """The examples of a split as the Trainer takes them. -> [{"ids": [token id, ...], "label":
-    label id}]"""
+    """A split as the Trainer takes it. -> [{"ids": token ids, "label": label id}]"""
     encoded = packing.encode(registry.family_of(task), examples, tok, MAX_LENGTH)
     items = []
     for i, label in enumerate(encoded["target"]):

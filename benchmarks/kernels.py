@@ -219,8 +219,7 @@ def peak_memory(call, device):
 
 
 def busiest_kernel(call, device):
-    """The name of the GPU kernel that a call spends most time in, which tells the backend. None on
-    a CPU."""
+    """The GPU kernel that a call spends most time in, which tells the backend. None on a CPU."""
     if device != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -296,8 +295,10 @@ def later(make, *args):
 
 
 def sdpa(q, k, v, cu, causal, backend):
-    """PyTorch's scaled_dot_product_attention by one backend: a batch where lengths are equal, else
-    a call a sequence."""
+    """PyTorch's scaled_dot_product_attention by one backend.
+
+    A batch where lengths are equal, else a call a sequence.
+    """
     bounds = cu.tolist()
     S = len(bounds) - 1
     is_gqa = q.shape[1] != k.shape[1]
@@ -344,8 +345,10 @@ def flex(q, k, v, cu, causal):
 
 
 def fa3(q, k, v, cu, causal):
-    """FlashAttention-3 where torch can activate it (a prototype that needs its wheel): it replaces
-    SDPA's flash kernel."""
+    """FlashAttention-3 where torch can activate it: a prototype that needs its wheel.
+
+    It takes the place of SDPA's flash kernel for the call.
+    """
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
     forward = sdpa(q, k, v, cu, causal, SDPBackend.FLASH_ATTENTION)

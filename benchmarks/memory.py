@@ -50,8 +50,10 @@ def memory(c):
 
 
 def largest_step(c):
-    """The most rows that fit, within a sixteenth. -> (rows, peak bytes of that step), (0, None) if
-    not even one fits"""
+    """The most rows that fit, within a sixteenth. -> (rows, peak bytes of that step)
+
+    (0, None) if not even one row fits.
+    """
     total = c.memory_gib * 2 ** 30
     if not total:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -77,8 +79,7 @@ def largest_step(c):
 
 
 def guess_rows(rows, fits, peaks, total):
-    """Where the memory ends, by the line through the steps of `fits` and `rows` rows, of which both
-    fit."""
+    """Where the memory ends, by the line through the steps of `fits` and `rows` rows."""
     if fits == 0:
         return 5
     bytes_a_row = max(1, (peaks[rows] - peaks[fits]) / (rows - fits))
@@ -87,8 +88,7 @@ def guess_rows(rows, fits, peaks, total):
 
 
 def peak_of_step(c, rows, folder):
-    """Bytes at the peak of a step of so many rows, in a process of its own; None if it runs out of
-    memory."""
+    """Peak bytes of a step in a process of its own. None: it runs out of memory."""
     runner = Runner(settings_for(ContestantConfig, c, rows=rows, steps=1), "ours", folder)
     runner.race()
     runner.finish()

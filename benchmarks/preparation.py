@@ -73,8 +73,7 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
 
 
 def make_parquet(folder, copies):
-    """The State of the Union addresses, cut to CHARACTERS, `copies` times, in two files for each
-    core."""
+    """The State of the Union addresses, cut to CHARACTERS, `copies` times, two files a core."""
     import pyarrow
     import pyarrow.parquet
 
@@ -111,8 +110,10 @@ class BareTiktoken:
 
     @staticmethod
     def encode(first, step, threads):
-        """Encode every step-th batch from the first-th on. Batches are small, so that few ids are
-        in memory at a time."""
+        """Encode every step-th batch from the first-th on.
+
+        Batches are small, so that few ids are in memory at a time.
+        """
         encoding, texts = BareTiktoken.encoding_and_texts
         size = hub_corpus.ROWS
         for begin in range(first * size, len(texts), step * size):

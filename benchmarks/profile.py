@@ -31,7 +31,7 @@ class Config(StepSettings):
     contestants: str = ""        # the first of these; "": ours
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
     compile: bool = True         # torch.compile ours, where a compiler is installed
-    to: str = ""                 # FILE.jsonl: append a row of kernels; another name: write the table there
+    to: str = ""                 # FILE.jsonl: append a row of GPU kernels; else: write the table
 
 
 def profile(c):
@@ -64,8 +64,7 @@ def profile(c):
 
 
 def run_profiler(c, contestant, device):
-    """Profile STEPS steps of a Contestant, after three that are not looked at. ->
-    torch.profiler.profile"""
+    """Profile STEPS steps of a Contestant, after three that do not count. -> the profile"""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(torch.profiler.ProfilerActivity.CUDA)

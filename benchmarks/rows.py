@@ -25,8 +25,7 @@ def describe(device):
 
 
 def versions(device):
-    """The versions that decide a kernel's speed and correctness besides its source. -> {name:
-    version}"""
+    """The versions that decide a kernel's speed and correctness. -> {name: version}"""
     facts = {"torch": torch.__version__}
     if kernels.triton_kernels is None:
         return facts

@@ -48,8 +48,10 @@ def start(settings, folder, name, steps, processes=1, env=None):
 
 
 def finish(process, folder, name):
-    """Wait for a run. -> the training rows of its log.jsonl. Raises RunError with its last line if
-    it failed."""
+    """Wait for a run. -> the training rows of its log.jsonl
+
+    Raises RunError, with the last line it printed, if it failed.
+    """
     if process.wait():
         with open(os.path.join(folder, f"{name}.txt")) as f:
             lines = f.read().splitlines() or ["no message"]
@@ -60,7 +62,6 @@ def finish(process, folder, name):
 
 
 def seconds_between(rows, first, last):
-    """Seconds of the steps (first, last]. A step's own time is that of the log_interval it lies
-    in."""
+    """Seconds of the steps (first, last], both multiples of the log_interval."""
     seconds_at = {row["step"]: row["seconds"] for row in rows}
     return seconds_at[last] - seconds_at[first]

@@ -1,5 +1,4 @@
-"""The settings that several parts of bench.py share, and how a part hands its settings to a child
-process."""
+"""The settings that several parts of bench.py share, and how child processes get theirs."""
 from dataclasses import dataclass, fields
 
 from core.configurator import UserError
@@ -9,13 +8,14 @@ from pretraining.data import DataSettings
 
 @dataclass
 class StepSettings:
+    """A training step: the model, its data, and the machine."""
     # the model, and one training step of it
     size: str = "small"          # a row of model.SIZES
-    vocab_size: int = 8192       # tokens that embedding and head know
+    vocab_size: int = 8192       # of embedding and head
     block_size: int = 512        # tokens in a row
     rows: int = 8                # rows in a step
-    random_length: bool = True   # cut each row once, as train.py does; false: whole rows, nobody has to pad
-    mask_rate: float = 0.4       # of the tokens that an MLM sees
+    random_length: bool = True   # cut each row once, as train.py does; false: whole rows
+    mask_rate: float = 0.4       # share of the tokens that MLM hides
     checkpoint_activations: bool = False   # ours with train.py's flag
     device: str = "auto"         # cuda where there is one, else cpu
     dtype: str = "auto"          # of ours and Hugging Face's; nanoGPT takes what it ships with
@@ -28,8 +28,7 @@ class StepSettings:
         return ModelConfig(**dimensions, vocab_size=self.vocab_size, block_size=self.block_size)
 
     def data_settings(self):
-        """What pretraining.data needs to make the batches that train.py would make on one
-        device."""
+        """What pretraining.data needs to make a step's batch, the whole step in one micro-batch."""
         return DataSettings(self.block_size, batch_rows=self.rows, random_length=self.random_length,
                             mask_rate=self.mask_rate)
 
@@ -39,15 +38,17 @@ class StepSettings:
 
 
 def check_sizes(sizes, setting):
-    """Raises UserError unless every size is one of model.SIZES; `setting` is how the user wrote
-    them."""
+    """Raises UserError unless every size is one of model.SIZES.
+
+    setting: how the user wrote them, "size=7b".
+    """
     unknown = set(sizes) - set(SIZES)
     if unknown or not sizes:
         raise UserError(f"{setting}: expected sizes out of {', '.join(SIZES)}")
 
 
 def settings_for(settings_class, c, **changes):
-    """An instance of `settings_class` that takes the settings it shares with `c` from there."""
+    """A `settings_class` that takes the settings it shares with `c` from there."""
     shared = {}
     for field in fields(settings_class):
         if hasattr(c, field.name):
@@ -56,8 +57,7 @@ def settings_for(settings_class, c, **changes):
 
 
 def as_flags(c):
-    """The --key=value words that give a child process the settings of `c`; defaults are left
-    out."""
+    """The --key=value words that give a child process the settings of `c`, without defaults."""
     default = type(c)()
     flags = []
     for key, value in vars(c).items():

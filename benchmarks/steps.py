@@ -28,11 +28,11 @@ from core.device import synchronize, why_not_compile
 class Config:
     # the models, and one training step of them
     sizes: tuple = ("210m", "610m", "1b")   # rows of model.SIZES
-    vocab_size: int = 8192       # tokens that embedding and head know
+    vocab_size: int = 8192       # of embedding and head
     block_size: int = 512        # tokens in a row
     rows: int = 8                # rows in a step
     random_length: bool = True   # cut each row once, as train.py does; false: whole rows
-    mask_rate: float = 0.4       # of the tokens that an MLM sees
+    mask_rate: float = 0.4       # share of the tokens that MLM hides
     checkpoint_activations: bool = False   # ours with train.py's flag
     # how
     steps: int = 4               # timed, of each
@@ -78,8 +78,7 @@ def what_to_measure(sizes):
 
 
 def measure_step(c, size, key, folder, device):
-    """-> a row as bench.py train writes it: `seconds` of each timed step, or `why` there are
-    none"""
+    """A row as bench.py train writes it: `seconds` of each timed step, or `why` there are none."""
     settings = settings_for(StepSettings, c, size=size)
     is_compiled = c.compile and why_not_compile(device) is None
     name = contestants.NAMES[key].removesuffix(", compiled")

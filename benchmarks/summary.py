@@ -18,8 +18,7 @@ def main(path):
 
 
 def read(path):
-    """The rows of a .jsonl file, oldest first; a last line that a killed process cut off is left
-    out."""
+    """The rows of a .jsonl file, oldest first, without a last line that was cut off."""
     if not os.path.isfile(path):
         return []
     with open(path, encoding="utf-8") as f:
@@ -31,8 +30,7 @@ def rows_of(rows, *benches):
 
 
 def newest(rows, *keys):
-    """One row for each combination of the keys' values, the last one written; in the order in which
-    they first appeared."""
+    """The last row of each combination of the keys' values, in the order of their first rows."""
     rows_by_values = {}
     for row in rows:
         values = str([row.get(key) for key in keys])
@@ -44,8 +42,7 @@ def newest(rows, *keys):
 # lines
 
 def checks_in_words(rows):
-    """What bench.py alive checked, what failed, and which attention kernel --attention=auto
-    takes."""
+    """What bench.py alive checked, what failed, and the kernels that --attention=auto takes."""
     # A check may have run several times: its last run counts.
     checks = newest(rows_of(rows, "alive", "trial"), "bench", "name", "heads")
     failed = [row for row in checks if not row["ok"]]
