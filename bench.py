@@ -21,8 +21,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import alive, data, ddp, finetune, kernels, memory, profile, race, search, steady
-from benchmarks import steps, tables, train
+from benchmarks import (
+    alive,
+    data,
+    ddp,
+    finetune,
+    kernels,
+    memory,
+    profile,
+    race,
+    search,
+    steady,
+    steps,
+    tables,
+    train,
+)
 from core.configurator import run
 
 

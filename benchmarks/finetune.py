@@ -159,8 +159,12 @@ class TrainerConfig(Config):
 
 def run_trainer(c):
     """bench.py trainer CHECKPOINT: every trial loads the model anew and pads."""
-    from transformers import EuroBertConfig, EuroBertForSequenceClassification
-    from transformers import Trainer, TrainingArguments
+    from transformers import (
+        EuroBertConfig,
+        EuroBertForSequenceClassification,
+        Trainer,
+        TrainingArguments,
+    )
 
     device = pick_device(c.device)
     dtype = pick_dtype(c.dtype, device)

@@ -20,8 +20,15 @@ from benchmarks import contestants
 from benchmarks.rows import describe, log, record
 from benchmarks.settings import StepSettings, check_sizes, settings_for
 from benchmarks.summary import step_in_words
-from core.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
-from core.device import synchronize, why_not_compile
+from core.device import (
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    synchronize,
+    why_not_compile,
+)
 
 
 @dataclass
