@@ -42,13 +42,13 @@ assert fnmatch.fnmatchcase(DECOY, ODD) and not fnmatch.fnmatchcase(ODD, ODD)
 
 def content(folder):
     """{path: bytes} of all files below a folder."""
-    found = {}
+    content_of = {}
     for place, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(place, name)
             with open(path, "rb") as f:
-                found[path] = f.read()
-    return found
+                content_of[path] = f.read()
+    return content_of
 
 
 @pytest.fixture
@@ -275,14 +275,14 @@ def test_retrieval_in_odd_folders_with_finals(odd, ir, encoder, collections, tmp
     c = ir(tasks="co [1] *", pool="judged", finals=True, ckpt=odd("run", encoder, copy=True), data_dir=odd("data", tmp_path / "like", copy=True),
            cache_dir=str(tmp_path / "cache" / ODD), out_dir=str(tmp_path / "out" / ODD), steps=2)
     eval_ir.main(c)
-    found = report_read.read_trials(c.out_dir)
-    assert {(row["task"], row["pool"]) for row in found.values()} == {("co [1] *", "judged"), ("co [1] *", "full")}
-    assert {os.path.basename(os.path.dirname(path)) for path in found} == {"co [1] *", "co [1] *-judged"}
+    trials = report_read.read_trials(c.out_dir)
+    assert {(row["task"], row["pool"]) for row in trials.values()} == {("co [1] *", "judged"), ("co [1] *", "full")}
+    assert {os.path.basename(os.path.dirname(path)) for path in trials} == {"co [1] *", "co [1] *-judged"}
 
 
 # ---- sample.py, hf.py
 
-def test_an_odd_checkpoint_writes_leaves_comes_in_and_is_gone_on_from(odd, encoder, tiny, tmp_path, capsys):
+def test_an_odd_checkpoint_writes_is_exported_imported_and_trained_further(odd, encoder, tiny, tmp_path, capsys):
     run = odd("run", encoder, copy=True)
     sample.main(sample.Config(compare=(run, checkpoint.latest(run)), prompt="Peace", max_new_tokens=2))
     sample.main(sample.Config(ckpt=run, fill="The [MASK] of the Union"))

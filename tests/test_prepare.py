@@ -1,4 +1,4 @@
-"""Preparation: every format gives the same tokens, nothing half looks whole, bad documents are named."""
+"""Preparation: every format gives the same tokens, nothing unfinished looks complete, bad documents are named."""
 import gzip
 import json
 import lzma
@@ -56,27 +56,28 @@ def test_every_format_gives_the_same_shards(tmp_path, kind):
 
 def test_the_shards_hold_the_documents_each_closed_by_eos(tmp_path):
     prepare(write(tmp_path / "a", "txt"), tmp_path / "x", shard_tokens=5_000)
-    t, found = tokenizer.load(tmp_path / "x"), {}
+    t = tokenizer.load(tmp_path / "x")
+    decoded = {}
     for split in ("train", "val"):
         corpus = data.Corpus(str(tmp_path / "x"), split)
         ids = corpus.read(0, corpus.n_tokens)
         assert ids[-1] == t.eos_id
-        found[split] = [t.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == t.eos_id))[:-1]]
-        found[split] = [text.removeprefix("<|eos|>") for text in found[split]]
+        decoded[split] = [t.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == t.eos_id))[:-1]]
+        decoded[split] = [text.removeprefix("<|eos|>") for text in decoded[split]]
     held_out = [hashed(text) < 0.2 for text in texts()]
-    assert found["val"] == [text for text, out in zip(texts(), held_out) if out] != []
-    assert found["train"] == [text for text, out in zip(texts(), held_out) if not out]
+    assert decoded["val"] == [text for text, out in zip(texts(), held_out) if out] != []
+    assert decoded["train"] == [text for text, out in zip(texts(), held_out) if not out]
     assert len(data.Corpus(str(tmp_path / "x")).shards) > 3
 
 
-def test_killed_at_any_moment_it_leaves_whole_shards_only_and_goes_on(tmp_path):
+def test_killed_at_any_moment_it_leaves_complete_shards_only_and_resumes(tmp_path):
     words = ["prepare_fineweb.py", "--tokenizer=train:512", "--val_fraction=0.1", "--shard_tokens=40000", "--threads=1"]
     assert run_python([*words, f"--out={tmp_path}/whole"]).returncode == 0
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in os.listdir(tmp_path / "whole")}
     broken = tmp_path / "broken"
-    for wanted in (2, 7, 20):
+    for number in (2, 7, 20):
         process = subprocess.Popen([sys.executable, *words, f"--out={broken}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (broken / f"train_{wanted:05d}.bin").exists():
+        while process.poll() is None and not (broken / f"train_{number:05d}.bin").exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()

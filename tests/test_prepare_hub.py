@@ -167,13 +167,13 @@ def test_the_hub_gives_the_tokens_that_the_same_documents_give_locally(online, w
 
 
 def test_the_manifest_says_what_is_in_the_shards_and_where_they_come_from(whole):
-    m, found = manifest(whole), shards(whole)
+    m, content = manifest(whole), shards(whole)
     assert m["duplicates"] == 4 and m["blank_documents"] == 1 and m["commit"] == COMMIT
     assert m["tokenizer_hash"] == tokenizer.load(whole).hash.hex() and m["settings"]["source"] == SOURCE
     assert [path for path, _ in m["files"]] == [f"sample/10BT/{k:03d}_00000.parquet" for k in range(3)]
-    assert set(m["shards"]) == set(found) and len(found) > 8
+    assert set(m["shards"]) == set(content) and len(content) > 8
     assert all(set(os.listdir(whole / "files" / f"{k:05d}")) == {"documents.bin", "facts.json"} for k in range(3))      # no token twice on disk
-    for name, raw in found.items():
+    for name, raw in content.items():
         body = np.frombuffer(raw[HEADER_BYTES:], np.uint16)
         assert m["shards"][name] == {"documents": int((body == tokenizer.load(whole).eos_id).sum()), "tokens": len(body), "crc32": f"{zlib.crc32(body):08x}"}
     for split in ("train", "val"):
@@ -193,7 +193,7 @@ def test_dropped_connections_and_503s_are_survived_with_the_same_bytes(online, w
     assert {"drop", "503"} == set(struck) and len(struck) >= 3
 
 
-def test_beyond_the_limit_it_stops_cleanly_and_the_same_command_goes_on_behind_the_whole_files(online, whole, tmp_path):
+def test_beyond_the_limit_it_stops_cleanly_and_the_same_command_resumes_after_the_complete_files(online, whole, tmp_path):
     asked = []
 
     def down(name, number):
@@ -214,14 +214,14 @@ def test_beyond_the_limit_it_stops_cleanly_and_the_same_command_goes_on_behind_t
     assert sorted(os.listdir(tmp_path / "x" / "files")) == ["00000", "00001", "00002"]
 
 
-def test_killed_it_leaves_whole_files_only_and_the_same_command_gives_the_same_bytes(hub, whole, tmp_path):
+def test_killed_it_leaves_complete_files_only_and_the_same_command_gives_the_same_bytes(hub, whole, tmp_path):
     """Two workers; the server holds back the last file until the kill, so that this one is half done and the others whole."""
     held, out = threading.Event(), tmp_path / "x"
     hub.faults = lambda name, number: held.wait(60) and None if "002_" in name and os.path.isdir(out / "files") else None
     process = subprocess.Popen([sys.executable, *command(out)], cwd=ROOT, env={**os.environ, **hub.env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((out / "files" / "00000").exists() and (out / "files" / "00001").exists() and list(out.glob("files/00002.*"))):
         for folder in out.glob("files/0000?"):
-            assert {"documents.bin", "facts.json", "train_000.bin"} <= set(os.listdir(folder)), "a file is there before it is whole"
+            assert {"documents.bin", "facts.json", "train_000.bin"} <= set(os.listdir(folder)), "a folder is there before it is complete"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it finished before it could be killed"
@@ -236,7 +236,7 @@ def test_killed_it_leaves_whole_files_only_and_the_same_command_gives_the_same_b
     assert sorted(os.listdir(out / "files")) == ["00000", "00001", "00002"]
 
 
-def test_killed_while_the_shards_are_put_together_it_goes_on_to_the_same_bytes(online, whole, tmp_path, monkeypatch):
+def test_killed_while_the_shards_are_put_together_it_resumes_to_the_same_bytes(online, whole, tmp_path, monkeypatch):
     place, placed = assemble.place, []
     for last in (0, 3, 7):
         def dies(*arguments, last=last):
