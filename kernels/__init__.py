@@ -7,7 +7,8 @@
     triton_attention   our own kernels, for CUDA GPUs
     blocks             how many rows a program of them works on, for each kind of GPU
     varlen             PyTorch's packed attention, for CUDA GPUs
-    sdpa, sdpa_cpu     PyTorch's scaled_dot_product_attention, a call a sequence; the fast path of a CPU
+    sdpa, sdpa_cpu     PyTorch's scaled_dot_product_attention, one call per sequence: the fast path
+                       of a CPU
     reference          both definitions, dense and slow
     cross_entropy      the LM head and its loss, a chunk of logits at a time
 """

@@ -1,130 +1,210 @@
-"""LM head and cross-entropy in one, over target positions only and a chunk of rows at a time.
+"""The LM head and its cross-entropy in one function, over target positions only, a chunk at a time.
 
-The logits of a step would be the largest tensor of the whole program (24,576 positions x 128,256 in fp32: 11.7 GiB, and
-autograd keeps copies). Here one chunk of them is alive, in the inputs' dtype and in one buffer for all chunks; its loss and
-its gradient are computed together in the forward pass, the gradient over the logits, and the backward pass only scales.
-Same FLOPs as the dense way, and on a GPU some 10 bytes of memory traffic a logit instead of some 34 (counted).
+The logits of a step would be the largest tensor of the whole program: 24,576 positions x 128,256 in
+fp32 are 11.7 GiB, and autograd keeps copies. Here only one chunk of rows is alive, in the dtype of
+the inputs, and all chunks use the same buffer. The forward pass computes a chunk's loss and right
+away its gradient, which is written over the logits. The backward pass only scales. This takes as
+many FLOPs as the dense way, and on a GPU some 10 bytes of memory traffic per logit instead of some
+34 (counted).
 
     for each chunk of rows:   logits = h W^T             # [n, V], a library product
-                              logits <- softmax - 1hot   # in place, a row a program: `row_kernel`; in torch elsewhere
+                              logits <- softmax - 1hot   # in place: row_kernel on a GPU, else torch
                               dh = logits W              # [n, C]
                               dW += logits^T h           # [V, C], summed over the chunks in fp32
 
-PyTorch's own F.linear_cross_entropy (2.13) chunks too, but returns the sum in bf16 (10.5 for 10.74), so it is no substitute.
+PyTorch's own F.linear_cross_entropy (2.13) works in chunks too, but returns the sum in bf16 (10.5
+for 10.74), so it cannot replace this.
 """
+
 import torch
 
 try:
     import triton
     import triton.language as tl
-except ImportError:   # no Triton on this platform: the torch path below is all there is
+except ImportError:  # no Triton on this platform: use the torch path below
     triton = None
 
-# most logits in a chunk: what a CPU's cache holds; 2 GiB in bf16 on a GPU, where few large products beat many small ones
+# The most logits in a chunk. A CPU gets what its cache holds. A GPU gets 2 GiB in bf16, because few
+# large products are faster than many small ones.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 30}
-CHUNK_ROWS = 512      # but at least so many rows: each chunk adds to all of dW, and few rows make a poor product (LOG.md)
+
+# But at least so many rows: each chunk adds to all of dW, and few rows make a slow product
+# (LOG.md).
+CHUNK_ROWS = 512
+
+
+# ---- the loss of one chunk of logits, and its gradient
+
 
 if triton:
+
     @triton.jit
     def row_kernel(LOGITS, TARGETS, LOSS, row_stride, V, B: tl.constexpr, GRADIENT: tl.constexpr):
-        """One row of logits [V]: its loss, and over it the loss's gradient, zeros where there is no target (-100).
+        """Compute the loss of one row of logits [V], and write its gradient over the logits.
 
-        The first pass is an online maximum and sum; what the second reads is still in the L2 cache (132 rows of 128,256
-        in bf16 are 34 MB). int64 offsets: 24,576 x 128,256 is more than 2^31.
+        Both are zero where there is no target (-100). The first pass keeps a running maximum and
+        sum. What the second pass reads is still in the L2 cache: 132 rows of 128,256 in bf16 are
+        34 MB. Offsets are int64, because 24,576 x 128,256 is more than 2^31.
         """
         row = tl.program_id(0).to(tl.int64)
         LOGITS += row * row_stride
         target = tl.load(TARGETS + row)
-        wanted = target >= 0
-        at_target = tl.load(LOGITS + tl.where(wanted, target, 0)).to(tl.float32)   # before the second pass writes over it
-        top, total = float("-inf"), 0.0
+        has_target = target >= 0
+        # Read this logit before the second pass writes over it.
+        at_target = tl.load(LOGITS + tl.where(has_target, target, 0)).to(tl.float32)
+
+        # The log-sum-exp of the row.
+        row_max = float("-inf")
+        row_sum = 0.0
         for begin in tl.range(0, V, B):
             i = begin + tl.arange(0, B)
             x = tl.load(LOGITS + i, mask=i < V, other=float("-inf")).to(tl.float32)
-            new_top = tl.maximum(top, tl.max(x, 0))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
-            top = new_top
-        lse = top + tl.log(total)
-        tl.store(LOSS + row, tl.where(wanted, lse - at_target, 0.0))
+            new_max = tl.maximum(row_max, tl.max(x, 0))
+            row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(x - new_max), 0)
+            row_max = new_max
+        lse = row_max + tl.log(row_sum)
+        tl.store(LOSS + row, tl.where(has_target, lse - at_target, 0.0))
+
+        # The gradient: softmax - one-hot.
         if GRADIENT:
             for begin in tl.range(0, V, B):
                 i = begin + tl.arange(0, B)
                 x = tl.load(LOGITS + i, mask=i < V, other=float("-inf")).to(tl.float32)
-                gradient = tl.where(wanted, tl.exp(x - lse) - tl.where(i == target, 1.0, 0.0), 0.0)
+                one_hot = tl.where(i == target, 1.0, 0.0)
+                gradient = tl.where(has_target, tl.exp(x - lse) - one_hot, 0.0)
                 tl.store(LOGITS + i, gradient.to(LOGITS.dtype.element_ty), mask=i < V)
 
 
-def softmax_loss(logits, targets, need_grad, impl):
-    """-> sum of losses (fp32); logits [n, V] become the gradient of that sum, if needed."""
+def triton_loss(logits, targets, need_gradient):
+    """See softmax_loss: one program of row_kernel for each row."""
     n, V = logits.shape
-    if impl == "triton":
-        losses = torch.empty(n, dtype=torch.float32, device=logits.device)
-        row_kernel[(n,)](logits, targets, losses, logits.stride(0), V, B=min(8192, triton.next_power_of_2(V)),
-                         GRADIENT=need_grad, num_warps=8)
-        return losses.sum()
-    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)                     # [n, V]
-    wanted = targets >= 0
-    index = targets.clamp(min=0).unsqueeze(1)                                         # [n, 1]
-    loss = -(log_p.gather(1, index).squeeze(1) * wanted).sum()
-    if need_grad:
-        p = log_p.exp_().scatter_add_(1, index, log_p.new_full((1, 1), -1.0).expand_as(index))   # softmax - one-hot
-        logits.copy_(p.mul_(wanted.unsqueeze(1)))
+    losses = torch.empty(n, dtype=torch.float32, device=logits.device)
+    B = min(8192, triton.next_power_of_2(V))
+    row_kernel[(n,)](
+        logits, targets, losses, logits.stride(0), V, B=B, GRADIENT=need_gradient, num_warps=8
+    )
+    return losses.sum()
+
+
+def torch_loss(logits, targets, need_gradient):
+    """See softmax_loss."""
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)  # [n, V]
+    has_target = targets >= 0  # [n]
+    index = targets.clamp(min=0).unsqueeze(1)  # [n, 1]
+    log_p_of_target = log_p.gather(1, index).squeeze(1)  # [n]
+    loss = -(log_p_of_target * has_target).sum()
+    if need_gradient:
+        minus_one = log_p.new_full((1, 1), -1.0).expand_as(index)
+        gradient = log_p.exp_().scatter_add_(1, index, minus_one)  # softmax - one-hot
+        logits.copy_(gradient.mul_(has_target.unsqueeze(1)))
     return loss
 
 
+def softmax_loss(logits, targets, need_gradient, impl):
+    """Return the sum of the losses (fp32) of logits [n, V] at targets [n].
+
+    If the gradient of that sum is needed, it is written over the logits.
+    """
+    if impl == "triton":
+        return triton_loss(logits, targets, need_gradient)
+    return torch_loss(logits, targets, need_gradient)
+
+
+# ---- all chunks
+
+
+def rows_per_chunk(device_type, N, V):
+    """Return how many of N rows of V logits are computed at once: few chunks, of equal size."""
+    most_elements = CHUNK_ELEMENTS.get(device_type, 1 << 27)
+    most_rows = max(CHUNK_ROWS, most_elements // V)
+    n_chunks = max(1, -(-N // most_rows))
+    rows = -(-N // n_chunks)
+    if device_type == "cuda":  # whole tiles of a GPU's products
+        rows = min(N, -(-rows // 128) * 128)
+    return rows
+
+
+def weight_gradient(logits_gradient, hidden):
+    """[n, V], [n, C] -> [V, C] in fp32"""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(logits_gradient.T, hidden, out_dtype=torch.float32)
+    return (logits_gradient.T @ hidden).float()
+
+
 class LinearCrossEntropy(torch.autograd.Function):
+    """The forward pass computes the gradients, too, because the logits are gone afterwards."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, impl):
-        need_h, need_w = ctx.needs_input_grad[:2]
-        kind, N, V = hidden.device.type, hidden.shape[0], weight.shape[0]
-        chunks = -(-N // max(CHUNK_ROWS, CHUNK_ELEMENTS.get(kind, 1 << 27) // V))     # as few as fit, and equal
-        rows = -(-N // max(1, chunks))
-        rows = min(N, -(-rows // 128) * 128) if kind == "cuda" else rows              # whole tiles of a GPU's products
-        w, h = weight.to(hidden.dtype), hidden.contiguous()
-        buffer = hidden.new_empty(rows, V)                                            # [n, V], the only logits there are
+        need_dh, need_dw = ctx.needs_input_grad[:2]
+        N = hidden.shape[0]
+        V = weight.shape[0]
+        rows = rows_per_chunk(hidden.device.type, N, V)
+        w = weight.to(hidden.dtype)  # [V, C]
+        h = hidden.contiguous()  # [N, C]
+        buffer = hidden.new_empty(rows, V)  # the only logits there are
         total = hidden.new_zeros((), dtype=torch.float32)
-        dh = torch.empty_like(h) if need_h else None
+        dh = torch.empty_like(h) if need_dh else None
         dw = None
-        for i in range(0, N, rows or 1):
-            some = h[i:i + rows]
-            logits = torch.mm(some, w.T, out=buffer[:len(some)])                      # [n, C] [C, V] -> [n, V]
-            total += softmax_loss(logits, targets[i:i + rows], need_h or need_w, impl)
-            if need_h:
-                torch.mm(logits, w, out=dh[i:i + rows])                               # [n, V] [V, C] -> [n, C]
-            if need_w:
-                part = torch.mm(logits.T, some, out_dtype=torch.float32) if kind == "cuda" and h.dtype != torch.float32 \
-                    else (logits.T @ some).float()                                    # [V, n] [n, C] -> [V, C]
-                dw = part if dw is None else dw.add_(part)      # no zeros to add to: on a GPU two passes over [V, C] less
-        if need_w and dw is None:
+        for start in range(0, N, max(1, rows)):
+            chunk = h[start : start + rows]  # [n, C]
+            chunk_targets = targets[start : start + rows]  # [n]
+            logits = torch.mm(chunk, w.T, out=buffer[: len(chunk)])  # [n, C] [C, V] -> [n, V]
+            total += softmax_loss(logits, chunk_targets, need_dh or need_dw, impl)
+            # From here on `logits` holds the gradient of the loss.
+            if need_dh:
+                torch.mm(logits, w, out=dh[start : start + rows])  # [n, V] [V, C] -> [n, C]
+            if need_dw:
+                chunk_dw = weight_gradient(logits, chunk)  # [V, C]
+                # The first chunk's gradient becomes the sum. Adding it to zeros instead would be
+                # two more passes over [V, C].
+                dw = chunk_dw if dw is None else dw.add_(chunk_dw)
+        if need_dw and dw is None:  # there were no rows
             dw = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx, scale):
+    def backward(ctx, grad):
+        """grad: the gradient of the summed loss, a number by which both gradients are scaled."""
         dh, dw = ctx.saved_tensors
-        return (None if dh is None else dh * scale.to(dh.dtype),
-                None if dw is None else (dw * scale).to(ctx.weight_dtype), None, None)
+        if dh is not None:
+            dh = dh * grad.to(dh.dtype)
+        if dw is not None:
+            dw = (dw * grad).to(ctx.weight_dtype)
+        return dh, dw, None, None
+
+
+def check(hidden, weight, targets, impl):
+    """Raise ValueError, with a message of one line, if the inputs do not fit together."""
+    is_matrix = hidden.ndim == 2 and weight.ndim == 2
+    if not is_matrix or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {list(hidden.shape)}, weight {list(weight.shape)}, "
+            f"targets {list(targets.shape)}: expected [N, C], [V, C], [N]"
+        )
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(
+            f"linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, "
+            f"targets on {targets.device}: expected one device"
+        )
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"linear_cross_entropy: impl={impl}: expected auto, triton or torch")
 
 
 def linear_cross_entropy(hidden, weight, targets, impl="auto"):
-    """Sum of cross-entropies of softmax(hidden @ weight.T) at targets, differentiable in hidden and weight.
+    """Return the sum of the cross-entropies of softmax(hidden @ weight.T) at targets.
 
-    hidden [N, C]; weight [V, C]; targets [N] int64, -100 where there is none. Under autocast the products run in its
-    dtype; softmax, loss and the weight's gradient are fp32. -> fp32 scalar
-    impl: "triton" (row_kernel), "torch", or "auto": Triton on a GPU. Raises ValueError for what does not fit.
+    hidden [N, C], weight [V, C], targets [N] int64, -100 where there is none. -> fp32 scalar,
+    differentiable in hidden and weight. Under autocast the products run in its dtype; softmax, loss
+    and the weight's gradient are fp32. impl: "triton" (row_kernel), "torch", or "auto": Triton on a
+    GPU. Raises ValueError for inputs that do not fit together.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets "
-                         f"{list(targets.shape)}: expected [N, C], [V, C], [N]")
-    if not hidden.device == weight.device == targets.device:
-        raise ValueError(f"linear_cross_entropy: hidden on {hidden.device}, weight on {weight.device}, targets on {targets.device}")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"linear_cross_entropy: impl={impl}: expected auto, triton or torch")
+    check(hidden, weight, targets, impl)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
     if impl == "auto":
-        impl = "triton" if triton and kind == "cuda" else "torch"
+        impl = "triton" if triton and device_type == "cuda" else "torch"
     return LinearCrossEntropy.apply(hidden, weight, targets, impl)

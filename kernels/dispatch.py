@@ -224,7 +224,8 @@ def layer_seconds(name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows)
 
 
 def check(q, k, v, cu_seqlens):
-    """Raise ValueError, with a message of one line, if no implementation could compute these inputs.
+    """Raise ValueError, with a message of one line, if no implementation could compute these
+    inputs.
 
     The values of cu_seqlens are checked on a CPU only. On a GPU reading them would make the host
     wait for the device in every layer, so bad values are not noticed there. A compiled function

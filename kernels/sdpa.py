@@ -1,10 +1,14 @@
-"""Packed attention by PyTorch's own fused kernels, one call a sequence: runs everywhere, needs no Triton.
+"""Packed attention by PyTorch's own fused kernels, one call per sequence. It runs everywhere.
 
-One custom op with a fake and an autograd formula, so torch.compile sees a single node and no graph break however many
-sequences there are. The loop reads cu_seqlens on the host, which on a GPU is one synchronisation a layer: this is the
-portable path, not the fast one. On a CPU a call costs more than a sentence's arithmetic, so sentences of about one length
-are computed together (LOG.md).
+The loop over sequences is hidden in one custom operator with its own backward pass, so
+torch.compile sees a single node however many sequences there are. The loop reads cu_seqlens on the
+host. On a GPU the host then waits for the device in every layer: this is the portable path, not the
+fast one.
+
+On a CPU one call costs more than the arithmetic of a sentence. So short sequences of about the same
+length are computed together, as one batch (LOG.md).
 """
+
 import functools
 from collections import defaultdict
 from typing import NamedTuple
@@ -14,180 +18,337 @@ import torch.nn.functional as F
 
 from . import sdpa_cpu
 
-SHORT, GRAIN = 128, 16     # sequences of up to SHORT tokens that fill the same multiple of GRAIN are computed together on a CPU
+# On a CPU, sequences of up to SHORT tokens are computed together if their lengths are the same
+# after rounding up to a multiple of GRAIN.
+SHORT = 128
+GRAIN = 16
 
 
-class Together(NamedTuple):
-    """G sequences as one call: their rows of [T * heads, D], as [G * H, L, D]; shorter ones repeat their last token."""
-    length: int                # L, of the longest
-    q: torch.Tensor            # [G * H * L] rows of q
-    kv: torch.Tensor           # [G * H * L] rows of k and v: each KV head stands for its group of query heads
-    hidden: torch.Tensor       # bool [G * H, 1, L]: keys that are repetitions
-    tokens: torch.Tensor       # [n] the sequences' real tokens ...
-    real: torch.Tensor         # [n * H] ... and where the result has them
-    real_kv: torch.Tensor      # [n * Hkv] ... and where a gradient of k and v has them
+def kernel_for(q):
+    """Return which kernel computes a sequence.
+
+    "matmul": matrix products, sdpa_cpu.py (CPU, bf16). "flash": PyTorch's flash kernel for CPUs
+    (CPU, other dtypes). "device": whatever PyTorch has for another device.
+    """
+    if q.device.type != "cpu":
+        return "device"
+    return "matmul" if q.dtype == torch.bfloat16 else "flash"
 
 
-@functools.lru_cache(maxsize=8)     # all layers ask about the same batch, forward and backward
-def plan(bounds, heads, kv_heads, together):
-    """cu_seqlens as a tuple -> [(start, end)] of what is computed alone, [Together] of the rest."""
-    alone, short = [], defaultdict(list)
-    for s, e in zip(bounds, bounds[1:]):
-        if e > s:
-            (short[-(-(e - s) // GRAIN)] if together and e - s <= SHORT else alone).append((s, e))
-    alone += [spans[0] for spans in short.values() if len(spans) == 1]
-    return alone, [together_of(spans, heads, kv_heads) for spans in short.values() if len(spans) > 1]
+# ---- which sequences are computed together
 
 
-def together_of(spans, heads, kv_heads):
-    start, end = (x[:, None] for x in torch.tensor(spans).unbind(1))                            # [G, 1] each
-    position = start + torch.arange(int((end - start).max()))                                   # [G, L]
-    L = position.shape[1]
-    real, token = position < end, position.minimum(end - 1)
+class Batch(NamedTuple):
+    """n sequences that are computed by one call, as tensors [n * H, L, D].
 
-    def rows(n, head):     # of [T * n, D], in the order [G, H, L]
-        return (token[:, None] * n + head[:, None]).flatten()
+    L is the length of the longest one. The others repeat their last token up to L: as keys the
+    repetitions are hidden, and as queries their results are dropped. "Row" below means a row of a
+    tensor seen as a matrix with D columns.
+    """
 
-    def places(n):         # of a [G * n * L, D] result, in the order [tokens, n]
-        g, l = real.nonzero(as_tuple=True)
-        return ((g[:, None] * n + torch.arange(n)) * L + l[:, None]).flatten()
-
-    head = torch.arange(heads)
-    return Together(L, rows(heads, head), rows(kv_heads, head // (heads // kv_heads)),
-                    (~real).repeat_interleave(heads, dim=0)[:, None], token[real], places(heads), places(kv_heads))
-
-
-def take(x, rows, p):
-    """x [T, heads, D] -> [G * H, L, D]"""
-    return x.reshape(-1, x.shape[2]).index_select(0, rows).view(-1, p.length, x.shape[2])
+    length: int  # L
+    q_rows: torch.Tensor  # [n * H * L] the rows of q [T * H, D]
+    kv_rows: torch.Tensor  # [n * H * L] those of k and v: for each query head its KV head
+    is_hidden: torch.Tensor  # bool [n * H, 1, L] keys that are repetitions
+    tokens: torch.Tensor  # [m] the tokens of these sequences
+    q_results: torch.Tensor  # [m * H] their rows in a result [n * H * L, D] ...
+    kv_results: torch.Tensor  # [m * Hkv] ... and in a gradient of k or v [n * Hkv * L, D]
 
 
-def put(out, y, places, tokens):
-    """y [G * heads, L, D] -> its real tokens' rows of out [T, heads, D]"""
-    real = y.reshape(-1, y.shape[2]).index_select(0, places)
+@functools.lru_cache(maxsize=8)  # all layers ask about the same batch, forward and backward
+def plan(bounds, n_head, n_kv_head, is_cpu):
+    """Decide how to compute the sequences of a packed batch; bounds is cu_seqlens as a tuple.
+
+    -> [(start, end)] of the sequences that are computed alone, [Batch] of those computed together
+    """
+    alone = []
+    short = defaultdict(list)  # {length in units of GRAIN, rounded up: [(start, end)]}
+    for start, end in zip(bounds, bounds[1:]):
+        length = end - start
+        if length <= 0:
+            continue
+        if is_cpu and length <= SHORT:
+            short[-(-length // GRAIN)].append((start, end))
+        else:
+            alone.append((start, end))
+
+    batches = []
+    for spans in short.values():
+        if len(spans) == 1:
+            alone.append(spans[0])
+        else:
+            batches.append(batch_of(spans, n_head, n_kv_head))
+    return alone, batches
+
+
+def batch_of(spans, n_head, n_kv_head):
+    """Return the Batch of the sequences with these (start, end)."""
+    start, end = (x[:, None] for x in torch.tensor(spans).unbind(1))  # [n, 1] each
+    L = int((end - start).max())
+    position = start + torch.arange(L)  # [n, L]
+    is_real = position < end
+    token = position.minimum(end - 1)  # the last one repeated
+
+    def input_rows(heads_per_token, head):
+        """Rows of [T * heads_per_token, D], in the order [n, H, L]."""
+        return (token[:, None] * heads_per_token + head[:, None]).flatten()
+
+    def result_rows(heads):
+        """Rows of a result [n * heads * L, D], in the order [m, heads]."""
+        sequence, place = is_real.nonzero(as_tuple=True)  # [m] each
+        row_of_head = sequence[:, None] * heads + torch.arange(heads)  # [m, heads]
+        return (row_of_head * L + place[:, None]).flatten()
+
+    head = torch.arange(n_head)
+    kv_head = head // (n_head // n_kv_head)
+    return Batch(
+        length=L,
+        q_rows=input_rows(n_head, head),
+        kv_rows=input_rows(n_kv_head, kv_head),
+        is_hidden=(~is_real).repeat_interleave(n_head, dim=0)[:, None],
+        tokens=token[is_real],
+        q_results=result_rows(n_head),
+        kv_results=result_rows(n_kv_head),
+    )
+
+
+def gather(x, rows, batch):
+    """x [T, heads, D] -> the sequences of a batch [n * H, L, D]"""
+    D = x.shape[2]
+    return x.reshape(-1, D).index_select(0, rows).view(-1, batch.length, D)
+
+
+def scatter(out, y, rows, tokens):
+    """Write the real tokens of a batch's result y [n * heads, L, D] into out [T, heads, D]."""
+    real = y.reshape(-1, y.shape[2]).index_select(0, rows)  # [m * heads, D]
     out.flatten(1).index_copy_(0, tokens, real.view(len(tokens), -1))
 
 
 def heads_first(x, start, end, group=1):
-    """[T, Hkv, D] -> one sequence as [H, L, D], each KV head repeated for its group of query heads."""
-    x = x[start:end].transpose(0, 1)
-    x = x.repeat_interleave(group, dim=0) if group > 1 else x
-    return x.contiguous() if way(x) == "matmul" else x     # see sdpa_cpu: its products want it so, the others do not care
+    """Return one sequence of x [T, Hkv, D] as [H, L, D].
+
+    Each KV head is repeated for the query heads of its group. sdpa_cpu needs the result
+    contiguous, the other kernels do not.
+    """
+    x = x[start:end].transpose(0, 1)  # [Hkv, L, D]
+    if group > 1:
+        x = x.repeat_interleave(group, dim=0)  # [H, L, D]
+    return x.contiguous() if kernel_for(x) == "matmul" else x
 
 
-def way(q):
-    """Which kernel computes a sequence: "matmul" (CPU, bf16), "flash" (CPU, fp32 and fp64) or "device" (all else)."""
-    return "device" if q.device.type != "cpu" else "matmul" if q.dtype == torch.bfloat16 else "flash"
+def sum_over_groups(grad, group):
+    """Add up the gradients that a KV head gets from its query heads. [H, L, D] -> [Hkv, L, D]"""
+    return grad.unflatten(0, (-1, group)).sum(1) if group > 1 else grad
 
 
-def kept_for_backward(q, training):
-    """Empty room for what a kernel's backward wants of its forward: the flash kernel's log-sum-exp [H, T], softmax weights
-    [T * H * KEEP] of the matrix products, nothing [0] elsewhere. Its size depends on shapes alone, as torch.compile wants."""
+# ---- what the forward pass saves for the backward pass
+
+
+def memory_for_backward(q, training):
+    """Return one tensor for all that the kernel's backward pass needs of its forward pass.
+
+    "flash": the log-sum-exps of the scores [H, T]; sequences computed together leave zeros there.
+    "matmul": softmax weights [T * H * KEEP]. "device": nothing, [0]. The size depends on shapes
+    alone, which torch.compile needs.
+    """
     T, H, _ = q.shape
-    if way(q) == "flash":
-        return q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))     # what is computed together has none
-    return q.new_empty(T * H * sdpa_cpu.KEEP if way(q) == "matmul" and training else 0)
+    if kernel_for(q) == "flash":
+        return q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    if kernel_for(q) == "matmul" and training:
+        return q.new_empty(T * H * sdpa_cpu.KEEP)
+    return q.new_empty(0)
 
 
-def room(kept, used, heads, length):
-    """The next part of the kept softmax weights [T * H * KEEP], for [heads, length, length] of them, and where it ends; nothing
-    where none are kept. Several sequences never need more than their tokens' share: the shortest that fills a multiple of
-    GRAIN has L - GRAIN + 1 tokens, and L^2 <= KEEP * (L - GRAIN + 1) for all L <= SHORT."""
-    if kept.ndim == 2 or not kept.numel() or length > sdpa_cpu.KEEP:
-        return kept.new_empty(0), used
-    end = used + heads * length * length
-    return kept[used:end], end
+class Saved:
+    """The memory that memory_for_backward made, and which part of it belongs to which sequence.
+
+    The backward pass asks for the parts in the order of the forward pass, so it gets the same ones.
+    """
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.used = 0
+
+    def lse(self, start, end):
+        """The log-sum-exps of one sequence, for the flash kernel. -> [H, L]"""
+        return self.memory[:, start:end]
+
+    def weights(self, heads, length):
+        """The next heads * length^2 softmax weights; an empty tensor if none are saved.
+
+        The memory of a batch is never too small. The shortest sequence whose length rounds up to L
+        has L - GRAIN + 1 tokens, and L^2 <= KEEP * (L - GRAIN + 1) for all L <= SHORT.
+        """
+        has_weights = self.memory.ndim == 1 and self.memory.numel() > 0
+        if not has_weights or length > sdpa_cpu.KEEP:
+            return self.memory.new_empty(0)
+        first = self.used
+        self.used += heads * length * length
+        return self.memory[first : self.used]
+
+
+# ---- one sequence
+
+
+def forward_alone(q, k, v, start, end, causal, saved):
+    """q, k, v [H, L, D] of the sequence [start, end) -> its output [H, L, D]"""
+    kernel = kernel_for(q)
+    if kernel == "matmul":
+        heads, length, _ = q.shape
+        return sdpa_cpu.forward(q, k, v, saved.weights(heads, length), causal)
+    if kernel == "flash":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[None], k[None], v[None], 0.0, causal
+        )
+        saved.lse(start, end).copy_(lse[0])
+        return out[0]
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)[0]
+
+
+def backward_alone(grad, q, k, v, out, start, end, causal, saved):
+    """-> gradients of q, k, v [H, L, D] for a gradient of the output [H, L, D]"""
+    kernel = kernel_for(q)
+    if kernel == "matmul":
+        heads, length, _ = q.shape
+        return sdpa_cpu.backward(grad, q, k, v, saved.weights(heads, length), causal)
+    batched = [x[None] for x in (q, k, v)]
+    if kernel == "flash":
+        lse = saved.lse(start, end)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad[None], *batched, heads_first(out, start, end)[None], lse[None], 0.0, causal
+        )
+    else:
+        # The kernels of other devices keep state of their own between forward and backward, which
+        # this operator cannot keep for them. So run the forward pass again.
+        with torch.enable_grad():
+            batched = [x.detach().requires_grad_() for x in batched]
+            again = F.scaled_dot_product_attention(*batched, is_causal=causal)
+            grads = torch.autograd.grad(again, batched, grad[None])
+    return [g[0] for g in grads]
+
+
+# ---- the operator that PyTorch sees: one node for torch.compile, with its own backward pass
 
 
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool, training: bool
-         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [T, H, D], what the backward pass wants besides (kept_for_backward)"""
-    out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
-    group, used = q.shape[1] // k.shape[1], 0
-    alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], k.shape[1], q.device.type == "cpu")
-    if together:
-        q, k, v = (x.contiguous() for x in (q, k, v))                               # v is strided: once, not in each take()
-    for p in together:
-        args = take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
-        weights, used = room(kept, used, *args[0].shape[:2])
-        put(out, sdpa_cpu.forward(*args, weights, causal, p.hidden), p.real, p.tokens)
-    for s, e in alone:
-        args = heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)
-        if way(q) == "matmul":
-            weights, used = room(kept, used, *args[0].shape[:2])
-            o = sdpa_cpu.forward(*args, weights, causal)
-        elif way(q) == "flash":
-            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[None] for x in args), 0.0, causal)
-            o, kept[:, s:e] = o[0], lse[0]
-        else:
-            o = F.scaled_dot_product_attention(*(x[None] for x in args), is_causal=causal)[0]
-        out[s:e] = o.transpose(0, 1)                                                # [H, L, D] -> [L, H, D]
-    return out, kept
+def sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+    training: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [T, H, D], what the backward pass needs besides (memory_for_backward)"""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    memory = memory_for_backward(q, training)
+    saved = Saved(memory)
+    n_head = q.shape[1]
+    n_kv_head = k.shape[1]
+    group = n_head // n_kv_head
+    bounds = tuple(cu_seqlens.tolist())
+    alone, batches = plan(bounds, n_head, n_kv_head, q.device.type == "cpu")
+
+    if batches:
+        # v is strided. Copy it once here, not in each gather.
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    for batch in batches:
+        q_batch = gather(q, batch.q_rows, batch)  # [n * H, L, D], as the next two
+        k_batch = gather(k, batch.kv_rows, batch)
+        v_batch = gather(v, batch.kv_rows, batch)
+        weights = saved.weights(q_batch.shape[0], batch.length)
+        y = sdpa_cpu.forward(q_batch, k_batch, v_batch, weights, causal, batch.is_hidden)
+        scatter(out, y, batch.q_results, batch.tokens)
+
+    for start, end in alone:
+        q_heads = heads_first(q, start, end)  # [H, L, D], as the next two
+        k_heads = heads_first(k, start, end, group)
+        v_heads = heads_first(v, start, end, group)
+        y = forward_alone(q_heads, k_heads, v_heads, start, end, causal, saved)
+        out[start:end] = y.transpose(0, 1)  # [H, L, D] -> [L, H, D]
+    return out, memory
 
 
 @sdpa.register_fake
-def _(q, k, v, cu_seqlens, causal, training):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), kept_for_backward(q, training)
+def _(q, _k, _v, _cu_seqlens, _causal, training):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, memory_for_backward(q, training)
 
 
 @torch.library.custom_op("nanoencoder::sdpa_backward", mutates_args=())
-def sdpa_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-                  kept: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
-                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sdpa_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    memory: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    kv_heads, group, used = k.shape[1], q.shape[1] // k.shape[1], 0
-    alone, together = plan(tuple(cu_seqlens.tolist()), q.shape[1], kv_heads, q.device.type == "cpu")
-    if together:
+    dq, dk, dv = empty_gradients(q, k, v)
+    saved = Saved(memory)
+    n_head = q.shape[1]
+    n_kv_head = k.shape[1]
+    group = n_head // n_kv_head
+    bounds = tuple(cu_seqlens.tolist())
+    alone, batches = plan(bounds, n_head, n_kv_head, q.device.type == "cpu")
+
+    if batches:
         grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
-    for p in together:
-        do, *args = take(grad, p.q, p), take(q, p.q, p), take(k, p.kv, p), take(v, p.kv, p)
-        do.masked_fill_(p.hidden.transpose(1, 2), 0.0)                              # a repeated query adds nothing
-        weights, used = room(kept, used, *do.shape[:2])
-        grads = sdpa_cpu.backward(do, *args, weights, causal, p.hidden)
-        put(dq, grads[0], p.real, p.tokens)
-        for d, g in ((dk, grads[1]), (dv, grads[2])):
-            if group > 1:                                                           # a group's gradients add up
-                g = g.unflatten(0, (-1, group)).sum(1)                              # [G * H, L, D] -> [G * Hkv, L, D]
-            put(d, g, p.real_kv, p.tokens)
-    for s, e in alone:
-        args = [heads_first(q, s, e), heads_first(k, s, e, group), heads_first(v, s, e, group)]
-        do = heads_first(grad, s, e)
-        if way(q) == "matmul":
-            weights, used = room(kept, used, *do.shape[:2])
-            grads = sdpa_cpu.backward(do, *args, weights, causal)
-        elif way(q) == "flash":
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do[None], *(x[None] for x in args), heads_first(out, s, e)[None], kept[None, :, s:e], 0.0, causal)
-            grads = [g[0] for g in grads]
-        else:   # other devices' kernels keep state of their own between forward and backward: run the forward again
-            with torch.enable_grad():
-                args = [x.detach()[None].requires_grad_() for x in args]
-                grads = torch.autograd.grad(F.scaled_dot_product_attention(*args, is_causal=causal), args, do[None])
-            grads = [g[0] for g in grads]
-        dq[s:e] = grads[0].transpose(0, 1)                                          # [H, L, D] -> [L, H, D]
-        for d, g in ((dk, grads[1]), (dv, grads[2])):
-            if group > 1:                                                           # a group's gradients add up
-                g = g.unflatten(0, (kv_heads, group)).sum(1)                        # [H, L, D] -> [Hkv, L, D]
-            d[s:e] = g.transpose(0, 1)
+    for batch in batches:
+        grad_batch = gather(grad, batch.q_rows, batch)  # [n * H, L, D], as the next three
+        q_batch = gather(q, batch.q_rows, batch)
+        k_batch = gather(k, batch.kv_rows, batch)
+        v_batch = gather(v, batch.kv_rows, batch)
+        # Repeated queries must not add anything to the gradients.
+        grad_batch.masked_fill_(batch.is_hidden.transpose(1, 2), 0.0)
+        weights = saved.weights(grad_batch.shape[0], batch.length)
+        dq_batch, dk_batch, dv_batch = sdpa_cpu.backward(
+            grad_batch, q_batch, k_batch, v_batch, weights, causal, batch.is_hidden
+        )
+        scatter(dq, dq_batch, batch.q_results, batch.tokens)
+        scatter(dk, sum_over_groups(dk_batch, group), batch.kv_results, batch.tokens)
+        scatter(dv, sum_over_groups(dv_batch, group), batch.kv_results, batch.tokens)
+
+    for start, end in alone:
+        q_heads = heads_first(q, start, end)  # [H, L, D], as the next three
+        k_heads = heads_first(k, start, end, group)
+        v_heads = heads_first(v, start, end, group)
+        grad_heads = heads_first(grad, start, end)
+        dq_heads, dk_heads, dv_heads = backward_alone(
+            grad_heads, q_heads, k_heads, v_heads, out, start, end, causal, saved
+        )
+        dq[start:end] = dq_heads.transpose(0, 1)  # [H, L, D] -> [L, H, D]
+        dk[start:end] = sum_over_groups(dk_heads, group).transpose(0, 1)  # -> [L, Hkv, D]
+        dv[start:end] = sum_over_groups(dv_heads, group).transpose(0, 1)
     return dq, dk, dv
 
 
 @sdpa_backward.register_fake
-def _(grad, q, k, v, out, kept, cu_seqlens, causal):
+def _(_grad, q, k, v, _out, _memory, _cu_seqlens, _causal):
+    return empty_gradients(q, k, v)
+
+
+def empty_gradients(q, k, v):
+    """-> memory for the gradients of q [T, H, D], k and v [T, Hkv, D]"""
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def setup_context(ctx, inputs, output):
+    """Keep for the backward pass what it needs of the forward pass."""
     q, k, v, cu_seqlens, ctx.causal, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-    ctx.set_materialize_grads(False)        # else what is kept gets a gradient of zeros as large as itself
+    out, memory = output
+    ctx.save_for_backward(q, k, v, out, memory, cu_seqlens)
+    # Otherwise `memory` would get a gradient of zeros, as large as itself.
+    ctx.set_materialize_grads(False)
 
 
-def backward(ctx, grad, _):
-    q, k, v, out, kept, cu_seqlens = ctx.saved_tensors
-    return *sdpa_backward(grad, q, k, v, out, kept, cu_seqlens, ctx.causal), None, None, None
+def backward(ctx, grad, _grad_of_memory):
+    q, k, v, out, memory, cu_seqlens = ctx.saved_tensors
+    dq, dk, dv = sdpa_backward(grad, q, k, v, out, memory, cu_seqlens, ctx.causal)
+    return dq, dk, dv, None, None, None
 
 
 sdpa.register_autograd(backward, setup_context=setup_context)
@@ -195,5 +356,6 @@ sdpa.register_autograd(backward, setup_context=setup_context)
 
 def attention(q, k, v, cu_seqlens, causal):
     """See kernels.attention."""
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
+    training = torch.is_grad_enabled() and needs_gradient
     return sdpa(q, k, v, cu_seqlens, causal, training)[0]

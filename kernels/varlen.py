@@ -22,7 +22,8 @@ except ImportError:  # a PyTorch built without it
     torch_varlen = None
 
 PARAMETERS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
-# torch 2.13 reads a KV head for each group of query heads; 2.11 needs as many heads in k and v as in q
+# torch 2.13 reads a KV head for each group of query heads; 2.11 needs as many heads in k and v as
+# in q
 TAKES_GROUPS = "enable_gqa" in PARAMETERS
 
 # {cu_seqlens: tokens in its longest sequence}. An entry disappears together with its tensor.
