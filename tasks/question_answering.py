@@ -32,9 +32,12 @@ class Answer:
 
 
 class QuestionAnswering(Family):
-    """Its sequences have "target" (the characters [start, end) of the first answer, -1 without one;
-    one value a sequence) and "span" (the characters of the context that a token has bytes of, -1
-    outside)."""
+    """An answer is a start and an end; the score is SQuAD's F1.
+
+    The arrays of its sequences: "target", the characters [start, end) of the first answer, -1
+    without one, one value a sequence; "span", the characters of the context that each token has
+    bytes of, -1 outside of the context.
+    """
 
     title = "question answering"
     per_sequence = ("target",)
@@ -131,8 +134,11 @@ class QuestionAnswering(Family):
         return TokenHead(width, 2)
 
     def targets(self, sequences, indices):
-        """"ids" [S, 2]: the answer's first and last token; both are eos if the window lacks a part
-        of the answer, or there is none. "outside" [T]: tokens that cannot be in an answer."""
+        """The first and last token of each answer, and the tokens that cannot be in one.
+
+        "ids" [S, 2]: both are eos if the window lacks a part of the answer, or there is none.
+        "outside" [T]: true for the question, whose tokens the loss leaves out.
+        """
         pointers, outside = [], []
         for i in indices:
             span = rows(sequences, "span", [i])

@@ -16,8 +16,11 @@ from tasks.packing import rows
 
 
 class TokenClassification(Family):
-    """Its sequences have, for each token: "target" (the id of its word's label, -100 at eos),
-    "word" (the index of its word, -1 at eos) and "first" (whether it stands for its word)."""
+    """A word is trained and read at its first token; the score is entity F1.
+
+    The arrays of its sequences have one value a token: "target", the id of its word's label (-100
+    at eos); "word", the index of its word (-1 at eos); "first", whether it stands for its word.
+    """
 
     title = "token classification"
     leaves_out_empty = True       # a sentence without words has nothing to score
