@@ -100,7 +100,7 @@ class Worker(Retriever):
         self.targets = {}            # {folder: Target}
 
     def run(self, trial, out_dir, searches):
-        """Train once, then search and score every target of the trial that has no row yet.
+        """Trains once, then searches and scores every target of the trial that has no row yet.
 
         searches: {folder: Search}. trial["task"] and trial["also"] are such folders. -> the row of
         trial["task"]; those of trial["also"] are written here.
@@ -134,19 +134,19 @@ class Worker(Retriever):
 
         # Search and score each target, and write its row. The row of trial["task"] comes last: the
         # caller writes it. Where it has been written before, the queue keeps the old one.
-        for t in reversed(open_trials):
-            folder = t["task"]
+        for open_trial in reversed(open_trials):
+            folder = open_trial["task"]
             target_row = row | self.facts_of(folder)
             if not row["failed"]:
-                target_row |= self.evaluate(folder, t, out_dir, row["secs"])
+                target_row |= self.evaluate(folder, open_trial, out_dir, row["secs"])
             if folder == trial["task"]:
                 return target_row
             if self.processes.is_first:
-                queue.finish(queue.path_of(out_dir, t), target_row)
+                queue.finish(queue.path_of(out_dir, open_trial), target_row)
         return row
 
     def load(self, searches, out_dir):
-        """Read and tokenize what a trial needs, unless an earlier trial has."""
+        """Reads and tokenizes what a trial needs, unless an earlier trial has."""
         train_on = searches[0].train_on
         if self.training_set is None or self.training_set.collection.name != train_on:
             self.training_set = self.library.training_set(train_on)
@@ -165,7 +165,7 @@ class Worker(Retriever):
             self.settle(out_dir, search.folder, self.facts_of(search.folder), FACTS)
 
     def log_target(self, target):
-        """Print the size of a target and what is odd about it."""
+        """Prints the size of a target and what is odd about it."""
         notes = []
         if target.truncated:
             notes.append(f"{target.truncated:,} documents cut at {self.max_length} tokens")
@@ -199,14 +199,15 @@ class Worker(Retriever):
         }
 
     def evaluate(self, folder, trial, out_dir, secs):
-        """Search a target with the encoder at hand and score the ranking. -> scores for its row"""
+        """Searches a target with the trained encoder, scores the ranking. -> what its row says"""
         target = self.targets[folder]
         began = time.time()
 
         # Encode the pool and search it, in one pass.
+        k = targets.DEPTH
         cosines, places = self.search(
-            target.queries, target.documents, target.places, targets.DEPTH, folder
-        )  # [Q, DEPTH] each
+            target.queries, target.documents, target.places, k, folder
+        )  # [Q, k] each
         ranking = targets.named_ranking(target, cosines, places)
 
         # Score the ranking, and keep each query's own score beside the row.
@@ -232,6 +233,7 @@ class Worker(Retriever):
 
 
 def log(text, notes=()):
+    """Prints a line and its notes, once a machine, without breaking a progress bar."""
     if shows_progress():
         tqdm.write("; ".join([text, *notes]))
 
@@ -307,7 +309,7 @@ def best_lr(out_dir, folder, c):
 
 
 def run_grid(retriever, searches, lrs, seeds, out_dir):
-    """Run every trial that has no row yet."""
+    """Runs every trial that has no row yet."""
     by_folder = {search.folder: search for search in searches}
     settings = {s.folder: {"pool": s.pool, "train_on": s.train_on} for s in searches}
     retriever.refuse_other_settings(out_dir, settings)
@@ -345,7 +347,10 @@ def main(c):
 
 
 def run_all(c, searches, path, processes):
-    """The grid, and with --finals its best learning rates on the full pools; or --mteb."""
+    """Runs the grid, and with --finals its best learning rates on the full pools.
+
+    With --mteb it runs mteb instead.
+    """
     if processes.world_size > 2 * c.batch:
         raise UserError(
             f"{processes.world_size} processes share {2 * c.batch} texts of a batch: "

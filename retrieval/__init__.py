@@ -1,10 +1,10 @@
 """Retrieval: training an encoder to embed, and searching with it.
 
     collections    corpora, queries and judgements, in BEIR's layout or from the hub
-    pools          which documents are searched: judged, hard or full
+    pools          training pairs; which documents are searched: judged, hard or full; BM25
     tokens         token files of a collection
-    targets        what a trial is scored by
-    retriever      embeddings and the contrastive loss
+    targets        what a trial trains on and is scored by, tokenized; the scores of a ranking
+    retriever      embeddings, the contrastive loss, training and encoding in batches
     search         exact search in a corpus of any size
-    mteb_adapter   an encoder as the package mteb calls it
+    mteb_adapter   scores an encoder with the package mteb
 """

@@ -91,7 +91,8 @@ class Retriever(worker.Worker):
         order = np.argsort(-packing.lengths(sequences), kind="stable")
         batches = packing.by_budget(order, sequences, self.eval_tokens)[rank::world_size]
         total = sum(map(len, batches))
-        with tqdm(total=total, desc=title, unit="text", leave=False, disable=not shows_progress()) as bar:
+        is_quiet = not shows_progress()
+        with tqdm(total=total, desc=title, unit="text", leave=False, disable=is_quiet) as bar:
             for indices in batches:
                 with torch.inference_mode():
                     embeddings = self.embed(sequences, indices)

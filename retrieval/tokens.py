@@ -58,14 +58,16 @@ def read_tokens(folder):
 def write_tokens(folder, name, texts, tokenizer, max_length):
     """Tokenizes an iterator of (id, text) into the three files of a new folder."""
     os.makedirs(folder)
-    # Token ids go to disk batch by batch; the bounds follow from the lengths at the end.
+
+    # Token ids go to disk batch by batch, and only ids and lengths stay in memory.
     texts = iter(texts)
     ids = []
     lengths = []
     truncated = 0
+    is_quiet = not shows_progress()
     with (
         open(os.path.join(folder, "tokens.bin"), "wb") as file,
-        tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=not shows_progress()) as bar,
+        tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=is_quiet) as bar,
     ):
         while batch := list(itertools.islice(texts, BATCH)):
             arrays, truncated_here = tokenize([text for _, text in batch], tokenizer, max_length)
@@ -74,6 +76,8 @@ def write_tokens(folder, name, texts, tokenizer, max_length):
             lengths += map(len, arrays)
             truncated += truncated_here
             bar.update(len(batch))
+
+    # The index is written last: where a text begins follows from the lengths of those before it.
     index = {
         "bounds": np.cumsum([0, *lengths], dtype=np.int64),
         "truncated": np.array([truncated]),

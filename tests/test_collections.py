@@ -15,11 +15,11 @@ from tasks import metrics, registry
 
 
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
-    found = load_collection("rivers", collection(tmp_path / "deep"))
-    assert {split: len(part) for split, part in found.qrels.items()} == {"train": 12, "validation": 4, "test": 8} and found.notes == []
-    assert dict(found.documents())["d1"] == "On 1. document number 1 tells of river 1" and len(list(found.documents())) == 30
-    assert dict(found.documents())["d2"] == "document number 2 tells of river 2"          # no title
-    training = training_pairs(found)
+    loaded = load_collection("rivers", collection(tmp_path / "deep"))
+    assert {split: len(queries) for split, queries in loaded.qrels.items()} == {"train": 12, "validation": 4, "test": 8} and loaded.notes == []
+    assert dict(loaded.documents())["d1"] == "On 1. document number 1 tells of river 1" and len(list(loaded.documents())) == 30
+    assert dict(loaded.documents())["d2"] == "document number 2 tells of river 2"          # no title
+    training = training_pairs(loaded)
     query, document = training.pairs[3]
     assert len(training.pairs) == 12
     assert training.queries[query] == "which river is number 3?" and "number 3 " in training.documents[document]
@@ -31,7 +31,7 @@ def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
     (path / "qrels" / "validation.tsv").unlink()
     (path / "qrels" / "dev.tsv").write_text(text.partition("\n")[2])
     again = load_collection("rivers", str(tmp_path))
-    assert again.qrels == found.qrels and again.fingerprint == found.fingerprint
+    assert again.qrels == loaded.qrels and again.fingerprint == loaded.fingerprint
 
 
 def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_path):
@@ -44,7 +44,7 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
     assert training.positives == [{0, 1}, {1}]
 
 
-@pytest.mark.parametrize("changes, says", [
+@pytest.mark.parametrize("changes, message", [
     ({"documents": []}, "rivers has no documents: an empty collection cannot be searched"),
     ({"queries": []}, "rivers has no queries"),
     ({"test": []}, "rivers has no judgements of test queries"),
@@ -59,25 +59,25 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
     ({"documents": [{"_id": 1, "text": "x"}]}, "corpus.jsonl, line 1: the field '_id' is int, not str"),
     ({"train": [("q1", "d1", 1)]}, "rivers has no qrels/test.tsv"),
 ])
-def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path, changes, says):
+def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path, changes, message):
     folder = collection(tmp_path, **changes)
     with pytest.raises(UserError) as error:
         load_collection("rivers", folder)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
     documents = [*DOCUMENTS, {"_id": "blank", "title": "", "text": " "}]
     test = [("q1", "d1", 1), ("q1", "gone", 1), ("nobody", "d2", 1), ("q2", "d3", 0), *((f"q{i}", f"lost{i}", 1) for i in range(4, 9))]
-    found = load_collection("rivers", collection(tmp_path, documents=documents, test=test, validation=[("q9", "d9", 1)],
+    loaded = load_collection("rivers", collection(tmp_path, documents=documents, test=test, validation=[("q9", "d9", 1)],
                                               train=[("q20", "d20", 1), ("q20", "away", 1)]))
-    assert found.notes == ["1 documents of the train judgements that are not in the collection are left out (away)",
+    assert loaded.notes == ["1 documents of the train judgements that are not in the collection are left out (away)",
                            "1 queries of the test judgements that are not in the collection count as not found (nobody)",
                            "6 documents of the test judgements that are not in the collection count as not found (gone, lost4, lost5, ...)",
                            "1 test queries without a relevant document score 0 (q2)", "1 documents are empty (blank)"]
-    assert len(training_pairs(found).pairs) == 1
+    assert len(training_pairs(loaded).pairs) == 1
     # ... and counts: the best that can be found of q1 is one of its two documents
-    best = metrics.ndcg(found.qrels["test"], {"q1": {"d1": 1.0}})
+    best = metrics.ndcg(loaded.qrels["test"], {"q1": {"d1": 1.0}})
     assert set(best) == {"q1", "nobody", "q2", "q4", "q5", "q6", "q7", "q8"} and best["q1"] == pytest.approx(1 / (1 + 1 / np.log2(3)))
 
 
@@ -98,13 +98,13 @@ def test_validation_is_cut_by_a_hash_of_the_query_where_there_is_none(tmp_path):
 
 def test_the_three_pools(tmp_path):
     documents = [*DOCUMENTS, *({"_id": f"near{i}", "text": f"which river is number {i}? which river?"} for i in range(16, 24))]
-    found = load_collection("rivers", collection(tmp_path, documents=documents))
-    judged = pool_ids(found, "judged", 3, str(tmp_path))
-    assert judged == {f"d{i}" for i in range(12, 24)} and pool_ids(found, "full", 3, str(tmp_path)) is None
-    hard = pool_ids(found, "hard", 1, str(tmp_path))
+    loaded = load_collection("rivers", collection(tmp_path, documents=documents))
+    judged = pool_ids(loaded, "judged", 3, str(tmp_path))
+    assert judged == {f"d{i}" for i in range(12, 24)} and pool_ids(loaded, "full", 3, str(tmp_path)) is None
+    hard = pool_ids(loaded, "hard", 1, str(tmp_path))
     assert hard == judged | {f"near{i}" for i in range(16, 24)}                             # what BM25 has first for q16 to q23
-    more = pool_ids(found, "hard", 20, str(tmp_path))
-    assert hard < more <= {d["_id"] for d in documents} and pool_ids(found, "hard", 20, str(tmp_path)) == more
+    more = pool_ids(loaded, "hard", 20, str(tmp_path))
+    assert hard < more <= {d["_id"] for d in documents} and pool_ids(loaded, "hard", 20, str(tmp_path)) == more
 
 
 def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path, corpus_dir, monkeypatch):
@@ -113,10 +113,10 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
     monkeypatch.setattr(tokens, "BATCH", 10)
     encoded, ids = tokens.encoded("x", lambda: iter(texts), tok, 64, "key", str(tmp_path))
     assert ids == [id_ for id_, _ in texts] and len(encoded["bounds"]) == 96 and isinstance(encoded["tokens"], np.memmap)
-    whole = [tok.encode(text) for _, text in texts]
-    for i, ids_of in enumerate(whole):
+    ids_by_text = [tok.encode(text) for _, text in texts]
+    for i, ids_of in enumerate(ids_by_text):
         assert encoded["tokens"][encoded["bounds"][i]:encoded["bounds"][i + 1]].tolist() == [*ids_of[:63], tok.eos_id]
-    assert encoded["truncated"][0] == sum(len(ids_of) > 63 for ids_of in whole) > 0
+    assert encoded["truncated"][0] == sum(len(ids_of) > 63 for ids_of in ids_by_text) > 0
 
     def never():
         raise AssertionError("tokenized twice")
@@ -161,10 +161,10 @@ def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     task = dataclasses.replace(registry.TASKS["msmarco"], hub=str(hub), pairs=str(tmp_path / "pairs"), sizes=(0, 1, 1))
     monkeypatch.setitem(registry.TASKS, "msmarco", task)
-    found = load_collection("msmarco")
-    assert list(found.documents()) == [("1", "Nile. a river"), ("2", "b")] and found.queries == {"7": "which?", "8": "what?"}
-    assert found.qrels == {"train": {}, "validation": {"7": {"1": 1}}, "test": {"8": {"2": 3}}}
-    training = training_pairs(found)
+    loaded = load_collection("msmarco")
+    assert list(loaded.documents()) == [("1", "Nile. a river"), ("2", "b")] and loaded.queries == {"7": "which?", "8": "what?"}
+    assert loaded.qrels == {"train": {}, "validation": {"7": {"1": 1}}, "test": {"8": {"2": 3}}}
+    training = training_pairs(loaded)
     assert training.queries == ["who?"] and training.documents == ["she", "he"]
     assert training.pairs.tolist() == [[0, 0], [0, 1]] and training.positives == [{0, 1}]
     monkeypatch.setitem(registry.TASKS, "msmarco", dataclasses.replace(task, sizes=(0, 6_980, 43)))
@@ -175,8 +175,8 @@ def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
 @needs_shared
 @pytest.mark.parametrize("name, sizes, bm25", [("cranfield", (100, 25, 100), 0.340), ("squad_retrieval", (5000, 700, 1000), 0.806)])
 def test_real_collections_load_and_bm25_has_its_known_score(name, sizes, bm25):
-    found = load_collection(name, SHARED)
-    assert tuple(len(found.qrels[split]) for split in ("train", "validation", "test")) == sizes
-    assert found.notes == (["2 documents are empty (471, 995)"] if name == "cranfield" else [])
-    values = metrics.ndcg(found.qrels["test"], pools.bm25(found, list(found.qrels["test"]), None, 100)).values()
+    loaded = load_collection(name, SHARED)
+    assert tuple(len(loaded.qrels[split]) for split in ("train", "validation", "test")) == sizes
+    assert loaded.notes == (["2 documents are empty (471, 995)"] if name == "cranfield" else [])
+    values = metrics.ndcg(loaded.qrels["test"], pools.bm25(loaded, list(loaded.qrels["test"]), None, 100)).values()
     assert sum(values) / len(values) == pytest.approx(bm25, abs=5e-4)

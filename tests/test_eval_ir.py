@@ -1,5 +1,4 @@
 """eval_ir.py as its users run it: grids, pools, finals, processes that share a trial, and the table."""
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import finetune
 from core import checkpoint
 from core.configurator import UserError
 from core.distributed import Processes
-from core.files import find_files
+from core.files import find_files, read_json
 from reporting.read import read_trials
 from reporting.tables import trial_table
 from tasks import queue
@@ -30,13 +29,14 @@ def words(c, script="eval_ir.py"):
 
 
 def rows(folder):
-    """{file name below trials/: row}, without what a clock says."""
-    found = {}
+    """{file name below trials/: row}, without times."""
+    rows_by_name = {}
     for path in find_files(folder, "trials/*/lr*.json"):
-        with open(path, encoding="utf-8") as f:
-            found[os.path.relpath(path, os.path.join(folder, "trials"))] = {
-                k: v for k, v in json.load(f).items() if k not in ("secs", "time")}
-    return found
+        row = read_json(path)
+        del row["time"]
+        row.pop("secs", None)
+        rows_by_name[os.path.relpath(path, os.path.join(folder, "trials"))] = row
+    return rows_by_name
 
 
 def worker(c):
@@ -58,18 +58,21 @@ def test_two_processes_that_share_a_trial_are_one(ir, one_thread):
     """Batches, gradients, encoding and search over two ranks: losses and weights of one process. Where the weights are the same to
     the bit, at a learning rate of nothing, all scores are; texts are encoded one by one, so that rounding has no say in it."""
     same = dict(tasks="one,two", train_on="one", lrs=(1e-3, 1e-20), eval_tokens=1, keep=True)
-    alone, both = ir("alone", **same), ir("both", shard=True, **same)
+    alone = ir("alone", **same)
+    both = ir("both", shard=True, **same)
     eval_ir.main(alone)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *words(both)], cwd=ROOT,
                           capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    one, two = rows(alone.out_dir), rows(both.out_dir)
-    assert one.keys() == two.keys() and len(one) == 4
-    for name, row in one.items():
-        of_one, of_two = row.pop("train_loss"), two[name].pop("train_loss")
-        assert [x for _, x in of_one] == pytest.approx([x for _, x in of_two], abs=1e-5)
+    rows_alone = rows(alone.out_dir)
+    rows_both = rows(both.out_dir)
+    assert rows_alone.keys() == rows_both.keys() and len(rows_alone) == 4
+    for name, row in rows_alone.items():
+        losses = [loss for _, loss in row.pop("train_loss")]
+        losses_both = [loss for _, loss in rows_both[name].pop("train_loss")]
+        assert losses == pytest.approx(losses_both, abs=1e-5)
         if "1e-20" in name:
-            assert row == two[name]
+            assert row == rows_both[name]
     before = checkpoint.load_model(alone.ckpt).state_dict()
     weights = [checkpoint.load_model(os.path.join(c.out_dir, "trials", "one", "lr1e-03_sd0.encoder")).state_dict() for c in (alone, both)]
     moved = max((weights[0][k] - before[k]).abs().max() for k in before)
@@ -82,9 +85,9 @@ def test_the_demo_from_a_checkpoint_to_a_table(ir, tmp_path):
     done = run_python(words(c), timeout=300)
     assert done.returncode == 0, done.stderr
     assert "sotu_search: retrieval, 200 validation and 300 test queries, pool judged of 500 documents" in done.stdout + done.stderr
-    found = rows(c.out_dir)
-    assert len(found) == 2
-    for name, row in found.items():
+    found_rows = rows(c.out_dir)
+    assert len(found_rows) == 2
+    for name, row in found_rows.items():
         assert row["model"] == "clm_then_mlm-40" and row["pool"] == "judged" and row["train_on"] == "sotu_search" and not row["failed"]
         assert row["documents"] == 500 and row["test"]["n"] == 300 and row["baseline"]["name"] == "BM25" and row["steps"] == 3
         test = row["test"]
@@ -99,11 +102,12 @@ def test_the_demo_from_a_checkpoint_to_a_table(ir, tmp_path):
 
 
 def test_the_same_twice_is_the_same_to_the_bit_and_a_seed_is_an_order(ir):
-    one, again = ir("one", seeds=(0, 1)), ir("again", seeds=(1, 0))
-    eval_ir.main(one)
+    once = ir("once", seeds=(0, 1))
+    again = ir("again", seeds=(1, 0))
+    eval_ir.main(once)
     eval_ir.main(again)
-    assert rows(one.out_dir) == rows(again.out_dir) and len(rows(one.out_dir)) == 2
-    first, second = ([x for _, x in row["train_loss"]] for row in rows(one.out_dir).values())
+    assert rows(once.out_dir) == rows(again.out_dir) and len(rows(once.out_dir)) == 2
+    first, second = (row["train_loss"] for row in rows(once.out_dir).values())
     assert first != second
 
 
@@ -114,15 +118,16 @@ def test_training_lowers_the_loss_and_finds_what_it_was_trained_on(ir, collectio
         shutil.copy(folder / "qrels" / "train.tsv", folder / "qrels" / f"{split}.tsv")
     c = ir(data_dir=str(tmp_path / "same"), steps=60, batch=16, lrs=(5e-3, 1e-9))
     eval_ir.main(c)
-    found = rows(c.out_dir)
-    trained, untrained = found["one/lr5e-03_sd0.json"], found["one/lr1e-09_sd0.json"]
+    found_rows = rows(c.out_dir)
+    trained, untrained = found_rows["one/lr5e-03_sd0.json"], found_rows["one/lr1e-09_sd0.json"]
     assert trained["train_loss"][-1][1] < trained["train_loss"][0][1] - 0.5
     assert trained["test"] == trained["validation"] and trained["test"]["score"] > untrained["test"]["score"] + 0.1
 
 
 def test_a_grad_clip_of_0_is_no_clipping(ir):
     settings = dict(lrs=(5e-3,), steps=30, batch=16)
-    off, far_away = ir("off", grad_clip=0.0, **settings), ir("far_away", grad_clip=1e9, **settings)
+    off = ir("off", grad_clip=0.0, **settings)
+    far_away = ir("far_away", grad_clip=1e9, **settings)
     eval_ir.main(off)
     eval_ir.main(far_away)
     row, = rows(off.out_dir).values()
@@ -134,7 +139,8 @@ def test_a_grad_clip_of_0_is_no_clipping(ir):
 
 def test_tasks_that_share_their_pairs_share_a_training(ir):
     """The row of a task is the same alone, beside another, and when the other is added later."""
-    both, later = ir("both", tasks="one,two", train_on="one"), ir("later", tasks="one", train_on="one")
+    both = ir("both", tasks="one,two", train_on="one")
+    later = ir("later", tasks="one", train_on="one")
     eval_ir.main(both)
     eval_ir.main(later)
     assert len(rows(later.out_dir)) == 1
@@ -152,13 +158,14 @@ def test_tasks_that_share_their_pairs_share_a_training(ir):
 def test_pools_have_folders_rows_and_table_lines_of_their_own_and_distractors_only_push_down(ir):
     for pool in ("judged", "hard", ""):
         eval_ir.main(ir(pool=pool, hard_negatives=2))
-    found = rows(ir().out_dir)
-    assert set(found) == {f"{name}/lr1e-03_sd0.json" for name in ("one", "one-hard", "one-judged")}
-    judged, hard, full = (found[f"{name}/lr1e-03_sd0.json"] for name in ("one-judged", "one-hard", "one"))
+    found_rows = rows(ir().out_dir)
+    assert set(found_rows) == {f"{name}/lr1e-03_sd0.json" for name in ("one", "one-hard", "one-judged")}
+    judged, hard, full = (found_rows[f"{name}/lr1e-03_sd0.json"] for name in ("one-judged", "one-hard", "one"))
     assert [row["pool"] for row in (judged, hard, full)] == ["judged", "hard", "full"]
     assert judged["documents"] < hard["documents"] < full["documents"] == 120
-    of = [np.load(os.path.join(ir().out_dir, "trials", name, "lr1e-03_sd0.npz"))["test"] for name in ("one-judged", "one-hard", "one")]
-    assert (of[0] >= of[1]).all() and (of[1] >= of[2]).all() and of[0].sum() > of[2].sum()
+    in_judged, in_hard, in_full = (np.load(os.path.join(ir().out_dir, "trials", name, "lr1e-03_sd0.npz"))["test"]
+                                   for name in ("one-judged", "one-hard", "one"))
+    assert (in_judged >= in_hard).all() and (in_hard >= in_full).all() and in_judged.sum() > in_full.sum()
     table = trial_table(list(read_trials(ir().out_dir).values()))
     assert all(f"| one, {pool} pool |" in table for pool in ("judged", "hard", "full"))
     with pytest.raises(UserError, match=r"one-hard holds trials of other settings \(hard_negatives: 2 then, 3 now\)"):
@@ -168,11 +175,13 @@ def test_pools_have_folders_rows_and_table_lines_of_their_own_and_distractors_on
 def test_finals_search_the_full_corpus_for_the_best_learning_rate_alone(ir):
     c = ir(pool="judged", lrs=(1e-9, 3e-3), seeds=(0, 1), steps=40, finals=True)
     eval_ir.main(c)
-    found = rows(c.out_dir)
-    grid = [row for name, row in found.items() if name.startswith("one-judged/")]
-    means = {lr: np.mean([row["validation"]["score"] for row in grid if row["lr"] == lr]) for lr in c.lrs}
+    found_rows = rows(c.out_dir)
+    grid = [row for name, row in found_rows.items() if name.startswith("one-judged/")]
+    means = {}
+    for lr in c.lrs:
+        means[lr] = np.mean([row["validation"]["score"] for row in grid if row["lr"] == lr])
     best = max(means, key=means.get)
-    finals = {name: row for name, row in found.items() if name.startswith("one/")}
+    finals = {name: row for name, row in found_rows.items() if name.startswith("one/")}
     assert len(grid) == 4 and {(row["lr"], row["seed"]) for row in finals.values()} == {(best, 0), (best, 1)}
     for row in finals.values():        # the same training, more documents
         twin = next(r for r in grid if (r["lr"], r["seed"]) == (row["lr"], row["seed"]))
@@ -182,9 +191,9 @@ def test_finals_search_the_full_corpus_for_the_best_learning_rate_alone(ir):
 def test_a_trial_that_diverges_is_a_failed_row_of_every_task(ir):
     c = ir(tasks="one,two", train_on="one", lrs=(1e30, 1e-3))
     eval_ir.main(c)
-    found = rows(c.out_dir)
-    assert len(found) == 4
-    for name, row in found.items():
+    found_rows = rows(c.out_dir)
+    assert len(found_rows) == 4
+    for name, row in found_rows.items():
         assert row["failed"] == ("1e+30" in name) and (row["test"] is None) == row["failed"] and row["pool"] == "full"
 
 
@@ -198,7 +207,7 @@ def test_a_row_is_done_when_the_tasks_beside_it_are(tmp_path):
     assert queue.is_done(str(tmp_path), {"task": "a", "lr": 1e-3, "seed": 0})
 
 
-def test_a_kept_encoder_is_a_checkpoint_that_finds_the_same(ir, encoder, tmp_path):
+def test_a_kept_encoder_is_a_checkpoint_that_finds_the_same(ir):
     c = ir(keep=True, steps=20)
     eval_ir.main(c)
     row, = rows(c.out_dir).values()
@@ -215,9 +224,9 @@ def test_finished_trials_stay_and_other_settings_are_refused_by_name(ir):
     before = rows(c.out_dir)
     eval_ir.main(ir(seeds=(0, 1)))
     assert len(rows(c.out_dir)) == 2 and before.items() <= rows(c.out_dir).items()
-    for changes, says in (({"temperature": 0.1}, "temperature: 0.05 then, 0.1 now"), ({"train_on": "two"}, "train_on: one then, two now"),
+    for changes, message in (({"temperature": 0.1}, "temperature: 0.05 then, 0.1 now"), ({"train_on": "two"}, "train_on: one then, two now"),
                           ({"mode": "paper"}, "mode: standard then, paper now")):
-        with pytest.raises(UserError, match=f"holds trials of other settings.*{says}"):
+        with pytest.raises(UserError, match=f"holds trials of other settings.*{message}"):
             eval_ir.main(ir(**changes))
 
 
@@ -229,19 +238,20 @@ def test_the_papers_mode_scores_and_trains_as_its_code_does(ir):
     assert row["mode"] == "paper"
     standard = ir("standard")
     eval_ir.main(standard)
-    ours, = rows(standard.out_dir).values()
-    assert ours["test"]["score"] == ours["test"]["ndcg_10"] and ours["train_loss"] != row["train_loss"]
+    standard_row, = rows(standard.out_dir).values()
+    assert standard_row["test"]["score"] == standard_row["test"]["ndcg_10"] and standard_row["train_loss"] != row["train_loss"]
 
 
 def test_the_grid_is_finetunes():
-    ours, theirs = (vars(module.Config()) for module in (eval_ir, finetune))
-    same = ours.keys() & theirs.keys() - {"eval_tokens", "data_dir"}
-    assert len(same) > 15 and {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+    of_retrieval, of_finetuning = (vars(module.Config()) for module in (eval_ir, finetune))
+    shared = of_retrieval.keys() & of_finetuning.keys() - {"eval_tokens", "data_dir"}
+    assert len(shared) > 15
+    assert {key: of_retrieval[key] for key in shared} == {key: of_finetuning[key] for key in shared}
 
 
 # ---- wrong calls
 
-@pytest.mark.parametrize("changes, says", [
+@pytest.mark.parametrize("changes, message", [
     ({"tasks": "rivers"}, "unknown task 'rivers'"),
     ({"tasks": "sotu_era"}, "sotu_era is not a retrieval collection: python finetune.py --tasks=sotu_era"),
     ({"pool": "half"}, "pool=half: expected judged, hard, full"),
@@ -253,10 +263,10 @@ def test_the_grid_is_finetunes():
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ({"lrs": (1,)}, "learning rates above 0 written as in 1e-5"),
 ])
-def test_a_wrong_call_is_explained_in_one_line(ir, changes, says):
+def test_a_wrong_call_is_explained_in_one_line(ir, changes, message):
     with pytest.raises(UserError) as error:
         eval_ir.main(ir(**changes))
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_collection_that_cannot_be_searched_is_one_line_and_exit_2(ir, tmp_path):

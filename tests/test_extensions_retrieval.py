@@ -11,7 +11,7 @@ PLACES = ("bridge", "mill", "harbour", "dam", "island", "ford", "lock", "ferry")
 
 
 def write_collection(folder):
-    """Writes 64 documents and a query for each of them: 40 to train on, 8 to validate, 16 to test."""
+    """Writes 64 documents and a query for each: 40 to train on, 8 to validate, 16 to test."""
     (folder / "qrels").mkdir(parents=True)
     documents = []
     queries = []

@@ -13,19 +13,20 @@ from tasks import metrics
 def pieces(ids, documents, sizes, seed=0):
     """The documents in random order, cut into pieces of random sizes out of `sizes`."""
     rng = random.Random(seed)
-    order, start = torch.tensor(rng.sample(range(len(ids)), len(ids))), 0
+    order = torch.tensor(rng.sample(range(len(ids)), len(ids)))
+    start = 0
     while start < len(order):
-        part = order[start:start + rng.choice(sizes)]
-        yield ids[part].to(DEVICE), documents[part].to(DEVICE)
-        start += len(part)
+        piece = order[start:start + rng.choice(sizes)]
+        yield ids[piece].to(DEVICE), documents[piece].to(DEVICE)
+        start += len(piece)
 
 
 def brute_force(queries, documents, ids, k):
     """Everything sorted in Python: by score, equal scores by id, the larger first."""
-    found = []
+    found_ids = []
     for scores in (queries.double() @ documents.double().T).tolist():
-        found.append(sorted(zip(scores, ids.tolist()), reverse=True)[:k])
-    return found
+        found_ids.append(sorted(zip(scores, ids.tolist()), reverse=True)[:k])
+    return found_ids
 
 
 @pytest.mark.parametrize("sizes", [(1, 30, 300), (100, 1000), (4096,), (10_000,)])
@@ -35,11 +36,11 @@ def test_search_equals_brute_force_for_any_pieces_with_duplicates_and_ties(sizes
     documents = torch.randint(-2, 3, (6000, 16)).float() / 4
     documents[5000:5100] = documents[0]
     ids = torch.randperm(20_000)[:6000]
-    scores, found = search.top_k(queries.to(DEVICE), pieces(ids, documents, sizes), 50)
-    assert scores.shape == found.shape == (1030, 50) and scores.dtype == torch.float32 and found.dtype == torch.int64
+    scores, found_ids = search.top_k(queries.to(DEVICE), pieces(ids, documents, sizes), 50)
+    assert scores.shape == found_ids.shape == (1030, 50) and scores.dtype == torch.float32 and found_ids.dtype == torch.int64
     for q in (0, 1, 500, 1023, 1024, 1029):
         expected = brute_force(queries[q:q + 1], documents, ids, 50)[0]
-        assert list(zip(scores[q].tolist(), found[q].tolist())) == expected
+        assert list(zip(scores[q].tolist(), found_ids[q].tolist())) == expected
 
 
 def test_pieces_and_order_change_no_bit_of_real_valued_scores_and_copies_tie():
@@ -47,27 +48,30 @@ def test_pieces_and_order_change_no_bit_of_real_valued_scores_and_copies_tie():
     queries, documents = (F.normalize(torch.randn(n, 96), dim=1) for n in (33, 9000))
     documents[[10, 4095, 4096, 8999]] = documents[7].clone()       # in different tiles and places of a tile
     ids = torch.arange(9000)
-    one = search.top_k(queries.to(DEVICE), [(ids.to(DEVICE), documents.to(DEVICE))], 100)
+    in_one_piece = search.top_k(queries.to(DEVICE), [(ids.to(DEVICE), documents.to(DEVICE))], 100)
     for seed, sizes in enumerate([(1, 50), (4096,), (333, 4097)]):
         again = search.top_k(queries.to(DEVICE), pieces(ids, documents, sizes, seed), 100)
-        assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1])
+        assert torch.equal(in_one_piece[0], again[0]) and torch.equal(in_one_piece[1], again[1])
     expected = (queries.double() @ documents.double().T).topk(100)
-    assert (one[0].cpu() - expected.values).abs().max() < 1e-6
+    assert (in_one_piece[0].cpu() - expected.values).abs().max() < 1e-6
     alone = search.top_k(documents[7:8].to(DEVICE), pieces(ids, documents, (777,)), 6)
     assert alone[1][0, :5].tolist() == [8999, 4096, 4095, 10, 7] and len(set(alone[0][0, :5].tolist())) == 1
 
 
 def test_parts_of_a_corpus_merge_to_the_search_of_the_whole():
     torch.manual_seed(2)
-    queries, documents, ids = torch.randn(5, 8).round(), torch.randn(999, 8).round(), torch.arange(999)
-    parts = [search.best_keys(queries, [(ids[r::3], documents[r::3])], 20) for r in range(3)]
-    merged = search.decode(search.merge(torch.cat(parts, dim=1), 20))
-    whole = search.top_k(queries, [(ids, documents)], 20)
-    assert torch.equal(merged[0], whole[0]) and torch.equal(merged[1], whole[1])
+    queries = torch.randn(5, 8).round()
+    documents = torch.randn(999, 8).round()
+    ids = torch.arange(999)
+    shares = [search.best_keys(queries, [(ids[r::3], documents[r::3])], 20) for r in range(3)]
+    merged = search.decode(search.merge(torch.cat(shares, dim=1), 20))
+    all_at_once = search.top_k(queries, [(ids, documents)], 20)
+    assert torch.equal(merged[0], all_at_once[0]) and torch.equal(merged[1], all_at_once[1])
 
 
 def test_fewer_documents_than_asked_for_none_and_scores_that_are_not_numbers():
-    queries, documents = torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.tensor([[0.5, 2.0], [-3.0, 0.0], [float("nan"), 1.0]])
+    queries = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    documents = torch.tensor([[0.5, 2.0], [-3.0, 0.0], [float("nan"), 1.0]])
     scores, ids = search.top_k(queries, [(torch.tensor([4, 9, 2]), documents)], 4)
     assert ids.tolist() == [[4, 9, -1, -1], [9, 4, -1, -1]]        # NaN is never found, 0 x NaN included
     assert scores[0].tolist() == [0.5, -3.0, float("-inf"), float("-inf")]
@@ -90,6 +94,6 @@ def test_ties_are_broken_as_trec_eval_breaks_them():
     """Ids of documents are their places in the sorted list of names, so that search and metric list the same ten."""
     names = sorted(["d10", "d9", "é", "Z", "a"])
     scores, ids = search.top_k(torch.ones(1, 2), [(torch.arange(5), torch.ones(5, 2))], 3)
-    found = [names[i] for i in ids[0].tolist()]
+    found_ids = [names[i] for i in ids[0].tolist()]
     run = {"q": dict.fromkeys(names, 2.0)}
-    assert found == next(best for *_, best in metrics.ranking({"q": {"a": 1}}, run, 3)) == ["é", "d9", "d10"]
+    assert found_ids == next(best for *_, best in metrics.ranking({"q": {"a": 1}}, run, 3)) == ["é", "d9", "d10"]
