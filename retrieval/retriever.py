@@ -51,8 +51,8 @@ def other_positives(pairs, positives):
 class MicroBatch:
     """Sequences that are embedded in one forward and backward pass.
 
-    If they are a batch, InfoNCE is computed right away. If they are a piece of one, its loss and
-    its gradient at each embedding have been computed before, from all pieces.
+    Either a complete batch, whose InfoNCE is computed right away, or a piece of one. The loss of
+    the batch and its gradient at the piece's embeddings are known then: see cached_pieces.
     """
 
     indices: list  # places in TrainingSet.sequences
