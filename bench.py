@@ -14,12 +14,10 @@ settings.
     python bench.py steps          # the training step of several sizes, in one process
     python bench.py readme         # the tables of docs/speed.md, from the rows in results/speed/
 
-    python bench.py PART --help    # the settings of a part
-    python bench.py PART --to=FILE.jsonl ...       # append a row of JSON for each fact
+`python bench.py PART --help` shows a part's settings; --to=FILE.jsonl appends a row for each fact.
 """
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import namedtuple
 
 from benchmarks import (
     alive,
@@ -38,13 +36,8 @@ from benchmarks import (
 )
 from core.configurator import run
 
-
-@dataclass
-class Part:
-    function: Callable       # takes the settings
-    settings: type           # a dataclass
-
-
+# A part is a function of its settings, and the dataclass of these.
+Part = namedtuple("Part", ["function", "settings"])
 PARTS = {
     "train": Part(train.train, train.Config),
     "profile": Part(profile.profile, profile.Config),
@@ -59,7 +52,7 @@ PARTS = {
     "steps": Part(steps.steps, steps.Config),
     "readme": Part(tables.readme, tables.Config),
 }
-# Processes that the parts start.
+# The processes that parts start.
 INTERNAL = {
     "contestant": Part(race.run_contestant, race.ContestantConfig),
     "trial": Part(alive.trial, alive.TrialConfig),

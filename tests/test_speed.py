@@ -216,7 +216,7 @@ def test_the_help_of_each_part_of_bench_lists_its_own_keys_with_comments(part):
 def test_a_part_of_bench_refuses_the_key_of_another_and_bench_lists_its_parts():
     done = run_python(["bench.py", "readme", "--size=tiny"])
     assert done.returncode == 2 and "unknown key 'size'" in done.stderr
-    assert "python bench.py PART --help" in run_python(["bench.py", "--help"]).stdout
+    assert "python bench.py PART --help` shows" in run_python(["bench.py", "--help"]).stdout
 
 
 def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
