@@ -45,7 +45,8 @@ def main(c):
 
 def import_model(c, source, out):
     """Import `source` as the run folder `out`, and print what to do with it."""
-    from huggingface import importing      # here, so that an export does not load it
+    # imported here, so that an export does not load it
+    from huggingface import importing
     ignore = c.ignore.replace(" ", "").split(",")
     imported, path = importing.write(source, out, c.weights_only, [key for key in ignore if key])
 
@@ -62,6 +63,7 @@ def import_model(c, source, out):
 
 def export_model(c, source, out):
     """Export the checkpoint `source` as the folder `out`, and print how to load it."""
+    # imported here, so that an import does not load it
     from huggingface import exporting
     from huggingface.model_card import auto_class
     about, steps = exporting.export(source, out, c.average, c.causal)

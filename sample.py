@@ -3,7 +3,7 @@ of a text (bidirectional mask).
 
     python sample.py --ckpt=runs/demo/clm --prompt="The state of the Union"
     python sample.py --ckpt=runs/demo/mlm --fill="We will [MASK] the war and keep the [MASK]."
-    python sample.py --compare runs/demo/clm runs/demo/mlm --fill="the Congress of the [MASK] States"
+    python sample.py --compare runs/demo/clm runs/demo/clm_then_mlm --fill="the [MASK] States"
 
 The same weights do both, so --compare shows what the swap of objectives did: before it a model
 writes but cannot fill, after it, it can. Without --prompt and --fill a model writes from the
@@ -74,8 +74,7 @@ def generate(model, tok, prompt, c, device):
 
 
 def unwritable(model, tok, device):
-    """Return which ids a text must not have: the mask, and rows of the vocabulary without a token.
-    [V] bool"""
+    """Return which ids must not be written: the mask, and ids that stand for nothing. [V] bool"""
     V = model.config.vocab_size
     is_never_written = torch.ones(V, dtype=torch.bool, device=device)
     writable = [i for i in tok.known_ids if i < V and i != tok.mask_id]
@@ -121,8 +120,7 @@ def fill(model, tok, text, show, device):
 
 
 def answers(c, path, device):
-    """Return what the checkpoint at `path` answers: a text for each gap of --fill, or for each
-    sample."""
+    """Return a checkpoint's answers: a text for each gap of --fill, or for each sample."""
     tok = checkpoint.tokenizer_of(path)
     config = checkpoint.config_of(path)
     pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here

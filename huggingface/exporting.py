@@ -202,8 +202,10 @@ def describe_head(path, row):
 
 
 def tokenizer_config(tokenizer, config):
-    """Return tokenizer_config.json. eos pads, as in pretraining, so the attention mask must say
-    what is text."""
+    """Return the content of tokenizer_config.json.
+
+    The padding token is eos, as in pretraining, so only the attention mask tells what is text.
+    """
     text_of_id = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
     mask = {
         "__type": "AddedToken",

@@ -1,5 +1,4 @@
-"""Folders of Hugging Face models: find one or download it, read its JSON files, and overwrite
-nobody's files."""
+"""Folders of Hugging Face models: find or download one, read its JSON files, overwrite none."""
 
 import os
 import re

@@ -1,16 +1,18 @@
-"""What a checkpoint's state.json records about its training: the one place that reads it for an
-export."""
+"""What a checkpoint's state.json records about its training.
+
+An export asks here, and never parses the name of an objective. So an objective that a fork adds is
+exported rightly, also by a version that does not know it.
+"""
 
 from core.configurator import UserError
 from objectives import facts_of, objective_at
 
 
 def recorded_objectives(state):
-    """Return what a run recorded about its objectives: {name: {"is_causal", "hides_tokens",
-    "rate"}}.
+    """Return the facts of a run's objectives: {name: {"is_causal", "hides_tokens", "rate"}}.
 
     state: the state.json of a checkpoint of train.py. Checkpoints of an earlier version did not
-    record it: then objectives.py is asked. Raises UserError if it does not know a name either.
+    record these facts: then objectives.py is asked. Raises UserError if it does not know a name.
     """
     if "objectives" in state:
         return state["objectives"]
@@ -18,8 +20,8 @@ def recorded_objectives(state):
         return facts_of(state["settings"]["phases"])
     except ValueError as error:
         raise UserError(
-            f"this checkpoint does not record its objectives, and objectives.py does not "
-            f"know them: {error}"
+            "this checkpoint does not record its objectives, and objectives.py does not know "
+            f"them: {error}"
         ) from None
 
 

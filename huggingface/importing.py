@@ -1,5 +1,4 @@
-"""A Hugging Face model -> an Encoder's config, weights and tokenizer, in memory or as a run
-folder."""
+"""A Hugging Face model -> a config, weights and a tokenizer of ours, in memory or as a run."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -28,8 +27,7 @@ class Imported:
 
 
 def is_foreign(source):
-    """True for hf:ORG/NAME and for a folder of a Hugging Face model, False for our runs and
-    checkpoints."""
+    """True for hf:ORG/NAME and for the folder of a Hugging Face model, False for runs of ours."""
     if source.startswith("hf:"):
         return True
     path = os.path.join(source, "config.json")
@@ -68,8 +66,7 @@ def read(source, weights_only=False, ignore=()):
 
 
 def describe_source(source, folder):
-    """Return where a model comes from: a path or hf:ORG/NAME, and the hub's commit if it is
-    known."""
+    """Return where a model comes from: a path or hf:ORG/NAME, and the hub's commit if known."""
     name = source.removeprefix("hf:")
     revision = None
     # the hub's cache keeps a model in .../snapshots/COMMIT

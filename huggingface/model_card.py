@@ -155,8 +155,7 @@ def describe_phases(state):
 
 
 def validation_facts(state, path):
-    """Return the row with the validation losses that the log beside checkpoint `path` has for its
-    step."""
+    """Return the row of validation losses, from the log beside the checkpoint `path`."""
     log = os.path.join(os.path.dirname(os.path.abspath(path)), "log.jsonl")
     if "phases" not in state["settings"] or not os.path.isfile(log):
         return []

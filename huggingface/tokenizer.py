@@ -165,8 +165,7 @@ def flat(step, key):
 
 
 def read_pattern(file):
-    """Return the one pattern that splits text as all pre-tokenizers together do. Raises
-    UserError."""
+    """Return the one pattern that splits text as all the pre-tokenizers do. Raises UserError."""
     steps = flat(file.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
     # the last step writes bytes as characters, and may split by GPT-2's pattern on the way

@@ -97,8 +97,7 @@ def read_config(folder, ignore=()):
 
 
 def check_config(config, kind, path, ignore):
-    """Raises UserError if config.json lacks a setting, or has one that our model does not
-    compute."""
+    """Raises UserError if config.json lacks a setting, or has one that we do not compute."""
     if kind not in ARCHITECTURES:
         raise UserError(
             f"{path}: model_type {kind} is not supported; supported are {', '.join(ARCHITECTURES)}"

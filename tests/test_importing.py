@@ -1,4 +1,4 @@
-"""Hugging Face models come in as they are: the same logits and ids, or a refusal that names what is different."""
+"""Hugging Face models are imported with the same logits and ids, or refused with the name of what is different."""
 import json
 import os
 import shutil
@@ -36,10 +36,10 @@ MODELS = {
 def bpe(tmp_path_factory):
     """A byte-level BPE of 600 tokens as Hugging Face's trainer leaves it, an end-of-text token last: the file's path."""
     texts = [*list(documents(files_of("sotu")))[:12], "if    x:      y\n" * 3000]      # with tokens of many spaces
-    found = tokenizer.train_bpe(602, texts)
-    found.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    trained = tokenizer.train_bpe(602, texts)
+    trained.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     path = str(tmp_path_factory.mktemp("bpe") / "tokenizer.json")
-    found.save(path)
+    trained.save(path)
     return path
 
 
@@ -74,80 +74,95 @@ def edit(folder, name="config.json", **changes):
     json.dump({k: v for k, v in content.items() if v is not None}, open(path, "w"))
 
 
-def ids_and_ours(run, causal, vocab=600):
-    """Packed ids of three sequences and what the imported checkpoint makes of them."""
+def logits_of_imported(run, causal):
+    """-> ids of three packed sequences, cu_seqlens, an imported checkpoint's logits of them, and its model"""
     torch.manual_seed(1)
-    tokens, cu = torch.randint(0, vocab, (99 + 1 + 40,)), torch.tensor([0, 99, 100, 140], dtype=torch.int32)
+    tokens = torch.randint(0, 600, (99 + 1 + 40,))
+    cu_seqlens = torch.tensor([0, 99, 100, 140], dtype=torch.int32)
     model = checkpoint.load_model(run)
     with torch.no_grad():
-        return tokens, cu, model.logits(model(tokens, cu, causal)), model
+        return tokens, cu_seqlens, model.logits(model(tokens, cu_seqlens, causal)), model
+
+
+def is_close(logits, expected):
+    """Up to 1e-4, over the 601 ids that the foreign model has."""
+    return (logits[:, :601] - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_imported_model_has_transformers_logits_and_leaves_with_them(name, foreign, tmp_path):
     import transformers
-    folder, theirs = foreign(name)
+    folder, original = foreign(name)
     importing.write(folder, str(tmp_path / "run"))
-    causal = MODELS[name]["kind"] != "EuroBert"
-    tokens, cu, ours, model = ids_and_ours(str(tmp_path / "run"), causal)
+    is_causal = MODELS[name]["kind"] != "EuroBert"
+    tokens, cu_seqlens, logits, model = logits_of_imported(str(tmp_path / "run"), is_causal)
     about, _ = exporting.export(str(tmp_path / "run"), str(tmp_path / "out"), causal="false" if name == "sl_model" else "auto")
-    assert about["model_type"] == ("eurobert" if not causal else "qwen3" if name == "qwen3" else "llama")
-    again = getattr(transformers, "AutoModelFor" + ("CausalLM" if causal else "MaskedLM")).from_pretrained(str(tmp_path / "out"))
-    for s, e in zip(cu, cu[1:]):
+    leaves_as = "llama" if is_causal else "eurobert"
+    assert about["model_type"] == ("qwen3" if name == "qwen3" else leaves_as)
+    auto_class = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    exported = auto_class.from_pretrained(str(tmp_path / "out"))
+    for s, e in zip(cu_seqlens, cu_seqlens[1:]):
         with torch.no_grad():
-            wanted, back = (m(input_ids=tokens[None, s:e]).logits[0] for m in (theirs, again))
-        assert wanted.abs().max() > 1 and (ours[s:e, :601] - wanted).abs().max() <= 1e-4 and (back[:, :601] - wanted).abs().max() <= 1e-4
+            expected = original(input_ids=tokens[None, s:e]).logits[0]
+            again = exported(input_ids=tokens[None, s:e]).logits[0]
+        assert expected.abs().max() > 1 and is_close(logits[s:e], expected) and is_close(again, expected)
     assert model.config.block_size == (100 if name == "mistral with a window" else 256)
     assert (model.lm_head.weight is model.embedding.weight) == bool(MODELS[name].get("tie_word_embeddings"))
 
 
 def test_a_window_that_is_shorter_than_the_text_would_have_changed_it(foreign, tmp_path):
-    folder, theirs = foreign("mistral with a window", sliding_window=50)
+    folder, original = foreign("mistral with a window", sliding_window=50)
     importing.write(folder, str(tmp_path / "run"), weights_only=True)
-    tokens, cu, ours, model = ids_and_ours(str(tmp_path / "run"), True)
-    wanted = theirs(input_ids=tokens[None, :99]).logits[0].detach()
-    assert model.config.block_size == 50 and (ours[:50, :601] - wanted[:50]).abs().max() <= 1e-4 < (ours[51:99, :601] - wanted[51:]).abs().max()
+    tokens, _, logits, model = logits_of_imported(str(tmp_path / "run"), True)
+    expected = original(input_ids=tokens[None, :99]).logits[0].detach()
+    assert model.config.block_size == 50
+    assert is_close(logits[:50], expected[:50]) and not is_close(logits[51:99], expected[51:])
 
 
 @pytest.mark.parametrize("vocab_size, mask, rows, how", [(601, 601, 602, "a new row, the mean of the others"), (608, 601, 608, "a row that was not in use")])
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
 def test_the_mask_token_is_a_free_row_or_the_mean_of_all(name, vocab_size, mask, rows, how, foreign, tmp_path):
-    folder, theirs = foreign(name, vocab_size=vocab_size)
-    found, path = importing.write(folder, str(tmp_path / "run"))
-    assert (found.tokenizer.mask_id, found.tokenizer.eos_id, found.tokenizer.vocab_size, found.facts["mask"]) == (mask, 600, rows, how)
+    folder, original = foreign(name, vocab_size=vocab_size)
+    imported, path = importing.write(folder, str(tmp_path / "run"))
+    tok = imported.tokenizer
+    assert (tok.mask_id, tok.eos_id, tok.vocab_size, imported.facts["mask"]) == (mask, 600, rows, how)
     assert checkpoint.read_state(path)["imported"]["mask"] == how
-    model, embedding = checkpoint.load_model(path), theirs.get_input_embeddings().weight
+    model = checkpoint.load_model(path)
+    embedding = original.get_input_embeddings().weight
     assert torch.equal(model.embedding.weight[:vocab_size], embedding) and model.embedding.weight.shape[0] == rows
     if rows > vocab_size:
         assert torch.equal(model.embedding.weight[mask], embedding.mean(0))
-        assert torch.equal(model.lm_head.weight[mask], theirs.get_output_embeddings().weight.mean(0))
+        assert torch.equal(model.lm_head.weight[mask], original.get_output_embeddings().weight.mean(0))
 
 
-def test_a_reserved_token_becomes_the_mask_and_a_mask_stays_one(foreign, tmp_path):
+def test_a_reserved_token_becomes_the_mask_and_a_mask_stays_one(foreign):
     folder, _ = foreign("llama", vocab_size=603)       # every row is some token's
     first, = json.load(open(os.path.join(folder, "tokenizer.json")))["added_tokens"]
     reserved = first | {"id": 601, "content": "<|reserved_special_token_0|>"}
     edit(folder, "tokenizer.json", added_tokens=[first, reserved, first | {"id": 602, "content": "<|tool|>"}])
-    found = importing.read(folder).tokenizer
-    assert (found.mask_id, found.vocab_size, found.encoding._special_tokens) == (601, 603, {"<|endoftext|>": 600, "<|mask|>": 601, "<|tool|>": 602})
+    tok = importing.read(folder).tokenizer
+    assert (tok.mask_id, tok.vocab_size) == (601, 603)
+    assert tok.encoding._special_tokens == {"<|endoftext|>": 600, "<|mask|>": 601, "<|tool|>": 602}
     edit(folder, "tokenizer.json", added_tokens=[first, reserved, first | {"id": 602, "content": "[MASK]"}])
-    found = importing.read(folder)
-    assert found.tokenizer.mask_id == 602 and found.facts["mask"] == "the model's own"
+    imported = importing.read(folder)
+    assert imported.tokenizer.mask_id == 602 and imported.facts["mask"] == "the model's own"
 
 
-def test_shards_bf16_and_a_name_without_prefix_are_the_same_model(foreign, tmp_path):
-    folder, theirs = foreign("llama tied")
-    wanted = importing.read(folder, weights_only=True).weights
-    parts, path = load_file(os.path.join(folder, "model.safetensors")), os.path.join(folder, "model.safetensors")
+def test_shards_bf16_and_a_name_without_prefix_are_the_same_model(foreign):
+    folder, _ = foreign("llama tied")
+    expected = importing.read(folder, weights_only=True).weights
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
     os.remove(path)
-    names, index = sorted(parts), {}
-    for i, some in enumerate((names[:7], names[7:])):
+    names, index = sorted(tensors), {}
+    for i, half in enumerate((names[:7], names[7:])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
-        save_file({k.removeprefix("model."): parts[k].bfloat16() for k in some}, os.path.join(folder, file))
-        index |= {k.removeprefix("model."): file for k in some}
+        save_file({k.removeprefix("model."): tensors[k].bfloat16() for k in half}, os.path.join(folder, file))
+        index |= {k.removeprefix("model."): file for k in half}
     json.dump({"weight_map": index}, open(path + ".index.json", "w"))
-    found = importing.read(folder, weights_only=True).weights
-    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k].bfloat16().float()) for k in wanted)
+    weights = importing.read(folder, weights_only=True).weights
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[k], expected[k].bfloat16().float()) for k in expected)
     os.remove(os.path.join(folder, "model-00002-of-00002.safetensors"))
     with pytest.raises(UserError, match="has no model-00002-of-00002.safetensors: it is not complete"):
         importing.read(folder, weights_only=True)
@@ -198,16 +213,16 @@ SPOILED = [
 ]
 
 
-@pytest.mark.parametrize("spoil, says", SPOILED, ids=[says[:40] for _, says in SPOILED])
-def test_what_is_not_whole_or_not_known_is_refused_by_name(spoil, says, foreign, tmp_path):
+@pytest.mark.parametrize("spoil, message", SPOILED, ids=[message[:40] for _, message in SPOILED])
+def test_what_is_incomplete_or_unknown_is_refused_by_name(spoil, message, foreign, tmp_path):
     folder, _ = foreign()
     spoil(folder)
     with pytest.raises(UserError) as error:
-        importing.write(folder, str(tmp_path / "run"), weights_only="tokenizer" not in says)       # which takes seconds to compare
-    assert says in str(error.value) and "\n" not in str(error.value) and not os.path.exists(tmp_path / "run")
+        importing.write(folder, str(tmp_path / "run"), weights_only="tokenizer" not in message)       # which takes seconds to compare
+    assert message in str(error.value) and "\n" not in str(error.value) and not os.path.exists(tmp_path / "run")
 
 
-def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
+def test_a_key_known_to_be_harmless_can_be_ignored(foreign, tmp_path):
     folder, _ = foreign()
     edit(folder, embedding_color="green")
     done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
@@ -218,15 +233,15 @@ def test_a_key_one_knows_to_be_harmless_can_be_ignored(foreign, tmp_path):
     assert done.returncode == 2 and "already exists" in done.stderr
 
 
-@pytest.mark.parametrize("words, says", [
+@pytest.mark.parametrize("words, message", [
     (["hf.py", "import", "HuggingFaceTB/SmolLM2-135M", "OUT"], "the hub did not give a model of that name"),
     (["hf.py", "import", "no such folder", "OUT"], "not an id of the Hugging Face hub"),
     (["hf.py", "import", "README.md", "OUT"], "README.md is a file"),
     (["prepare_fineweb.py", "--tokenizer=hf:a/b", "--out=OUT"], "the hub did not give a model of that name"),
     (["prepare_fineweb.py", "--tokenizer=llama3", "--out=OUT"], "Or give Meta's rank file: --tokenizer=llama3:")])
-def test_what_cannot_be_reached_is_one_line(words, says, tmp_path):
+def test_what_cannot_be_reached_is_one_line(words, message, tmp_path):
     done = run_python([word.replace("OUT", str(tmp_path / "out")) for word in words])
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_a_model_in_the_hubs_cache_needs_no_network_and_its_commit_is_written_down(foreign, tmp_path):
@@ -244,7 +259,7 @@ def test_a_model_in_the_hubs_cache_needs_no_network_and_its_commit_is_written_do
     assert "base_model: some/llama" in card and f"begun from | hf:some/llama at {commit}" in card and str(tmp_path) not in card
 
 
-# ---- going on from one
+# ---- training one further
 
 @pytest.fixture
 def their_corpus(foreign, tmp_path):
@@ -254,12 +269,12 @@ def their_corpus(foreign, tmp_path):
     return folder, str(tmp_path / "corpus")
 
 
-def test_pretraining_goes_on_from_a_foreign_model_and_resumes_bit_for_bit(their_corpus, tiny, tmp_path, capsys):
+def test_pretraining_continues_a_foreign_model_and_resumes_bit_for_bit(their_corpus, tiny, tmp_path, capsys):
     folder, corpus = their_corpus
     c = dict(data_dir=corpus, init_from=folder, size="", phases=(("mlm", 6),), warmup_steps=2, decay_steps=2, save_interval=3)
     train.main(tiny("whole", **c))
-    says = capsys.readouterr().out
-    assert "llama from" in says and "a new row" in says
+    printed = capsys.readouterr().out
+    assert "llama from" in printed and "a new row" in printed
     first = json.loads(open(tmp_path / "whole" / "log.jsonl").readline())
     imported = importing.read(folder)
     model = checkpoint.load_model(str(tmp_path / "whole"))
@@ -286,7 +301,7 @@ def test_another_tokenizer_or_size_than_the_models_is_refused(their_corpus, tiny
         train.main(tiny("b", init_from=folder, size="tiny", data_dir=corpus))
 
 
-def test_an_own_model_that_went_out_goes_on_with_the_corpus_it_was_trained_on(encoder, tiny, tmp_path):
+def test_an_exported_model_trains_further_on_the_corpus_it_was_trained_on(encoder, tiny, tmp_path):
     """Its tokenizer comes back under another name, with the same ids."""
     exporting.export(encoder, str(tmp_path / "out"))
     importing.write(str(tmp_path / "out"), str(tmp_path / "back"))
@@ -302,7 +317,7 @@ def test_an_own_model_that_went_out_goes_on_with_the_corpus_it_was_trained_on(en
         train.main(tiny("no", size="", init_from=str(tmp_path / "back"), phases=phases, warmup_steps=1, decay_steps=1))
 
 
-def test_no_size_means_that_of_the_run_one_starts_from(tiny, tmp_path):
+def test_no_size_means_the_size_of_the_run_it_starts_from(tiny, tmp_path):
     """An own run's checkpoint, a branch, and the same command again; with none of them it is the 210m."""
     train.main(tiny("run"))
     before = str(tmp_path / "run" / "step_0000010")
@@ -328,19 +343,22 @@ def smol(tmp_path_factory):
 
 def test_smollm2_comes_in_with_its_logits_its_ids_and_its_loss_on_text(smol, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    found, path = importing.write(smol, str(tmp_path / "run"))
-    model, tok = checkpoint.load_model(path), checkpoint.tokenizer_of(path)
-    assert (found.config.n_layer, found.config.n_kv_head, found.config.rope_theta, found.config.tied) == (30, 3, 100_000.0, True)
-    theirs, their_tok = AutoModelForCausalLM.from_pretrained(smol), AutoTokenizer.from_pretrained(smol)
+    imported, path = importing.write(smol, str(tmp_path / "run"))
+    model = checkpoint.load_model(path)
+    tok = checkpoint.tokenizer_of(path)
+    c = imported.config
+    assert (c.n_layer, c.n_kv_head, c.rope_theta, c.tied) == (30, 3, 100_000.0, True)
+    original = AutoModelForCausalLM.from_pretrained(smol)
+    hub_tok = AutoTokenizer.from_pretrained(smol)
     text = next(documents(files_of("sotu")))[:4000]
     ids = tok.encode(text)
-    assert ids == their_tok(text, add_special_tokens=False).input_ids and len(ids) > 700
+    assert ids == hub_tok(text, add_special_tokens=False).input_ids and len(ids) > 700
     tokens = torch.tensor(ids)
     with torch.no_grad():
-        ours = model.logits(model(tokens, torch.tensor([0, len(ids)], dtype=torch.int32), True))
-        wanted = theirs(input_ids=tokens[None]).logits[0]
+        logits = model.logits(model(tokens, torch.tensor([0, len(ids)], dtype=torch.int32), True))
+        expected = original(input_ids=tokens[None]).logits[0]
     # of logits up to 40; measured 9e-5, and either side is as far from fp64
-    assert wanted.abs().max() > 20 and (ours[:, :49152] - wanted).abs().max() <= 2e-4
-    loss = [torch.nn.functional.cross_entropy(logits[:-1, :49152], tokens[1:]).item() for logits in (ours, wanted)]
+    assert expected.abs().max() > 20 and (logits[:, :49152] - expected).abs().max() <= 2e-4
+    loss = [torch.nn.functional.cross_entropy(x[:-1, :49152], tokens[1:]).item() for x in (logits, expected)]
     assert abs(loss[0] - loss[1]) < 1e-5 and loss[0] < 3.5
     assert hf_weights.read_config(smol)[1] == "llama"
