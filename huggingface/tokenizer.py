@@ -46,9 +46,11 @@ ODD = [
     "-" * 130,
     "=" * 77 + "\n" * 9,
 ]
+# runs of one character, and a word after spaces and before newlines
+SPACE, NEWLINE = " ", "\n"
 for character in " \n\t-a":
     ODD += [character * n for n in range(1, 40)]
-ODD += [" " * n + "word" + "\n" * n for n in range(1, 20)]
+ODD += [SPACE * n + "word" + NEWLINE * n for n in range(1, 20)]
 
 
 # ---- in: a model's folder -> a Tokenizer
