@@ -227,11 +227,12 @@ trap 'interrupted=true; kill "$(cat "$scratch/pid")" 2>/dev/null' INT TERM
 began=$SECONDS
 endings=""
 failed=0
-spare=0                                     # seconds that the last part left over
-if [ $tiny = true ]; then spare=60; fi      # a busy CPU may take its time
+spare=0      # seconds that the last part left over
 for word in ${parts//,/ }; do
   part=${word%%:*}
   describe $part
+  # A busy CPU may take its time.
+  if [ $tiny = true ]; then limit=$((limit + 60)); fi
 
   # How long it may take: its limit and what is spare, or the caller's limit as it stands, but no
   # longer than the whole script.
