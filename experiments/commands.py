@@ -12,7 +12,6 @@ from experiments.cost import cost_of
 from experiments.jobs import Job
 from experiments.layout import Place
 from experiments.recipes import DECAY, WARMUP
-from experiments.scales import batch_of
 from tasks import queue, registry, worker
 
 
@@ -67,11 +66,11 @@ def training_job(study, run):
         kind="train",
         words=training_words(study, run),
         is_done=partial(os.path.isdir, finished),
-        cost=cost_of(run, study.scale, batch_of(study.scale, study.data_dir)).flops,
+        cost=cost_of(run, study.scale, study.batch).flops,
     )
     source = study.source_of(run)
     if source:
-        job.after = [source.run]
+        job.after = [source.run_name]
         job.check = partial(check_source, name, study.path_of(source))
     return job
 
@@ -83,24 +82,27 @@ def training_words(study, run):
     run_dir = os.path.join(study.out_dir, recipe.name)
     is_continued = recipe.start > 0  # continued pretraining has no second warmup
     settings = scale.train | {
-        "size": scale.size(recipe.size),
+        "size": scale.to_size(recipe.size),
         "phases": phases_at(scale, recipe),
         "seed": recipe.seed,
-        "warmup_steps": 0 if is_continued else scale.step(WARMUP),
-        "decay_steps": scale.step(DECAY),
+        "warmup_steps": 0 if is_continued else scale.to_step(WARMUP),
+        "decay_steps": scale.to_step(DECAY),
         "keep_last": 1,
-        "milestones": tuple(scale.step(step) for step in run.kept_steps),
+        "milestones": tuple(scale.to_step(step) for step in run.kept_steps),
         "data_dir": study.data_dir,
         "device": study.device,
         "compile": study.compile,
         "out_dir": run_dir,
     }
     if study.launch.is_printed:
-        batch_rows = settings.get("batch_rows", 1152)
-        settings["micro_rows"] = micro_rows(batch_rows, study.launch.n_gpus)
+        settings["micro_rows"] = micro_rows(study.batch.rows, study.launch.n_gpus)
+
+    # A branch continues its trunk's schedule; continued pretraining starts one of its own.
     source = study.source_of(run)
-    if source:
-        settings["branch_from" if run.trunk else "init_from"] = study.path_of(source)
+    if run.trunk:
+        settings["branch_from"] = study.path_of(source)
+    elif is_continued:
+        settings["init_from"] = study.path_of(source)
 
     # A run that has begun keeps its beginning. If fewer models were asked for then, it may have
     # begun from another trunk, or from none; its weights are the same to the bit.
@@ -117,7 +119,7 @@ def phases_at(scale, recipe):
     begin = recipe.start
     for objective, steps in recipe.phases:
         end = begin + steps
-        phases.append((objective, scale.step(end) - scale.step(begin)))
+        phases.append((objective, scale.to_step(end) - scale.to_step(begin)))
         begin = end
     return tuple(phases)
 
@@ -174,7 +176,7 @@ def scoring_job(study, name, grid):
         kind=kind,
         words=scoring_words(study, grid, path),
         is_done=partial(has_all_rows, study.scale, grid, path),
-        after=[place.run],
+        after=[place.run_name],
         cost=len(grid.tasks),
         check=partial(check_source, name, path),
     )

@@ -20,7 +20,7 @@ class Cost:
 
 def cost_of(run, scale, batch):
     """The Cost of the steps that a run (plan.Run) trains itself, at a scale."""
-    size = scale.size(run.recipe.size)
+    size = scale.to_size(run.recipe.size)
     first_own_step = run.recipe.start + run.branch_step  # those before it are the trunk's
     steps = 0
     flops = 0.0
@@ -28,7 +28,7 @@ def cost_of(run, scale, batch):
     for objective, phase_steps in run.recipe.phases:
         end = begin + phase_steps
         if end > first_own_step:
-            own_steps = scale.step(end) - scale.step(max(begin, first_own_step))
+            own_steps = scale.to_step(end) - scale.to_step(max(begin, first_own_step))
             steps += own_steps
             flops += own_steps * batch.rows * flops_of_a_row(size, objective, batch)
         begin = end
@@ -46,7 +46,7 @@ def sum_of(costs):
 
 def gpu_hours(flops, tok_per_s, scale, batch):
     """Hours that FLOPs take on a GPU that makes tok_per_s tokens a second with 610m under MLM40."""
-    flops_per_token = flops_of_a_row(scale.size("610m"), "mlm40", batch) / batch.block_size
+    flops_per_token = flops_of_a_row(scale.to_size("610m"), "mlm40", batch) / batch.block_size
     return flops / flops_per_token / tok_per_s / 3600
 
 

@@ -42,9 +42,9 @@ class Running:
 
     job: Job
     process: subprocess.Popen
-    slot: int  # the index of its environment
-    log: str  # the path of its log
-    started: float  # time.time()
+    slot: int             # the index of its environment
+    log: str              # the path of its log
+    started: float        # time.time()
     seconds: float = 0.0  # how long it took, once it has ended
 
 

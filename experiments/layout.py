@@ -19,7 +19,7 @@ from core.configurator import UserError, differences
 from core.files import is_new, read_json, write_json
 from experiments.plan import run_holding
 from experiments.recipes import parse
-from experiments.scales import SCALES, Scale
+from experiments.scales import SCALES, Scale, batch_of
 from pretraining import data
 from tasks import worker
 
@@ -29,7 +29,7 @@ class Launch:
     """How commands are started."""
 
     program: str  # local: here and now; torchrun or slurm: they are printed
-    nodes: int  # machines of a printed training command
+    nodes: int    # machines of a printed training command
     gpus_per_node: int
 
     @property
@@ -47,7 +47,7 @@ class Launch:
 class Place:
     """Where a checkpoint lies."""
 
-    run: str  # the name of a run
+    run_name: str
     step: int  # the paper's, counted from the run's own step 0
 
 
@@ -55,22 +55,27 @@ class Place:
 class Study:
     """What to make, and how."""
 
-    names: list  # the models and checkpoints asked for
-    runs: dict  # {name: plan.Run} that make them
+    names: list     # the models and checkpoints asked for
+    runs: dict      # {name: plan.Run} that make them
     scale: Scale
-    out_dir: str  # the study's folder
-    data_dir: str  # the corpus of pretraining
+    out_dir: str    # the study's folder
+    data_dir: str   # the corpus of pretraining
     tasks_dir: str  # local data sets of the tasks; "": none
-    tasks: str  # what each checkpoint is scored on; "": the scale's tasks
+    tasks: str      # what each checkpoint is scored on; "": the scale's tasks
     evaluate: bool  # are the checkpoints scored, too?
     device: str
-    compile: bool  # train.py's
+    compile: bool   # train.py's
     launch: Launch
+
+    @property
+    def batch(self):
+        """The tokens of a training step."""
+        return batch_of(self.scale, self.data_dir)
 
     def path_of(self, place):
         """The folder of the checkpoint at a Place."""
-        run_dir = os.path.join(self.out_dir, place.run)
-        return checkpoint.path_of(run_dir, self.scale.step(place.step))
+        run_dir = os.path.join(self.out_dir, place.run_name)
+        return checkpoint.path_of(run_dir, self.scale.to_step(place.step))
 
     def place_of(self, name):
         """The Place of the checkpoint that a name asks for."""

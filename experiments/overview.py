@@ -47,7 +47,7 @@ def print_plan(names, scale, data_dir, tok_per_s):
 class Overview:
     """A plan with its costs."""
 
-    runs: dict  # {name: plan.Run}
+    runs: dict   # {name: plan.Run}
     costs: dict  # {name: Cost} of the steps that a run trains itself
     scale: Scale
     batch: Batch
@@ -67,10 +67,10 @@ class Overview:
         # Where it begins: at a step of the run above it, from a decayed model, or at random.
         origin = ""
         if run.trunk:
-            origin = f"@ {self.scale.step(run.branch_step):>6,} "
+            origin = f"@ {self.scale.to_step(run.branch_step):>6,} "
         elif run.recipe.start:
             origin = f"{run.recipe.parent_name}, decayed > "
-        kept = ", ".join(f"{self.scale.step(step):,}" for step in run.kept_steps)
+        kept = ", ".join(f"{self.scale.to_step(step):,}" for step in run.kept_steps)
         keeps = f" (keeps {kept})" if kept else ""
         print(f"{indent}{origin}{name}: {self.costs[name].steps:,} steps{keeps}")
         branches = [branch for branch in self.runs.values() if branch.trunk == name]
@@ -100,7 +100,7 @@ class Overview:
         steps_one_by_one = 0
         for name in names:
             recipe = self.runs[name].recipe
-            steps_one_by_one += self.scale.step(recipe.steps) - self.scale.step(recipe.start)
+            steps_one_by_one += self.scale.to_step(recipe.steps) - self.scale.to_step(recipe.start)
         saved = steps_one_by_one - cost.steps
 
         if cost.tokens > 1e9:

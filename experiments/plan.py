@@ -20,8 +20,8 @@ class Run:
     """
 
     recipe: Recipe
-    trunk: str = ""  # the name of the run it branches from; "": it does not branch
-    branch_step: int = 0  # where it branches: the trunk has trained the steps before
+    trunk: str = ""         # the name of the run it branches from; "": it does not branch
+    branch_step: int = 0    # where it branches: the trunk has trained the steps before
     kept_steps: tuple = ()  # the steps whose checkpoints stay
 
     @property

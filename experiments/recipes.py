@@ -50,12 +50,12 @@ class Stage(NamedTuple):
 class Recipe:
     """What a name says. Steps are the paper's (scales.py shrinks them), from the very beginning."""
 
-    size: str  # a row of model.SIZES, in the paper's proportions
-    stages: tuple  # of Stage
-    start: int = 0  # continued pretraining: the step where its start has decayed; else 0
-    turns: int = 0  # steps of a turn, for a name with alt
+    size: str         # a row of model.SIZES, in the paper's proportions
+    stages: tuple     # of Stage
+    start: int = 0    # continued pretraining: the step where its start has decayed; else 0
+    turns: int = 0    # steps of a turn, for a name with alt
     seed: int = SEED  # of weights and data order
-    step: int = 0  # an intermediate checkpoint; 0: the finished model
+    step: int = 0     # an intermediate checkpoint; 0: the finished model
 
     @property
     def steps(self):

@@ -23,18 +23,18 @@ class Scale:
     """What a scale changes: a row of SCALES, and its name."""
 
     name: str
-    steps: int  # what the paper's 42,000 steps become
+    steps: int   # what the paper's 42,000 steps become
     sizes: dict  # {size in a name: row of model.SIZES that it means here}, in the same proportions
     train: dict  # settings of train.py
-    tasks: str  # "all" or "demo": every checkpoint is scored on these,
-    local: str  # and on those of these that tasks_dir has
-    tune: dict  # {script that scores a checkpoint: (its config file or "", its settings)}
+    tasks: str   # "all" or "demo": every checkpoint is scored on these,
+    local: str   # and on those of these that tasks_dir has
+    tune: dict   # {script that scores a checkpoint: (its config file or "", its settings)}
 
-    def step(self, paper_step):
+    def to_step(self, paper_step):
         """The step of this scale that stands for a step of the paper."""
         return round(paper_step * self.steps / PAPER_STEPS)
 
-    def size(self, paper_size):
+    def to_size(self, paper_size):
         """The model size of this scale that stands for a size of the paper."""
         return self.sizes.get(paper_size, paper_size)
 
@@ -124,6 +124,7 @@ def batch_of(scale, data_dir):
     info = os.path.join(data_dir, "tokenizer_info.json")
     if os.path.isfile(info):
         vocab_size = read_json(info).get("vocab_size", vocab_size)
+    # The paper's batch, which train.py has as its defaults.
     rows = scale.train.get("batch_rows", 1152)
     block_size = scale.train.get("block_size", 2048)
     return Batch(rows, block_size, vocab_size)
