@@ -14,7 +14,7 @@ from experiments import recipes
 PAPER = os.path.join(ROOT, "results", "paper.csv")
 TASKS = {"sst2": "sequence", "sotu_era": "sequence", "uner_en_ewt": "token", "squad": "span", "squad_retrieval": "retrieval"}
 LRS, SEEDS, ITEMS, PER_STEP = (2e-5, 5e-5, 1e-4), (0, 1), 80, 2048
-SCALE = 50              # a step of theirs is this many of the paper's
+SCALE = 50              # a step of these runs stands for this many of the paper's
 BOTH = ("610m-clm-42k", "610m-mlm40-42k")
 NAMES = [f"{size}-{o}-42k" for size in ("210m", "610m") for o in ("clm", "mlm20", "mlm30", "mlm40", "mlm50")] + [
     f"{name}-seed{seed}" for name in BOTH for seed in (43, 44)] + [f"{name}-{step}" for name in BOTH for step in (1000, 5000, 20000)] + [
@@ -35,9 +35,10 @@ def ability(recipe, kind):
 
 
 def folder_of(name):
-    r = recipes.parse(name)
-    step = (r.step or r.steps - r.start) // SCALE
-    return os.path.join(r.finished().name, f"step_{step:07d}")
+    """The folder of a model's checkpoint, within the study's."""
+    recipe = recipes.parse(name)
+    step = (recipe.step or recipe.steps - recipe.start) // SCALE
+    return os.path.join(recipe.finished().name, f"step_{step:07d}")
 
 
 def dump(path, value):
@@ -47,7 +48,7 @@ def dump(path, value):
 
 
 def write(root, names=NAMES, tasks=tuple(TASKS), lrs=LRS, seeds=SEEDS, plan="toy", ability=ability):
-    """-> root, with study.json, runs, states and trials."""
+    """Write a study of these models to the folder root: study.json, runs, states and trials. -> root"""
     for name in names:
         recipe, folder = recipes.parse(name), os.path.join(root, folder_of(name))
         steps = (recipe.step or recipe.steps) // SCALE
@@ -68,11 +69,13 @@ def write(root, names=NAMES, tasks=tuple(TASKS), lrs=LRS, seeds=SEEDS, plan="toy
 
 
 def run(folder, recipe, settings):
-    """config.json and log.jsonl; a continuation's steps begin at 0 again, its totals do not."""
-    parent = recipe.parent()
-    before, steps = (recipe.start // SCALE, (recipe.steps - recipe.start) // SCALE)
-    where = os.path.join(os.path.dirname(folder), folder_of(parent.name)) if parent else ""
-    dump(os.path.join(folder, "config.json"), {"settings": settings, "parent": where, "start_step": 0})
+    """Write a run's config.json and log.jsonl. In continued pretraining steps count from 0 again, totals do not."""
+    before = recipe.start // SCALE
+    steps = (recipe.steps - recipe.start) // SCALE
+    parent_folder = ""
+    if recipe.start:
+        parent_folder = os.path.join(os.path.dirname(folder), folder_of(recipe.parent_name))
+    dump(os.path.join(folder, "config.json"), {"settings": settings, "parent": parent_folder, "start_step": 0})
     with open(os.path.join(folder, "log.jsonl"), "w") as f:
         for step in range(1, steps + 1):
             objective = recipe.objective_at((before + step) * SCALE - 1)
@@ -84,7 +87,7 @@ def run(folder, recipe, settings):
 
 
 def trial(folder, name, task, lr, seed, p, **changes):
-    """One row and its examples' scores; p: how often it is right. -> the row's path"""
+    """Write one trial's row and the scores of its examples. p: how often it is right. -> the row's path"""
     path = os.path.join(folder, "trials", task, f"lr{lr:.0e}_sd{seed}.json")
     hard = noise(task).random(ITEMS)
     right = (hard + noise(name, task, seed, lr).normal(0, 0.05, ITEMS) < p).astype(np.float16)
@@ -99,7 +102,7 @@ def trial(folder, name, task, lr, seed, p, **changes):
 
 
 def draw(*args, to):
-    """report.py in this process, its pictures drawn but left empty: to rasterize them is what takes the time."""
+    """Run report.py in this process. Its pictures are drawn but saved empty: rasterizing takes the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plt.Figure, "savefig", lambda figure, path, **_: open(path, "wb").close())
         report.main(report.Config(args, to))
