@@ -2,7 +2,8 @@
 
     triton      our own kernels (triton_attention.py), for CUDA GPUs
     varlen      PyTorch's packed attention (varlen.py), for CUDA GPUs
-    sdpa        PyTorch's scaled_dot_product_attention, one call a sequence (sdpa.py): runs everywhere; the fast path of a CPU
+    sdpa        PyTorch's scaled_dot_product_attention, one call per sequence (sdpa.py): runs
+                everywhere, and is the fast path of a CPU
     reference   the definition, dense and slow (reference.py)
 
 "auto" is sdpa on a CPU. On a GPU, Triton and varlen first compute a small batch that is compared
@@ -28,7 +29,7 @@ def triton_attention(q, k, v, cu_seqlens, causal):
     return triton_kernels.attention(q, k, v, cu_seqlens, causal)
 
 
-# a new implementation is one entry here
+# {name: function}. A new implementation is one entry here; --attention=NAME trains with it.
 ATTENTION = {
     "triton": triton_attention,
     "varlen": varlen.attention,
@@ -36,17 +37,20 @@ ATTENTION = {
     "reference": reference.attention,
 }
 
-FAST_ON_GPU = ("triton", "varlen")  # what "auto" chooses from on a GPU
-MOST_ERROR = (
-    2e-2  # of a trial: rounding to bf16 makes 4e-3, a miscompiled kernel far more than this
-)
-PREFERENCE = (
-    0.95  # varlen must take less than this share of Triton's time, which repeats to the bit
-)
+# What "auto" chooses from on a GPU, the preferred one first.
+FAST_ON_GPU = ("triton", "varlen")
+
+# The largest relative error that a trial may have. Rounding to bf16 makes 4e-3, a miscompiled
+# kernel makes far more than this.
+MOST_ERROR = 2e-2
+
+# varlen must take less than this share of Triton's time to be chosen, because only Triton gives the
+# same bits in every run.
+PREFERENCE = 0.95
 
 
 def why_not(name, device_type, dtype, head_dim):
-    """None if the implementation takes such tensors here, else the reason in words."""
+    """Return None if the implementation can compute such tensors here, else the reason in words."""
     if name == "triton" and triton_kernels is None:
         return "Triton is not installed (it needs Linux)"
     if name == "triton":
@@ -63,7 +67,7 @@ def resolve(impl, device_type=None, dtype=None, head_dim=None, n_head=3, n_kv_he
     Prints one line when "auto" chooses on a GPU, once a process and kind of input: what, why, and
     both times. Raises ValueError for an unknown name, and for an implementation that cannot run
     here.
-"""
+    """
     if impl != "auto" and impl not in ATTENTION:
         raise ValueError(f"attention={impl}: expected auto or one of {', '.join(ATTENTION)}")
     if device_type is None:
@@ -102,7 +106,7 @@ def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
 
     names: the first is preferred unless another is clearly faster; n_rows: rows of 2,048 tokens to
     time with.
-"""
+    """
     errors = {}
     seconds = {}
     problems = {}
@@ -115,14 +119,12 @@ def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
                 seconds[name] = layer_seconds(
                     name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows
                 )
-        except (
-            Exception
-        ) as problem:  # whatever a compiler or a driver throws at us: train on, and say so
-            first_line = (str(problem).splitlines() or [""])[0]
-            problems[name] = (
-                f"a trial call of {name} failed: {type(problem).__name__}: {first_line}"
-            )
-    refusals = "; ".join(f"{problem}" for problem in problems.values() if problem)
+        # A compiler or a driver may raise anything. Train with another implementation, and say why.
+        except Exception as error:
+            lines = str(error).splitlines()
+            first_line = lines[0] if lines else ""
+            problems[name] = f"a trial call of {name} failed: {type(error).__name__}: {first_line}"
+    refusals = "; ".join(problem for problem in problems.values() if problem)
     if not seconds:
         return "sdpa", f"sdpa, one call a sequence, which is slow on a GPU, because {refusals}"
 
@@ -131,16 +133,20 @@ def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
         if seconds[name] < PREFERENCE * seconds[best]:
             best = name
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
+    dtype_name = str(dtype).removeprefix("torch.")
     explanation = (
-        f"{best}; a layer of {n_rows} x 2,048 tokens, forward and backward, full and causal, takes {times} "
-        f"({n_head}/{n_kv_head} heads of {head_dim}, {str(dtype).removeprefix('torch.')}; error {errors[best]:.1e})"
+        f"{best}; a layer of {n_rows} x 2,048 tokens, forward and backward, full and causal, "
+        f"takes {times} ({n_head}/{n_kv_head} heads of {head_dim}, {dtype_name}; "
+        f"error {errors[best]:.1e})"
     )
     return best, f"{explanation}; {refusals}" if refusals else explanation
 
 
 def objection(name, device_type, dtype, head_dim, n_head, n_kv_head):
-    """-> (why the implementation must not be used here, in words, or None; the error of its trial
-    call or None)"""
+    """Try an implementation on a small batch, if it can run here at all.
+
+    -> (why it must not be used here, in words, or None; the error of the trial call, or None)
+    """
     reason = why_not(name, device_type, dtype, head_dim)
     if reason:
         return reason, None
@@ -245,35 +251,43 @@ def check(q, k, v, cu_seqlens):
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype")
     if not q.device == k.device == v.device == cu_seqlens.device:
         raise ValueError(
-            f"attention: q is on {q.device}, k on {k.device}, v on {v.device}, cu_seqlens on {cu_seqlens.device}: "
-            "expected one device"
+            f"attention: q is on {q.device}, k on {k.device}, v on {v.device}, "
+            f"cu_seqlens on {cu_seqlens.device}: expected one device"
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.numel() < 2:
         raise ValueError(
-            f"attention: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [S + 1]"
+            f"attention: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: "
+            "expected int32 [S + 1]"
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    T = q.shape[0]
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(a > b for a, b in zip(bounds, bounds[1:])):
+    falls = any(a > b for a, b in zip(bounds, bounds[1:]))
+    if bounds[0] != 0 or bounds[-1] != T or falls:
         raise ValueError(
-            f"attention: cu_seqlens goes from {bounds[0]} to {bounds[-1]}: expected 0 to T = {q.shape[0]}, "
-            "never falling"
+            f"attention: cu_seqlens goes from {bounds[0]} to {bounds[-1]}: "
+            f"expected 0 to T = {T}, never falling"
         )
 
 
 def attention(q, k, v, cu_seqlens, causal: bool, impl: str = "auto") -> torch.Tensor:
     """Softmax attention within each packed sequence, scale 1/sqrt(D), differentiable.
 
-    q [T, H, D]; k, v [T, Hkv, D] with H a multiple of Hkv (GQA: query head h reads KV head h // (H
-    // Hkv)), any strides; cu_seqlens [S+1] int32, from 0 to T, non-decreasing: sequence s is the
-    tokens [cu_seqlens[s], cu_seqlens[s+1]). causal: a token sees itself and what stands before it
-    in its sequence; otherwise the whole sequence. -> [T, H, D] Under autocast the inputs are cast
-    first. Raises ValueError for shapes, dtypes, devices or bounds that do not fit.
-"""
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    q [T, H, D]; k, v [T, Hkv, D], any strides -> [T, H, D]. H is a multiple of Hkv: query head h
+    reads KV head h // (H // Hkv) (grouped-query attention).
+    cu_seqlens [S+1] int32, from 0 to T, never falling: sequence s is the tokens
+    [cu_seqlens[s], cu_seqlens[s+1]).
+    causal: a token sees itself and the tokens before it in its sequence; otherwise it sees the
+    whole sequence.
+
+    Under autocast the inputs are cast first. Raises ValueError for shapes, dtypes, devices or, on a
+    CPU, values of cu_seqlens that do not fit together.
+    """
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        q, k, v = (x.to(torch.get_autocast_dtype(device_type)) for x in (q, k, v))
     check(q, k, v, cu_seqlens)
-    name = resolve(impl, kind, q.dtype, q.shape[2], q.shape[1], k.shape[1])
+    n_head, head_dim = q.shape[1:]
+    name = resolve(impl, device_type, q.dtype, head_dim, n_head, k.shape[1])
     return ATTENTION[name](q, k, v, cu_seqlens, causal)

@@ -88,6 +88,7 @@ def backward(grad, q, k, v, saved, causal, is_hidden=None):
     dk = None
     dv = None
     for start, end, end_of_keys in blocks(length, causal):
+        # The softmax weights: saved by the forward pass, or computed again.
         queries = q[:, start:end]  # [H, n, D]
         keys = k[:, :end_of_keys]  # [H, m, D]
         block_grad = grad[:, start:end]  # [H, n, D]

@@ -31,7 +31,7 @@ LONGEST = WeakTensorKeyDictionary()
 
 
 def why_not(device_type, dtype, head_dim):
-    """None if varlen_attn takes such tensors here, else the reason in words."""
+    """Return None if varlen_attn can compute such tensors here, else the reason in words."""
     if device_type != "cuda":
         return "PyTorch's packed attention needs a CUDA GPU"
     if "window_size" not in PARAMETERS:
@@ -43,12 +43,15 @@ def why_not(device_type, dtype, head_dim):
     if dtype not in (torch.bfloat16, torch.float16):
         return f"PyTorch's packed attention takes bfloat16 and float16, not {dtype}"
     if head_dim % 8 != 0 or head_dim > 256:
-        return f"head dim {head_dim} is not supported by PyTorch's packed attention: multiples of 8 up to 256 are"
+        return (
+            f"head dim {head_dim} is not supported by PyTorch's packed attention: "
+            "multiples of 8 up to 256 are"
+        )
     return None
 
 
 def longest_sequence(cu_seqlens):
-    """Tokens in the longest sequence.
+    """Return how many tokens the longest sequence has.
 
     On a GPU the host waits for the device to read this number. It does so once per batch: the
     answer is remembered for as long as the tensor lives, and the other layers and the backward
@@ -60,12 +63,12 @@ def longest_sequence(cu_seqlens):
 
 
 def window(causal):
-    """(tokens to the left, tokens to the right) that a token sees; -1: all of them."""
+    """Return how many tokens a token sees to its left and to its right; -1 means all of them."""
     return (-1, 0) if causal else (-1, -1)
 
 
 def repeat_heads(x, n_head):
-    """[T, Hkv, D] -> [T, H, D], each KV head repeated for its group of query heads."""
+    """Repeat each KV head for its group of query heads. [T, Hkv, D] -> [T, H, D]"""
     return x.repeat_interleave(n_head // x.shape[1], dim=1)
 
 
@@ -89,11 +92,10 @@ def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
     if not TAKES_GROUPS:
         k = repeat_heads(k, n_head)
         v = repeat_heads(v, n_head)
-    dropout_state = torch.zeros(
-        2, dtype=torch.uint64, device=q.device
-    )  # there is no dropout, but the operator wants its seed
-    # varlen_attn's own backward pass: PyTorch has no public name for it. Its arguments are the same
-    # in torch 2.11 and 2.13.
+    # There is no dropout, but the operator needs a seed for it.
+    dropout_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    # This is varlen_attn's own backward pass. PyTorch has no public name for it. Its arguments are
+    # the same in torch 2.11 and 2.13.
     dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
         grad,
         q,
@@ -110,12 +112,26 @@ def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
         None,
         list(window(causal)),
     )
+    # A repeated KV head gets the sum of its copies' gradients.
+    # [T, H, D] -> [T, Hkv, group, D] -> [T, Hkv, D]
     if dk.shape[1] != n_kv_head:
-        dk = dk.unflatten(1, (n_kv_head, -1)).sum(
-            2
-        )  # [T, H, D] -> [T, Hkv, group, D] -> [T, Hkv, D]
+        dk = dk.unflatten(1, (n_kv_head, -1)).sum(2)
         dv = dv.unflatten(1, (n_kv_head, -1)).sum(2)
     return dq, dk, dv
+
+
+# ---- the operator that PyTorch sees: one node for torch.compile, with its own backward pass
+
+
+def empty_outputs(q):
+    """-> memory for out [T, H, D] and the log-sum-exp of the scores [H, T]"""
+    T, H, D = q.shape
+    return q.new_empty((T, H, D)), q.new_empty((H, T), dtype=torch.float32)
+
+
+def empty_gradients(q, k, v):
+    """-> memory for the gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.custom_op("nanoencoder::varlen", mutates_args=())
@@ -124,15 +140,14 @@ def varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
     if q.shape[0] == 0:
-        return fake(q, k, v, cu_seqlens, causal)
+        return empty_outputs(q)
     out, lse = forward(q, k, v, cu_seqlens, causal)
     return out.contiguous(), lse.contiguous()
 
 
 @varlen.register_fake
-def fake(q, k, v, cu_seqlens, causal):
-    T, H, D = q.shape
-    return q.new_empty((T, H, D)), q.new_empty((H, T), dtype=torch.float32)
+def fake(q, _k, _v, _cu_seqlens, _causal):
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("nanoencoder::varlen_backward", mutates_args=())
@@ -148,24 +163,25 @@ def varlen_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
     if q.shape[0] == 0:
-        return fake_backward(grad, q, k, v, out, lse, cu_seqlens, causal)
+        return empty_gradients(q, k, v)
     dq, dk, dv = gradients(grad.contiguous(), q, k, v, out, lse, cu_seqlens, causal)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @varlen_backward.register_fake
-def fake_backward(grad, q, k, v, out, lse, cu_seqlens, causal):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def fake_backward(_grad, q, k, v, _out, _lse, _cu_seqlens, _causal):
+    return empty_gradients(q, k, v)
 
 
 def setup_context(ctx, inputs, output):
+    """Keep for the backward pass what it needs of the forward pass."""
     q, k, v, cu_seqlens, ctx.causal = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def backward(ctx, grad, _):
+def backward(ctx, grad, _grad_of_lse):
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     dq, dk, dv = varlen_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.causal)
     return dq, dk, dv, None, None
