@@ -21,8 +21,6 @@ class Processes:
         """True for the one process that writes files and the log."""
         return self.rank == 0
 
-    first = is_first      # its name until all callers use the new one
-
 
 def start_processes(device):
     """Join torchrun's process group. -> (Processes, this process' device)"""
