@@ -1,5 +1,4 @@
-"""Speed, measured beside the peers in one run. Each part is a file of benchmarks/ with its own
-settings.
+"""Speed, measured beside the peers. Each part is a file of benchmarks/ with its own settings.
 
     python bench.py train          # a training step: ours, Hugging Face's EuroBERT, nanoGPT
     python bench.py profile        # where such a step's time goes
