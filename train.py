@@ -43,31 +43,31 @@ class Config:
     # input and output
     data_dir: str = "data/sotu"              # a corpus made by prepare_fineweb.py
     out_dir: str = "out"                     # the run: config.json, log.jsonl, step_NNNNNNN/
-    resume: bool = True                      # resume from out_dir's newest checkpoint; false: refuse a run that exists
-    branch_from: str = ""                    # RUN/step_NNNNNNN of another run: continue from there with other phases
-    init_from: str = ""                      # checkpoint, hf:ORG/NAME or Hugging Face folder: a new schedule from its weights
-    keep_moments: bool = True                # with init_from: load its optimizer state, too, if it has one
+    resume: bool = True                      # resume a run that exists; false: refuse it
+    branch_from: str = ""                    # RUN/step_NNNNNNN: continue from there with other phases
+    init_from: str = ""                      # checkpoint, hf:ORG/NAME or its folder: new schedule
+    keep_moments: bool = True                # with init_from: load its optimizer state, too
     save_interval: int = 1_000               # steps between checkpoints
-    keep_last: int = 2                       # checkpoints to keep, besides each switch of objective and the start of the decay
-    milestones: tuple = ()                   # more steps whose checkpoints are kept, e.g. (1000, 2000, 5000)
+    keep_last: int = 2                       # checkpoints to keep, besides switches and the decay's start
+    milestones: tuple = ()                   # more steps to keep, e.g. (1000, 2000)
     eval_interval: int = 500                 # steps between validations
     eval_rows: int = 128                     # validation rows, always the same ones
-    eval_mask_rate: float = 0.4              # masking rate of the MLM validation, the same for all runs to compare
+    eval_mask_rate: float = 0.4              # masking rate of validation; the same for runs to compare
     log_interval: int = 10                   # steps between console lines; log.jsonl gets every step
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
     # model
-    size: str = ""                           # a row of model.SIZES; empty: that of init_from or branch_from, else 210m
+    size: str = ""                           # a row of model.SIZES; empty: init_from's, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
-    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps), one after the other; see objectives.py
-    mask_rate: float = 0.4                   # share of ordinary tokens an MLM step hides; a phase "mlm20" has its own
-    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become (mask, random, unchanged); BERT: (0.8, 0.1, 0.1)
+    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps); see objectives.py
+    mask_rate: float = 0.4                   # share of tokens an MLM step hides; "mlm20" has its own
+    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden: (mask, random, unchanged); BERT (0.8, 0.1, 0.1)
     # data
     block_size: int = 2048                   # tokens in a row
-    random_length: bool = True               # cut each row once, into sequences of 12 tokens or more (the paper's footnote 6)
+    random_length: bool = True               # cut each row once (the paper's footnote 6)
     document_mask: bool = False              # also cut at document ends; the paper does not
-    batch_rows: int = 1152                   # rows in a step, over all GPUs: 1,152 x 2,048 = 2,359,296 tokens (Table 1)
+    batch_rows: int = 1152                   # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
     micro_rows: int = 12                     # rows a GPU takes at once
     seed: int = 42                           # of weights, data order, cuts and masks
     # optimizer: AdamW on every parameter, warmup - stable - linear decay
@@ -77,14 +77,14 @@ class Config:
     beta1: float = 0.9                       # AdamW
     beta2: float = 0.95                      # AdamW
     adam_eps: float = 1e-5                   # AdamW
-    weight_decay: float = 0.1                # on everything, norms and embeddings included, as in the paper's code
+    weight_decay: float = 0.1                # on everything, also norms, as in the paper's code
     grad_clip: float = 1.0                   # largest global norm of the gradients; 0: no clipping
     # system
     device: str = "auto"                     # cuda where there is one, else cpu
-    dtype: str = "auto"                      # bfloat16 (autocast over fp32 weights) where it is fast, else float32
+    dtype: str = "auto"                      # bfloat16 (autocast) where it is fast, else float32
     compile: bool = True                     # torch.compile where a compiler is installed
-    attention: str = "auto"                  # triton or varlen (CUDA), sdpa (anywhere) or reference (dense, to debug)
-    checkpoint_activations: bool = False     # compute each layer again in the backward pass: less memory, a third more work
+    attention: str = "auto"                  # triton or varlen (CUDA), sdpa (anywhere), reference
+    checkpoint_activations: bool = False     # less memory for a third more work
 
 
 def check(c, world_size):
@@ -324,8 +324,9 @@ def train(c, device, processes):
         f"{parameters['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
         f"attention {attention}, {how}"
     )
+    to_train_on = max_steps * c.batch_rows * c.block_size
     say(
-        f"{corpus.n_tokens:,} training tokens, {max_steps * c.batch_rows * c.block_size:,} to train on in {max_steps} "
+        f"{corpus.n_tokens:,} training tokens, {to_train_on:,} to train on in {max_steps} "
         f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens"
     )
     if not no_compile:

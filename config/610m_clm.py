@@ -1,10 +1,13 @@
 # 610M, CLM for all 42k steps; also the trunk that two-stage runs branch from (--branch_from).
 #   torchrun --nproc_per_node=8 train.py config/610m_clm.py
-# 12 rows x 8 GPUs x 12 micro-steps = 1,152 rows x 2,048 tokens = 2,359,296 tokens a step; x 42,000 = 99.1 B tokens.
-# 3.89 GFLOP a token (model.flops, sequences of 12 to 2,036 tokens): about 271 GPU-hours on an H100 at 40 % MFU. Not measured.
+# 12 rows x 8 GPUs x 12 micro-steps = 1,152 rows x 2,048 tokens = 2,359,296 tokens a step; x
+# 42,000 = 99.1 B tokens.
+# 3.89 GFLOP a token (model.flops, sequences of 12 to 2,036 tokens): about 271 GPU-hours on an
+# H100 at 40 % MFU. Not measured.
 size = "610m"
 data_dir, out_dir = "data/fineweb-edu", "out/610m-clm-42k"      # the paper's name for this model
 phases = [("clm", 42_000)]
 batch_rows, micro_rows, block_size = 1152, 12, 2048
 learning_rate, warmup_steps, decay_steps = 5e-4, 2_000, 2_000
-milestones = [1_000, 2_000, 3_000, 5_000, 6_000, 9_000, 10_000, 11_000, 17_000, 20_000, 21_000, 32_000, 40_000]
+milestones = [1_000, 2_000, 3_000, 5_000, 6_000, 9_000, 10_000, 11_000, 17_000, 20_000, 21_000]
+milestones += [32_000, 40_000]

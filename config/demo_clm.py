@@ -1,4 +1,5 @@
-# The demo's trunk: CLM on the State of the Union addresses; minutes on two CPU cores (bash runs/demo.sh).
+# The demo's trunk: CLM on the State of the Union addresses; minutes on two CPU cores (bash
+# runs/demo.sh).
 # 8 rows x 256 tokens = 2,048 tokens a step; 500 steps = 1.02 M tokens, of 2.8 M in the corpus.
 size = "demo"
 data_dir, out_dir = "data/demo", "runs/demo/clm"

@@ -1,4 +1,5 @@
-# The demo's point: 200 steps of CLM, taken from demo_clm.py's run, then 300 of MLM; in all the same 1.02 M tokens.
+# The demo's point: 200 steps of CLM, taken from demo_clm.py's run, then 300 of MLM; in all the
+# same 1.02 M tokens.
 # The paper's best share of CLM lies between 25 and 50 % (arXiv 2507.00994, section 4).
 size = "demo"
 data_dir, out_dir = "data/demo", "runs/demo/clm_then_mlm"

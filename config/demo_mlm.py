@@ -1,4 +1,5 @@
-# The demo's baseline: MLM alone at the budget of demo_clm.py, 500 steps x 2,048 tokens = 1.02 M tokens.
+# The demo's baseline: MLM alone at the budget of demo_clm.py, 500 steps x 2,048 tokens = 1.02 M
+# tokens.
 size = "demo"
 data_dir, out_dir = "data/demo", "runs/demo/mlm"
 phases = [("mlm", 500)]

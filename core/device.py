@@ -81,7 +81,7 @@ def has_fast_bf16_on_cpu():
     """True if this CPU multiplies bf16 matrices faster than fp32 ones.
 
     CPUs with AMX are made for it (not measured here). AMD's avx512_bf16 has twice the rate of fp32,
-    Intel's without AMX half of it (LOG.md).
+    Intel's without AMX half of it (docs/log.md).
     """
     if torch.cpu._is_amx_tile_supported():
         return True

@@ -13,6 +13,7 @@ from core.files import decode, find_files, hashed, lines_of
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_CHARACTERS = 4_000_000    # text in memory at once
+TEXT = "text"                   # the field or column that holds a document
 
 
 # -------------------------------------------------------------------------------------------------
@@ -68,23 +69,23 @@ def file_text(path):
 
 
 def json_texts(path):
-    """Yield the field "text" of every line of a .jsonl file, packed or not."""
+    """Yield the field TEXT of every line of a .jsonl file, packed or not."""
     for where, line in lines_of(path):
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line)[TEXT]
         except (json.JSONDecodeError, TypeError):
             raise UserError(
-                f'{where} is not a JSON object: .jsonl holds one {{"text": ...}} a line'
+                f'{where} is not a JSON object: .jsonl holds one {{"{TEXT}": ...}} a line'
             ) from None
         except KeyError:
-            raise UserError(f"{where} has no field 'text'") from None
+            raise UserError(f"{where} has no field '{TEXT}'") from None
         if not isinstance(text, str):
-            raise UserError(f"{where}: the field 'text' is {type(text).__name__}, not a string")
+            raise UserError(f"{where}: the field '{TEXT}' is {type(text).__name__}, not a string")
         yield text
 
 
 def parquet_texts(path):
-    """Yield the column "text" of a parquet file, row by row."""
+    """Yield the column TEXT of a parquet file, row by row."""
     import pyarrow
     import pyarrow.parquet
     try:
@@ -93,9 +94,9 @@ def parquet_texts(path):
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a parquet file: {reason}") from None
     columns = file.schema_arrow.names
-    if "text" not in columns:
-        raise UserError(f"{path} has no column 'text' (it has {', '.join(columns)})")
-    for batch in file.iter_batches(1024, columns=["text"]):
+    if TEXT not in columns:
+        raise UserError(f"{path} has no column '{TEXT}' (it has {', '.join(columns)})")
+    for batch in file.iter_batches(1024, columns=[TEXT]):
         for text in batch.column(0).to_pylist():
             if text is not None:
                 yield text

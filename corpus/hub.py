@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from core.configurator import RunError, UserError
 from core.files import find_files
+from corpus.documents import TEXT
 
-COLUMNS = ["text", "id"]
+COLUMNS = [TEXT, "id"]
 ROWS = 1024               # read, tokenized and written at a time, whatever a file's row groups are
 BUFFER = 1 << 23          # bytes of a column that are read at once
 LONGEST_WAIT = 60.0       # seconds between two tries
@@ -249,6 +250,6 @@ def texts(urls, retries):
     """Yield the text of every document of these files that is not blank, in order."""
     for url in urls:
         for table in tables(url, retries):
-            for text in table.column("text").to_pylist():
+            for text in table.column(TEXT).to_pylist():
                 if not is_blank(text):
                     yield text

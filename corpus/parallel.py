@@ -22,6 +22,7 @@ from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError
 from core.files import ahead, find_files, hashed, read_json, write_json, write_whole
 from corpus import hub
+from corpus.documents import TEXT
 from corpus.shards import SplitWriter
 
 SPLITS = ("train", "val")
@@ -153,7 +154,7 @@ def split_writer(folder, split, tok, shard_tokens):
 
 def write_table(table, first_row, val_fraction, tok, threads, writers):
     """Tokenize the documents of a RecordBatch and write them. -> their records, DOCUMENT [n]"""
-    texts = table.column("text").to_pylist()
+    texts = table.column(TEXT).to_pylist()
     names = table.column("id").to_pylist()
     rows = [row for row, text in enumerate(texts) if not hub.is_blank(text)]
     texts = [texts[row] for row in rows]

@@ -6,7 +6,7 @@ kernel and the head dim, so the sizes stand in a table.
 
 The table was chosen by what the compiler makes of a configuration: registers, spills (registers
 that did not fit and go through memory), shared and tensor memory, and so how many programs fit on
-one streaming multiprocessor (SM). LOG.md, 2026-11-26, lists the candidates, and tests/aot.py prints
+one streaming multiprocessor (SM). docs/log.md, 2026-11-26, lists the candidates, and tests/aot.py prints
 the figures of the table's rows. Their speed is not measured. ATTENTION_AUTOTUNE=1 measures, and may
 find better ones. We prefer two programs of four warps to one of eight, because one of them computes
 its softmax while the other waits for its products.

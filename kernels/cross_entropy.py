@@ -29,7 +29,7 @@ except ImportError:  # no Triton on this platform: use the torch path below
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 30}
 
 # But at least so many rows: each chunk adds to all of dW, and few rows make a slow product
-# (LOG.md).
+# (docs/log.md).
 CHUNK_ROWS = 512
 
 

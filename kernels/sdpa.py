@@ -6,7 +6,7 @@ host. On a GPU the host then waits for the device in every layer: this is the po
 fast one.
 
 On a CPU one call costs more than the arithmetic of a sentence. So short sequences of about the same
-length are computed together, as one batch (LOG.md).
+length are computed together, as one batch (docs/log.md).
 """
 
 import functools

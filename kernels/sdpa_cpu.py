@@ -7,7 +7,7 @@ products here took 1.8 and 4.4. The price is precision and memory: scores are ro
 at a time. A long fp32 sequence stays with the flash kernel, which is faster there. Several short
 ones come here in any dtype, as one batch (sdpa.py).
 
-Sequences of up to KEEP tokens save their softmax weights for the backward pass (LOG.md). Longer
+Sequences of up to KEEP tokens save their softmax weights for the backward pass (docs/log.md). Longer
 ones compute them again. That bounds the memory at KEEP bf16 numbers per token and head for all
 lengths.
 
@@ -24,7 +24,7 @@ def blocks(length, causal):
     """Yield (first query, end of the queries, end of the keys they see) for each block of queries.
 
     Small blocks skip more of what a causal mask hides. Large ones make faster products, and a
-    single block has no gradients to sum. The sizes were measured: LOG.md.
+    single block has no gradients to sum. The sizes were measured: docs/log.md.
     """
     size = 256 if causal else 512
     for start in range(0, length, size):

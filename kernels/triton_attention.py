@@ -35,7 +35,7 @@ A block of keys that no query sees is skipped and never loaded. One that all que
 mask. The others are masked element by element. Each kernel has one loop over all the blocks it
 needs, with a branch that masks those outside an inner range. All threads take this branch together.
 Three loops (edge, inside, edge) would drain the loads in flight twice, and need more registers
-(LOG.md).
+(docs/log.md).
 
 The backward pass. With scale = 1 / sqrt(D), and do for the gradient of the output:
 

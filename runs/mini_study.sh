@@ -55,7 +55,7 @@ has_task() {   # TASK: true if TASKS_DIR holds it, directly or one folder deeper
 }
 
 # The larger half of the checkpoints is scored on fewer tasks: not on sotu_era and squad, which hardly
-# tell any of them apart (LOG.md).
+# tell any of them apart (docs/log.md).
 fewer_tasks=sotu_case,sotu_cloze,sotu_search
 for task in sst2 uner_en_ewt squad_retrieval; do
   if has_task $task; then
