@@ -68,7 +68,7 @@ def contestants(settings, nanogpt_dir=""):
     device = pick_device(settings.device)
     on_gpu = device.startswith("cuda")
 
-    # Why somebody cannot take part, or None. A contestant has the first reason that applies.
+    # Why a contestant cannot take part, or None: the first reason that applies.
     no_compile = why_not_compile(device)
     no_kernel = None if on_gpu else "a CPU has no such kernel"
     no_padding = None if settings.random_length else "nothing to pad"

@@ -175,7 +175,7 @@ def memory_table(rows):
     rows = [row for row in rows if row["bench"] == "memory" and kind(row) != "cpu"]
     rows = [row for row in rows if row["memory_gib"] in (0, 80)]
     body = []
-    for name, is_checkpointed in (("as it is", False), ("--checkpoint_activations=true", True)):
+    for name, is_checkpointed in (("all activations kept", False), ("--checkpoint_activations=true", True)):
         cells = [memory_cell(rows, size, is_checkpointed) for size in SIZES]
         body.append([name, *cells])
     return markdown(["most rows of 2,048 tokens that fit", *SIZES], body)

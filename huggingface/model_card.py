@@ -136,7 +136,7 @@ def pretraining_facts(state):
     ]
     for key in ("branch_from", "init_from"):
         if s[key]:
-            facts.append(("went on from", shown(s[key])))
+            facts.append(("continued from", shown(s[key])))
     return facts
 
 
