@@ -11,13 +11,13 @@
 
 A trial is one task, learning rate and seed: it restores the encoder's weights, adds a new head,
 trains both, and scores them. Its row goes to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default
-beside the checkpoint, with the score of each example in an .npz of the same name. Start the program
+in the checkpoint's own folder, with the score of each example in an .npz of the same name. Start it
 as often as you like, on as many machines as see the folder: workers share the trials that are left,
 finished trials stay, and a killed worker costs only the trial it was in.
 
 `--tasks=all` are the paper's nine, `demo` the three made from the demo corpus. tasks/registry.py
-lists them; a folder of your own data is one more. What differs between kinds of tasks is in
-tasks/family.py.
+lists them; a folder of your own data is one more. Each kind of task is one
+file, such as tasks/question_answering.py; tasks/family.py says what such a file provides.
 """
 import itertools
 import math

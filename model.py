@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x):  # [T, C] -> [T, C]
+    def forward(self, x):  # [..., width] -> the same shape
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -119,7 +119,7 @@ class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
         self.impl = impl
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)  # of q, k and v, which are one product
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)  # of q, k and v; one matrix makes all three
         self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
@@ -224,8 +224,8 @@ class Encoder(nn.Module):
     def compile(self):
         """torch.compile block by block, in place.
 
-        All layers but the last share one graph for each mask, so it compiles n_layer times faster
-        than the whole model would. DDP still sees gradients layer by layer, early enough to overlap
+        All layers but the last share one graph for each mask, so the compiler sees two blocks, not
+        n_layer of them. DDP still sees gradients layer by layer, early enough to overlap
         them.
         """
         # graphs of a block: 2 masks x (all or some positions) x (training or not), and a few for

@@ -52,7 +52,8 @@ def clm(rows, _corpus, settings, rate=None):
 
 
 def mlm(rows, corpus, settings, rate=None):
-    """Masked language modelling: each ordinary token is hidden with probability mask_rate.
+    """Masked language modelling: each ordinary token is hidden with probability `rate`, or
+    settings.mask_rate without one.
 
     mask_replace has the shares of the hidden tokens that become the mask id, become a random id, or
     stay. The paper uses (1, 0, 0), BERT used (0.8, 0.1, 0.1).
@@ -101,12 +102,12 @@ def all_but_the_last(n_tokens, n_sequences, rate, settings):
 
 
 def a_share(n_tokens, _n_sequences, rate, settings):
-    """A random share of the tokens has a target: the expected number and six standard
-    deviations."""
+    """The most targets to expect if each token has one with probability `rate`: the mean and six
+    standard deviations."""
     rate = rate or settings.mask_rate
     six_sigmas = 6 * (n_tokens * rate * (1 - rate)) ** 0.5
-    # Rounded up to a multiple of 64, which matrix products on a GPU like.
     most = int(n_tokens * rate + six_sigmas)
+    # Rounded up to a multiple of 64, which matrix products on a GPU like.
     in_whole_64s = -(-most // 64) * 64
     return min(n_tokens, in_whole_64s)
 
@@ -124,9 +125,9 @@ def split_name(name):
 
     Raises ValueError, naming all objectives, for a name that is not one.
     """
-    kind, percent = re.fullmatch(r"(.*?)(\d*)", str(name)).groups()
-    is_rate = percent == "" or 0 < int(percent) <= 100
-    if kind not in OBJECTIVES or not is_rate:
+    kind, percent = re.fullmatch(r"(.*?)([0-9]*)", str(name), re.DOTALL).groups()
+    is_valid_rate = percent == "" or 0 < int(percent) <= 100
+    if kind not in OBJECTIVES or not is_valid_rate:
         raise ValueError(
             f"objectives are {', '.join(OBJECTIVES)}, each alone or with a rate of 1 to 100 % "
             "after its name, as in mlm40"

@@ -48,7 +48,7 @@ class Config:
     init_from: str = ""                      # checkpoint, hf:ORG/NAME or its folder: new schedule
     keep_moments: bool = True                # with init_from: load its optimizer state, too
     save_interval: int = 1_000               # steps between checkpoints
-    keep_last: int = 2                       # checkpoints to keep, besides switches and the decay's start
+    keep_last: int = 2                       # newest checkpoints to keep, besides those to branch from
     milestones: tuple = ()                   # more steps to keep, e.g. (1000, 2000)
     eval_interval: int = 500                 # steps between validations
     eval_rows: int = 128                     # validation rows, always the same ones
@@ -57,7 +57,7 @@ class Config:
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
     # model
-    size: str = ""                           # a row of model.SIZES; empty: init_from's, else 210m
+    size: str = ""                           # a row of model.SIZES; empty: that of given weights, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
     phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps); see objectives.py
@@ -88,10 +88,12 @@ class Config:
 
 
 def check(c, world_size):
-    """Check everything that can be wrong with the settings alone, and fill in the default size.
+    """Check the settings that do not depend on the corpus, and fill in the default size.
 
     -> the number of steps of all phases. Raises UserError.
     """
+    if not c.phases:
+        raise UserError("phases is empty: expected (objective, steps) pairs")
     for phase in c.phases:
         if type(phase) is not tuple or len(phase) != 2 or type(phase[1]) is not int or phase[1] < 1:
             raise UserError(f"phases={c.phases}: expected (objective, steps) pairs")
@@ -100,7 +102,7 @@ def check(c, world_size):
         except ValueError as error:
             raise UserError(f"phases={c.phases}: {error}") from None
     steps = sum(n for _, n in c.phases)
-    if not c.phases or c.warmup_steps + c.decay_steps > steps:
+    if c.warmup_steps + c.decay_steps > steps:
         raise UserError(
             f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps "
             "of phases"
@@ -240,7 +242,7 @@ def train(c, device, processes):
         if processes.is_first:
             print(text, flush=True)
 
-    # ---- the corpus. One process of each machine compares it with its checksums.
+    # ---- the corpus. One process on each machine verifies its checksums.
     verify = processes.local_rank == 0
     corpus = data.Corpus(c.data_dir, "train", verify)
     val_corpus = data.Corpus(c.data_dir, "val", verify)
@@ -250,7 +252,7 @@ def train(c, device, processes):
             "folder"
         )
 
-    # ---- where the run begins. `settings` is what its checkpoints record of it.
+    # ---- where the run begins. Its checkpoints record `settings`.
     dtype = pick_dtype(c.dtype, device)
     settings = asdict(c) | {
         "dtype": dtype,
@@ -316,20 +318,20 @@ def train(c, device, processes):
         run_log.start_wandb(read_json(config_path)["run_id"], settings)
 
     # ---- what it runs on
-    no_compile = "compile=false" if not c.compile else why_not_compile(device)
-    how = f"eager: {no_compile}" if no_compile else "torch.compile"
+    why_eager = "compile=false" if not c.compile else why_not_compile(device)
+    execution = f"eager: {why_eager}" if why_eager else "torch.compile"
     parameters = model.num_parameters()
     say(
         f"{settings['size'] or c.init_from}: {parameters['encoder'] / 1e6:.1f} M parameters, "
         f"{parameters['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
-        f"attention {attention}, {how}"
+        f"attention {attention}, {execution}"
     )
     to_train_on = max_steps * c.batch_rows * c.block_size
     say(
         f"{corpus.n_tokens:,} training tokens, {to_train_on:,} to train on in {max_steps} "
         f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens"
     )
-    if not no_compile:
+    if not why_eager:
         model.compile()
     wrapped = model
     if processes.world_size > 1:
@@ -365,7 +367,7 @@ def train(c, device, processes):
     stopping = False
     first_step = step
     # Checkpoints that stay, so that other runs can branch from them: each switch of objective, the
-    # start of the decay, the end.
+    # start of the decay, the end, and the milestones.
     kept_steps = {max_steps - c.decay_steps, max_steps, *c.milestones}
     for i in range(1, len(c.phases)):
         kept_steps.add(sum(n for _, n in c.phases[:i]))
@@ -399,11 +401,12 @@ def train(c, device, processes):
         # gradient.
         batches = next(stream)
         n_targets = sum(batch.num_targets for batch in batches)
-        n_targets, stopping = all_sum([n_targets, bool(stop_signals)], processes)
+        n_targets, n_stopping = all_sum([n_targets, bool(stop_signals)], processes)
+        stopping = n_stopping > 0
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
-            # DDP sums the gradients in the last backward pass; it reads this flag in the forward
-            # pass.
+            # DDP exchanges gradients only in the last backward pass. It reads this flag in the
+            # forward pass.
             wrapped.require_backward_grad_sync = i == len(batches) - 1
             loss = loss_of(batch)
             (loss * (processes.world_size / n_targets)).backward()  # DDP averages over ranks

@@ -56,7 +56,7 @@ def alive(c):
         # train.py have processes of their own.
         trials = [start_trial(c, heads) for heads in HEADS] if on_gpu else []
         model = replace(settings, size="demo") if on_gpu else settings
-        training = runs.start(model, folder, "train", TRAINING_STEPS)
+        training = runs.start(model, folder, "train", TRAINING_STEPS, is_compiled=c.compile)
         check_steps(c, settings, folder, device)
         for process in trials:
             process.wait()

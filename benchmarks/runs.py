@@ -8,7 +8,7 @@ from core.configurator import RunError
 from core.files import ROOT
 
 
-def start(settings, folder, name, steps, processes=1, env=None):
+def start(settings, folder, name, steps, processes=1, env=None, is_compiled=True):
     """Start train.py, or torchrun train.py, on the corpus in `folder`. -> its Popen
 
     It trains with MLM throughout and neither saves nor validates on its way. settings:
@@ -40,6 +40,7 @@ def start(settings, folder, name, steps, processes=1, env=None):
         "device": settings.device,
         "dtype": settings.dtype,
         "checkpoint_activations": settings.checkpoint_activations,
+        "compile": is_compiled,
     }
     words = [f"--{key}={value}" for key, value in keys.items()]
     command = [sys.executable, *torchrun, os.path.join(ROOT, "train.py"), *words]

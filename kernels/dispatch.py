@@ -6,9 +6,9 @@
                 everywhere, and is the fast path of a CPU
     reference   the definition, dense and slow (reference.py)
 
-"auto" is sdpa on a CPU. On a GPU, Triton and varlen first compute a small batch that is compared
-with the reference. Those that agree are timed on the shape of a training step, and the faster one
-is taken.
+"auto" is sdpa wherever there is no CUDA GPU. On a GPU, Triton and varlen first compute a small
+batch that is compared with the reference. Those that agree are timed on the shape of a training
+step, and the faster one is taken.
 """
 
 import functools

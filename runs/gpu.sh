@@ -8,7 +8,7 @@
 #     bash runs/gpu.sh OUT --parts=c,d                # only these parts, in this order
 #     bash runs/gpu.sh OUT --parts=c:200,g            # part c with a limit of 200 seconds
 #     bash runs/gpu.sh OUT --seconds=240              # all of it in four minutes
-#     bash runs/gpu.sh OUT --all                      # part b with every GPU test
+#     bash runs/gpu.sh OUT --all                      # part b with all tests of kernels, search and speed
 #     bash runs/gpu.sh --device=cpu --tiny=true       # at toy size, without a GPU: tries the script
 #
 #   part  limit   what it answers
@@ -102,6 +102,7 @@ step=(--vocab_size=128256 --block_size=2048 --rows=12)
 compile_words=()
 kernel_words=(--rounds=5 "--shares=(0.4,)" --seconds=65)
 step_words=(--steps=10)
+search_words=()
 if [ $tiny = true ]; then
   size=tiny
   step=(--vocab_size=1024 --block_size=64 --rows=4)
@@ -109,6 +110,7 @@ if [ $tiny = true ]; then
   kernel_words=(--rounds=2 "--shares=(0.4,)" "--packings=('cuts',)" --tokens=256 --head_vocab=512
                 "--sizes=('tiny',)")
   step_words=(--steps=2 "--sizes=('tiny','micro')")
+  search_words=(--documents=2000 --queries=100 --width=128)
 fi
 kernel_tests=(tests/test_kernels.py tests/test_loss_kernel.py)
 one_feature_off=ours,ours-kernel,ours-head,ours-padded,ours-eager,ours-loss,eurobert-eager,nanogpt
@@ -154,7 +156,7 @@ describe() {   # PART: set `command`, `limit` in seconds, and `title`
        command=("$PYTHON" bench.py steady "${step[@]}" --size=$size) ;;
     k) limit=120
        title="exact search in a million documents"
-       command=("$PYTHON" bench.py search) ;;
+       command=("$PYTHON" bench.py search "${search_words[@]}") ;;
     p) limit=60
        title="the stress test by another assembler"
        command=(env TRITON_PTXAS_PATH="${PTXAS:-}" TRITON_CACHE_DIR="$(mktemp -d)"

@@ -155,7 +155,7 @@ class QuestionAnswering(Family):
     def loss(self, logits, batch):
         """The sum over sequences of the mean cross-entropy of an answer's first and last token."""
         logits = logits.masked_fill(batch.targets["outside"][:, None], float("-inf"))
-        # [T, 2] -> [S, longest, 2]: the only padding anywhere, of two numbers a token
+        # [T, 2] -> [S, longest, 2]: two numbers a token, so padding is cheap here
         padded = pad_sequence(logits.split(batch.lengths), batch_first=True,
                               padding_value=float("-inf"))
         return F.cross_entropy(padded, batch.targets["ids"], reduction="sum") / 2

@@ -341,10 +341,10 @@ def test_benchs_rows_in_an_odd_folder(odd, tmp_path):
 def test_mini_study_finds_the_tasks_of_an_odd_folder(tmp_path):
     with open(os.path.join(ROOT, "runs", "mini_study.sh"), encoding="utf-8") as f:
         text = f.read()
-    function = text[text.index("has() {"):text.index("quick=")]
+    function = text[text.index("has_task() {"):text.index("fewer_tasks=")]
     for folder in (f"{ODD}/sst2", f"{ODD}/deeper/squad", f"{DECOY}/glue/mnli"):
         (tmp_path / folder).mkdir(parents=True)
     for task, answer in (("sst2", "yes"), ("squad", "yes"), ("mnli", "no")):
-        done = subprocess.run(["bash", "-c", f"set -euo pipefail\n{function}\nif has {task}; then echo yes; else echo no; fi"], text=True,
+        done = subprocess.run(["bash", "-c", f"set -euo pipefail\n{function}\nif has_task {task}; then echo yes; else echo no; fi"], text=True,
                               capture_output=True, env=os.environ | {"TASKS_DIR": str(tmp_path / ODD)}, check=True)
         assert done.stdout.strip() == answer, task
