@@ -23,10 +23,9 @@ import prepare_fineweb
 import sample
 import study
 import train
-from benchmarks import preparation
 from benchmarks import tables as bench_tables
 from benchmarks.rows import record
-from core import checkpoint, tokenizer
+from core import checkpoint
 from core import files as core_files
 from core.configurator import RunError, UserError
 from core.files import find_files
@@ -156,8 +155,16 @@ def test_parquet_files_in_odd_folders(odd, tmp_path):
     os.remove(os.path.join(out, "train_00001_000.bin"))      # deleted because it was damaged
     assert prepare(f"parquet:{source}", out, processes=1, val_fraction=0.0) == plain
     assert prepare(source, tmp_path / "as_texts") != {}
-    # bench.py data's peer, whose library takes paths for patterns
-    preparation.nanogpt(tokenizer.load(out), find_files(source, "**/*.parquet"), str(tmp_path))
+    # bench.py data's peer, whose library takes paths for patterns. It forks a pool, which hung now and then below
+    # pytest's threads: so it has a process of its own, and a limit.
+    program = f"""
+from benchmarks import preparation
+from core import tokenizer
+from core.files import find_files
+preparation.nanogpt(tokenizer.load({out!r}), find_files({source!r}, "**/*.parquet"), {str(tmp_path)!r})
+"""
+    done = run_python(["-c", program], timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert os.path.getsize(tmp_path / "nanogpt" / "train.bin") == 2 * sum((len(data) - 1024) // 2 for data in plain.values())
 
 
