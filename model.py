@@ -1,14 +1,13 @@
-"""The Encoder: a Llama-style stack of pre-norm blocks, whose attention is causal or bidirectional
-by one flag.
+"""The Encoder: a stack of Llama-style blocks, whose attention is causal or bidirectional by one flag.
 
-Architecture and sizes of arXiv 2507.00994 (Table 1), which are EuroBERT's: RMSNorm, rotary
+Architecture and sizes are those of EuroBERT and of arXiv 2507.00994 (Table 1): RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, no biases, no dropout, an untied LM head. The weights
 know nothing of the objective: `causal` is an argument of the call. So a model trained with causal
 language modelling continues with masked language modelling unchanged.
 
 Nothing is padded. A batch is tokens [T] and cu_seqlens [S+1]: S sequences laid end to end, and
-every function here works on [T, ...]. In comments T tokens, S sequences, C width, H query heads,
-Hkv KV heads, D head dim, F FFN width, V vocabulary size.
+every function here works on [T, ...]. In comments: T tokens, S sequences, N positions whose output
+is needed, C width, H query heads, Hkv KV heads, D head dim, F FFN width, V vocabulary size.
 """
 
 import math
@@ -30,38 +29,37 @@ class ModelConfig:
     n_embd: int
     n_ffn: int
     vocab_size: int
-    block_size: int = (
-        2048  # longest sequence it was trained on; positions are rotary, so nothing is sized by it
-    )
+    # The most tokens of a sequence in training. Positions are rotary, so no weight depends on it.
+    block_size: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-    tied: bool = False  # LM head shares the embedding's weight
-    # what the paper's models do not have, but decoders to start from may (hf.py)
+    tied: bool = False  # the LM head shares the embedding's weight
+    # The paper's models use none of these. Imported decoders may (hf.py).
     head_dim: int = 0  # 0: n_embd / n_head
-    # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    # Llama 3.1: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     rope_scaling: dict | None = None
-    qkv_bias: bool = False  # Qwen2's
-    qk_norm: bool = False  # Qwen3's: RMSNorm of each head of q and k
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head of q and k
 
     def __post_init__(self):
         if self.head_dim == 0:
             self.head_dim = self.n_embd // self.n_head
 
 
-SIZES = {  # n_layer, n_head, n_kv_head, n_embd, n_ffn
-    "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),  # tests
-    "demo": dict(
-        n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768
-    ),  # minutes on two CPU cores
-    "micro": dict(
-        n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384
-    ),  # a study on a CPU: study.py's scales
+SIZES = {
+    # for tests
+    "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),
+    # minutes on two CPU cores
+    "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),
+    # a study on a CPU or one GPU (experiments/scales.py); "small" is nanoGPT's for Shakespeare
+    "micro": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384),
     "mini": dict(n_layer=2, n_head=3, n_kv_head=3, n_embd=192, n_ffn=576),
-    "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),  # nanoGPT's baby size
+    "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),
     "mid": dict(n_layer=8, n_head=8, n_kv_head=8, n_embd=512, n_ffn=1408),
-    # SmolLM2-135M's, which is tied
+    # SmolLM2-135M's; its LM head is tied (--tied=true)
     "135m": dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_ffn=1536, rope_theta=1e5),
-    "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),  # the paper's three
+    # the paper's three
+    "210m": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_ffn=3072),
     "610m": dict(n_layer=26, n_head=18, n_kv_head=6, n_embd=1152, n_ffn=4096),
     "1b": dict(n_layer=28, n_head=18, n_kv_head=6, n_embd=1728, n_ffn=5120),
 }
@@ -78,27 +76,26 @@ class RMSNorm(nn.Module):
 
 
 def rotary(cu_seqlens, T, c):
-    """cos and sin of every token's rotation, fp32 [T, 1, D/2] each. Positions count from 0 in each
-    sequence."""
+    """cos and sin of every token's rotation, fp32 [T, 1, D/2] each. Each sequence counts from 0."""
     token = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1  # [T]
     position = (token - cu_seqlens[sequence]).float()  # [T]
     exponent = torch.arange(0, c.head_dim, 2, device=token.device).float() / c.head_dim  # [D/2]
-    frequency = c.rope_theta**-exponent  # [D/2]
+    frequency = c.rope_theta ** (-exponent)  # [D/2]
     if c.rope_scaling:
-        # Llama 3.1: slow rotations, which did not turn fully within the old context, are stretched;
-        # fast ones stay; between them lies a ramp.
-        s = c.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        width = s["high_freq_factor"] - s["low_freq_factor"]
-        ramp = ((turns - s["low_freq_factor"]) / width).clamp(0, 1)
-        frequency = frequency * (ramp + (1 - ramp) / s["factor"])
+        # Llama 3.1: pairs that turn few times within the old context turn slower by `factor`, those
+        # that turn often stay, and a ramp lies between.
+        scaling = c.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slower, 1: unchanged
+        frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
     angle = (position[:, None] * frequency)[:, None, :]  # [T, 1, D/2]
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (i, i + D/2), Llama's convention, in fp32. x [T, H, D] -> [T, H, D]"""
+    """Rotate the pairs (i, i + D/2), as Llama does, in fp32. x [T, H, D] -> [T, H, D]"""
     a, b = x.chunk(2, dim=-1)  # [T, H, D/2] each
     a = a.float()
     b = b.float()
@@ -109,7 +106,7 @@ def rotate(x, cos, sin):
 
 
 def select_rows(x, positions):
-    """x [T, C] if positions is None, else its rows at positions [N, C]."""
+    """x [T, C] unchanged if positions is None, else its rows there, [N, C]."""
     if positions is None:
         return x
     return x.index_select(0, positions)
@@ -119,7 +116,8 @@ class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
         self.impl = impl
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)  # of q, k and v; one matrix makes all three
+        # One matrix makes q, k and v, which have so many heads.
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
         self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
@@ -156,14 +154,13 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
-        x = select_rows(x, positions) + self.attention(
-            self.norm_1(x), cos, sin, cu_seqlens, causal, positions
-        )
+        residual = select_rows(x, positions)
+        x = residual + self.attention(self.norm_1(x), cos, sin, cu_seqlens, causal, positions)
         return x + self.mlp(self.norm_2(x))
 
 
 def initialise(module):
-    """Draw the weights of products and embeddings from N(0, 0.02), and set biases to 0."""
+    """Draw the weights of linear layers and embeddings from N(0, 0.02), and set biases to 0."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             nn.init.normal_(m.weight, std=0.02)
@@ -173,11 +170,12 @@ def initialise(module):
 
 class Encoder(nn.Module):
     def __init__(self, config, attention="auto", checkpoint_activations=False):
-        """Make an Encoder with random weights: N(0, 0.02), norms 1.
+        """An Encoder with random weights: N(0, 0.02), and 1 in the norms.
 
-        config: ModelConfig; attention: "auto" or a name in kernels.ATTENTION;
-        checkpoint_activations: keep only each block's input for the backward pass, which computes
-        the rest again.
+        config: ModelConfig
+        attention: "auto" or a name in kernels.ATTENTION
+        checkpoint_activations: keep only each block's input, and compute the rest again in the
+            backward pass
         """
         super().__init__()
         c = config
@@ -188,15 +186,15 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c, impl) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        initialise(
-            self
-        )  # as in the paper's code, residual projections are not scaled down with depth
+        # As in the paper's code, residual projections are not scaled down with depth.
+        initialise(self)
         if c.tied:
             self.lm_head.weight = self.embedding.weight
 
     def forward(self, tokens, cu_seqlens, causal, positions=None):
-        """tokens [T] int64, cu_seqlens [S+1] int32, causal: bool -> hidden states after the final
-        norm [T, C]
+        """Compute the hidden states after the final norm, [T, C].
+
+        tokens [T] int64; cu_seqlens [S+1] int32; causal: bool
 
         With positions [N] int64 only the hidden states there are computed, [N, C]. After the last
         attention no token looks at another, so what follows it (its output, the MLP, the norm) runs
@@ -218,72 +216,82 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden):
-        """hidden [N, C] -> [N, V]; to look at a few positions, not for training."""
+        """hidden [N, C] -> [N, V], all at once: to look at a few positions, not for training."""
         return self.lm_head(hidden)
 
     def compile(self):
         """torch.compile block by block, in place.
 
         All layers but the last share one graph for each mask, so the compiler sees two blocks, not
-        n_layer of them. DDP still sees gradients layer by layer, early enough to overlap
-        them.
+        n_layer of them. And DDP gets gradients layer by layer, so it can send them while the
+        backward pass goes on.
         """
-        # graphs of a block: 2 masks x (all or some positions) x (training or not), and a few for
-        # other shapes
+        # A block has 2 masks x (all or some positions) x (training or not) graphs, and a few more
+        # for other shapes.
         limit = max(32, torch._dynamo.config.recompile_limit)
         torch._dynamo.config.recompile_limit = limit
         for block in self.blocks:
             block.compile(dynamic=False)
 
     def num_parameters(self):
-        """-> {"body": blocks and final norm, "encoder": with the embedding (the paper's sizes),
-        "total": with the head}"""
+        """Count the parameters.
+
+        -> {"body": of blocks and final norm, "encoder": with the embedding (which the paper's sizes
+        count), "total": with the LM head, too}
+        """
         total = sum(p.numel() for p in self.parameters())
         head = 0 if self.config.tied else self.lm_head.weight.numel()
         encoder = total - head
         return {"body": encoder - self.embedding.weight.numel(), "encoder": encoder, "total": total}
 
     def flops(self, lengths, num_targets, causal):
-        """FLOPs of one training step (forward + backward = 3 x forward), counted from the matrix
-        products that run.
+        """Count the FLOPs of one training step, those of its matrix products.
 
-        lengths: [S] ints, tokens in each sequence; num_targets: positions that get logits, and
-        everything after the last attention. Attention pairs are all L^2 of a sequence, or the
-        L(L+1)/2 that the causal mask leaves. An embedding look-up is not a product.
+        lengths: [S] ints, the tokens in each sequence; num_targets: the positions with a target
+
+        The backward pass costs twice the forward pass. An embedding look-up is not a product.
         """
         lengths = [int(length) for length in lengths]
+
+        # Weights that multiply every token, and those that multiply only positions with a target:
+        # all that follows the last attention.
         last = self.blocks[-1]
-        only_at_targets = [last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head]
-        at_targets = sum(m.weight.numel() for m in only_at_targets)
-        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-        all_products = sum(m.weight.numel() for m in [*linears, self.lm_head])
-        everywhere = all_products - at_targets
+        layers_at_targets = [last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head]
+        weights_at_targets = sum(m.weight.numel() for m in layers_at_targets)
+        layers = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        all_weights = sum(m.weight.numel() for m in [*layers, self.lm_head])
+        weights_everywhere = all_weights - weights_at_targets
+
+        # Pairs of a query and a key: all L^2 of a sequence, or the L(L+1)/2 that the causal mask
+        # leaves.
         pairs = 0
         for length in lengths:
             pairs += length * (length + 1) // 2 if causal else length * length
+
+        # 2 FLOPs a product: a multiplication and an addition. Attention has one with k, one with v.
         c = self.config
         attention = 4 * c.n_layer * c.n_head * c.head_dim * pairs
-        forward = 2 * everywhere * sum(lengths) + attention + 2 * at_targets * num_targets
+        forward = 2 * weights_everywhere * sum(lengths) + attention + 2 * weights_at_targets * num_targets
         return 3 * forward
 
 
-# ---- heads of fine-tuning: new weights on top of an Encoder's hidden states
+# ---- heads for fine-tuning: new weights on top of an Encoder's hidden states
 
 
 def segment_mean(hidden, cu_seqlens):
-    """Mean over each packed sequence, in fp32. hidden [T, C], cu_seqlens [S+1] -> [S, C]; an empty
-    sequence gives zeros."""
-    return torch.segment_reduce(
-        hidden.float(), "mean", lengths=cu_seqlens.diff().long(), initial=0.0
-    )
+    """Mean over each packed sequence, in fp32; an empty sequence gives zeros.
+
+    hidden [T, C], cu_seqlens [S+1] -> [S, C]
+    """
+    return torch.segment_reduce(hidden.float(), "mean", lengths=cu_seqlens.diff().long(), initial=0.0)
 
 
 class SequenceHead(nn.Module):
     """One label per sequence: mean, dense, GELU, linear.
 
     This is the head of Hugging Face's EuroBertForSequenceClassification with
-    classifier_pooling="mean", so that a fine-tuned model can be exported as one. Whether the
-    paper's head has the dense layer, its code does not tell.
+    classifier_pooling="mean", so that a fine-tuned model can be exported as one. The paper's code
+    does not tell whether its head has the dense layer.
     """
 
     def __init__(self, width, n_labels):
@@ -298,8 +306,10 @@ class SequenceHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """One label per token, or the start and end of an answer. EuroBertForTokenClassification's
-    head."""
+    """One label per token, or the start and end of an answer: one linear layer.
+
+    This is the head of Hugging Face's EuroBertForTokenClassification.
+    """
 
     def __init__(self, width, n_labels):
         super().__init__()
