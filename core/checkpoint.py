@@ -1,11 +1,10 @@
-"""Checkpoints that are complete or absent: safetensors, JSON and SHA-256 sums. Nothing is ever
-unpickled.
+"""Checkpoints that are complete or absent: safetensors, JSON and SHA-256 sums, and no pickles.
 
     out_dir/step_0010000/model.safetensors       weights, fp32, under the parameters' names
                          optimizer.safetensors   optimizer state: exp_avg.NAME, exp_avg_sq.NAME, step.NAME
-                         head.safetensors        of a fine-tuned encoder: its task's head
+                         head.safetensors        the task's head, if this is a fine-tuned encoder
                          state.json              model dimensions, step, settings and counters of the run
-                         SHA256SUMS              of these files, as `sha256sum -c` reads it
+                         SHA256SUMS              checksums of these files; `sha256sum -c` reads it
 
 A checkpoint is written to a hidden temporary folder, synced to disk and renamed. So a kill or a
 full disk at any moment leaves the checkpoints before it unchanged.
@@ -44,12 +43,11 @@ def step_of(path):
 
 
 def all_of(out_dir):
-    """Paths of the checkpoints in out_dir, oldest first, unchecked."""
-    paths = [
-        path
-        for path in find_files(out_dir, "step_*")
-        if re.fullmatch(r"step_\d+", os.path.basename(path))
-    ]
+    """Paths of the checkpoints in out_dir, oldest first. Their files are not checked."""
+    paths = []
+    for path in find_files(out_dir, "step_*"):
+        if re.fullmatch(r"step_\d+", os.path.basename(path)):
+            paths.append(path)
     return sorted(paths, key=step_of)
 
 
@@ -59,7 +57,7 @@ def sha256(path):
 
 
 def sync(path):
-    """Force a file's or folder's content to disk."""
+    """Force a file to disk, or a folder's list of files."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,33 +68,38 @@ def sync(path):
 def save(out_dir, step, model, state, optimizer=None, head=None):
     """Write out_dir/step_NNNNNNN and return its path.
 
-    state: JSON values about the run; the model's dimensions and the step are added. optimizer,
-    head: an optimizer whose state is saved, or the head of a fine-tuned encoder. Raises RunError if
-    the disk does not take it; earlier checkpoints are unchanged then.
+    state: JSON values about the run; the model's dimensions and the step are added
+    optimizer: if given, its state is saved
+    head: if given, the head of a fine-tuned encoder
+
+    Raises RunError if the disk does not take it, and leaves the earlier checkpoints unchanged.
     """
     path = path_of(out_dir, step)
     temporary = os.path.join(out_dir, f".writing_{step:07d}")
     shutil.rmtree(temporary, ignore_errors=True)
+
     # What goes into which file.
-    tensors = {"model.safetensors": model.state_dict()}
+    weights = model.state_dict()
     if model.config.tied:
-        del tensors["model.safetensors"]["lm_head.weight"]  # safetensors stores a tensor once
+        del weights["lm_head.weight"]  # the embedding's, and safetensors stores a tensor once
+    tensors_of = {"model.safetensors": weights}
     if optimizer is not None:
-        tensors["optimizer.safetensors"] = optimizer_state(model, optimizer)
+        tensors_of["optimizer.safetensors"] = optimizer_state(model, optimizer)
     if head is not None:
-        tensors["head.safetensors"] = {
-            name: value.float() for name, value in head.state_dict().items()
-        }
-    # Write everything, with its checksums, and force it to disk.
+        head_weights = {name: value.float() for name, value in head.state_dict().items()}
+        tensors_of["head.safetensors"] = head_weights
+    facts = state | {"model": dataclasses.asdict(model.config), "step": step}
+
     try:
+        # Write the files into the temporary folder.
         os.makedirs(temporary)
-        for file_name, values in tensors.items():
-            on_cpu = {name: value.contiguous().cpu() for name, value in values.items()}
+        for file_name, tensors in tensors_of.items():
+            on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
             save_file(on_cpu, os.path.join(temporary, file_name))
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
-            json.dump(
-                state | {"model": dataclasses.asdict(model.config), "step": step}, f, indent=1
-            )
+            json.dump(facts, f, indent=1)
+
+        # Add their checksums, and force everything to disk: "" is the folder itself.
         file_names = sorted(os.listdir(temporary))
         with open(os.path.join(temporary, SUMS), "w", encoding="utf-8") as f:
             for name in file_names:
@@ -104,8 +107,8 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         for name in [*file_names, SUMS, ""]:
             sync(os.path.join(temporary, name))
 
-        # Only a damaged checkpoint can stand at `path`. If it was fine-tuned, its results stay
-        # there.
+        # Give it its name. If a checkpoint already stands there, it is a damaged one. Results of
+        # fine-tuning in it stay.
         if results(path):
             for name in [*file_names, SUMS]:
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
@@ -117,15 +120,17 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"could not save step {step} ({error}); the checkpoints before it are intact: make room in "
-            f"{out_dir} and run the same command again"
+            f"could not save step {step} ({error}); the checkpoints before it are intact: "
+            f"make room in {out_dir} and run the same command again"
         ) from None
     return path
 
 
 def optimizer_state(model, optimizer):
-    """The state of any optimizer of torch's kind, by parameter name. -> {"KEY.PARAMETER":
-    tensor}"""
+    """The state of any optimizer of torch's kind, as {"KEY.PARAMETER": tensor}.
+
+    torch's own state_dict numbers the parameters. Names stay right if a fork groups them otherwise.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -136,6 +141,7 @@ def optimizer_state(model, optimizer):
 def verify(path):
     """Check every file against SHA256SUMS. Raises Damaged."""
     try:
+        # A line is a checksum and the name of its file.
         with open(os.path.join(path, SUMS), encoding="utf-8") as f:
             lines = [line.split(maxsplit=1) for line in f.read().splitlines()]
         sums = {name: digest for digest, name in lines}
@@ -148,36 +154,36 @@ def verify(path):
         raise Damaged(f"{path} is damaged: {error}") from None
 
 
-def latest(out_dir, say=print):
-    """The path of the newest intact checkpoint of out_dir, or None. Says which damaged ones it
-    passed over."""
+def latest(out_dir, log=print):
+    """The path of the newest intact checkpoint of out_dir, or None. Logs the damaged ones it passes over."""
     for path in reversed(all_of(out_dir)):
         try:
             verify(path)
             return path
         except Damaged as error:
-            say(f"{error}; falling back to the checkpoint before it")
+            log(f"{error}; falling back to the checkpoint before it")
     return None
 
 
 def prune(out_dir, keep_last, milestones):
     """Delete all but the newest `keep_last` checkpoints.
 
-    Milestones (steps that are kept for good) stay, and checkpoints that were fine-tuned, whose
-    results lie in them, and symbolic links, which lead to a folder that is not ours.
+    Some are neither counted nor deleted: those at `milestones` (steps), those that hold results of
+    fine-tuning, and symbolic links, which may lead to another run's folder.
     """
     deletable = []
     for path in all_of(out_dir):
         if step_of(path) not in milestones and not results(path) and not os.path.islink(path):
             deletable.append(path)
-    for path in deletable[: -keep_last or None]:
+    n_to_delete = max(0, len(deletable) - keep_last)
+    for path in deletable[:n_to_delete]:
         delete(path, out_dir)
 
 
 def delete(path, out_dir):
-    """Remove the checkpoint `path` of the run `out_dir`.
+    """Delete the checkpoint `path` of the run `out_dir`.
 
-    Raises RunError, and removes nothing, for a path that does not belong to the run.
+    Raises RunError, and deletes nothing, if the path does not belong to the run.
     """
     if os.path.realpath(os.path.dirname(path)) != os.path.realpath(out_dir) or os.path.islink(path):
         raise RunError(f"{path} is not a checkpoint of the run {out_dir}: it was not deleted")
@@ -185,16 +191,13 @@ def delete(path, out_dir):
 
 
 def results(path):
-    """The folders that finetune.py and eval_ir.py have put into a checkpoint's: they are not ours
-    to delete."""
-    return [
-        name for name in ("trials", "random", "mteb") if os.path.isdir(os.path.join(path, name))
-    ]
+    """The folders of results that finetune.py and eval_ir.py wrote into a checkpoint's folder."""
+    names = ("trials", "random", "mteb")
+    return [name for name in names if os.path.isdir(os.path.join(path, name))]
 
 
 def find(path):
-    """The path of a checkpoint, given its own path or its run's, checked against its sums. Raises
-    UserError."""
+    """The path of an intact checkpoint, given its own path or its run's. Raises UserError."""
     if os.path.isfile(os.path.join(path, "state.json")):
         try:
             verify(path)
@@ -203,9 +206,7 @@ def find(path):
             raise UserError(f"{error}: choose another checkpoint") from None
     newest = latest(path)
     if newest is None:
-        raise UserError(
-            f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one"
-        )
+        raise UserError(f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one")
     return newest
 
 
@@ -227,31 +228,32 @@ def same_model(stored, expected, path):
             different.append(f"{key} is {stored[key]} there and {value} here")
     if different:
         raise UserError(
-            f"{path} holds another model ({'; '.join(different)}): train.py without --size takes that of a "
-            "checkpoint"
+            f"{path} holds another model ({'; '.join(different)}): "
+            "train.py without --size takes that of a checkpoint"
         )
 
 
 def same_tensors(stored, expected, path):
-    """Raises UserError, naming one, if a checkpoint has other tensors than the model: model.py was
-    changed since."""
+    """Raises UserError, naming one, if a checkpoint has other tensors than the model.
+
+    Then model.py was changed in between. stored, expected: sets of names
+    """
     missing = expected - stored
     if missing:
         raise UserError(
-            f"{path} lacks {min(missing)}, and the model here has it ({len(missing)} such tensors): "
-            "model.py is not the one it was trained with"
+            f"{path} lacks {min(missing)}, and the model here has it "
+            f"({len(missing)} such tensors): model.py is not the one it was trained with"
         )
     unknown = stored - expected
     if unknown:
         raise UserError(
-            f"{path} has {min(unknown)}, and the model here lacks it ({len(unknown)} such tensors): "
-            "model.py is not the one it was trained with"
+            f"{path} has {min(unknown)}, and the model here lacks it "
+            f"({len(unknown)} such tensors): model.py is not the one it was trained with"
         )
 
 
 def tokenizer_of(path):
-    """The tokenizer of the run a checkpoint belongs to, checked against the run's settings. Raises
-    UserError."""
+    """The tokenizer of the run that a checkpoint belongs to. Raises UserError if it was exchanged."""
     stored = tokenizer.load(os.path.dirname(os.path.abspath(path)))
     if stored.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
         raise UserError(
@@ -262,9 +264,9 @@ def tokenizer_of(path):
 
 
 def load(path, model, optimizer=None):
-    """Copy weights, and optimizer state if an optimizer is given, from a checked checkpoint. -> its
-    state.json
+    """Copy a checkpoint's weights into a model, and its optimizer state into an optimizer if given.
 
+    path: from find() or latest(), which verify the files. -> the content of state.json
     Raises UserError if it belongs to another model, or has no optimizer state.
     """
     state = read_state(path)
@@ -275,12 +277,12 @@ def load(path, model, optimizer=None):
     same_tensors(weights.keys(), model.state_dict().keys(), path)
     model.load_state_dict(weights)
     if optimizer is not None:
-        stored = os.path.join(path, "optimizer.safetensors")
-        if not os.path.isfile(stored):
+        optimizer_path = os.path.join(path, "optimizer.safetensors")
+        if not os.path.isfile(optimizer_path):
             raise UserError(
                 f"{path} has no optimizer.safetensors, so training cannot continue from it exactly"
             )
-        load_optimizer_state(model, optimizer, load_file(stored))
+        load_optimizer_state(model, optimizer, load_file(optimizer_path))
     return state
 
 
@@ -289,12 +291,13 @@ def load_optimizer_state(model, optimizer, tensors):
 
     The optimizer's own load_state_dict decides on which device each tensor belongs.
     """
-    # {parameter name: {"exp_avg": tensor, ...}}
+    # Sort the tensors by parameter: {parameter's name: {"exp_avg": tensor, ...}}
     values_of = defaultdict(dict)
     for key, value in tensors.items():
         state_key, _, name = key.partition(".")
-        values_of[name][state_key] = value.clone()  # out of the mapped file
-    # An optimizer numbers its parameters in the order of its groups.
+        values_of[name][state_key] = value.clone()  # a copy, for the original lies in the mapped file
+
+    # load_state_dict knows a parameter by its number, counted through the optimizer's groups.
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = []
     for group in optimizer.param_groups:
@@ -304,15 +307,14 @@ def load_optimizer_state(model, optimizer, tensors):
         values = values_of.get(name_of[id(parameter)])
         if values:
             state[index] = values
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    param_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
 def load_model(path, device="cpu", attention="auto"):
-    """The Encoder of a checkpoint or of a run's newest one, in eval mode. Raises UserError."""
+    """The Encoder of a checkpoint, or of a run's newest one, in eval mode. Raises UserError."""
     path = find(path)
-    # Random weights would take time to draw, and are overwritten at once: make none.
+    # Random weights would be overwritten at once, so do not spend time on drawing them.
     with torch.device("meta"):
         model = Encoder(config_of(path), attention=attention)
     model.to_empty(device=device)

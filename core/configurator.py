@@ -9,11 +9,12 @@
     python train.py config/demo_mlm.py --mask_rate=0.3
 
 --key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`. A
-config file is Python that assigns plain values to these names, so it can do arithmetic in the open.
-Both layers are strict: an unknown key anywhere is an error that names the nearest one, and a value
-must have its field's type. `run(main, Config)` also turns expected trouble into one line and an
-exit code, without a traceback.
+config file is Python that assigns plain values to these names, so it can show its arithmetic.
+Both layers are strict: an unknown key is an error that names the nearest one, and a value must have
+its field's type. `run(main, Config)` turns expected errors into one line and an exit code, without
+a traceback.
 """
+
 import ast
 import dataclasses
 import difflib
@@ -54,11 +55,11 @@ def run(main, config_class):
 
 
 def configure(config_class, argv=None):
-    """The config_class that argv asks for (default: sys.argv[1:]).
+    """Make the config_class that argv (default: sys.argv[1:]) asks for.
 
-    Its defaults come first, then the .py files of argv, wherever they stand, then --key=value
-    words. Other words go to the field `args` (a tuple), if the class has one. Raises UserError;
-    prints the help and exits 0 on --help.
+    Its defaults come first. Config files (words that end in .py, wherever they stand) override
+    them, and --key=value words override both. Other words go to the field `args` (a tuple), if the
+    class has one. Prints the help and exits 0 on --help. Raises UserError.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -69,20 +70,20 @@ def configure(config_class, argv=None):
     takes_args = fields.pop("args", None) is not None
     values = {}
 
-    # The config files.
+    # the config files
     files = [word for word in argv if not word.startswith("-") and word.endswith(".py")]
     for path in files:
         for key, value in read_file(path).items():
             values[key] = check(key, value, fields, where=path)
 
-    # The command line.
+    # the command line
     where = "the command line"
     words = [word for word in argv if word not in files]
     args = []
     while words:
         word = words.pop(0)
         if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")   # only the first =, so --x=a=b is "a=b"
+            key, equals, text = word[2:].partition("=")   # at the first =, so the value of --x=a=b is "a=b"
             kind = find_field(key, fields, where).type
             value = parse(text, kind) if equals else take_value(key, kind, words)
             values[key] = check(key, value, fields, where)
@@ -99,16 +100,14 @@ def configure(config_class, argv=None):
 
 
 def read_file(path):
-    """Run a config file. -> {name: value}, without names that start with an underscore"""
+    """Run a config file. -> {name: value}, without the names that start with an underscore"""
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist")
     try:
         names = runpy.run_path(path)
     except Exception as error:
         # A user's file can raise anything: report it in its own words.
-        raise UserError(
-            f"config file {path} does not run: {type(error).__name__}: {error}"
-        ) from None
+        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from None
     return {key: value for key, value in names.items() if not key.startswith("_")}
 
 
@@ -117,13 +116,13 @@ def take_value(key, kind, words):
     n_values = 0
     while n_values < len(words) and not words[n_values].startswith("--"):
         n_values += 1
-    # "--fast config.py": config files are not among the words, so this --fast has no value.
+    # Config files are not among the words, so --fast has no value in "--fast config.py".
     if n_values == 0:
         raise UserError(f"--{key} needs a value: write --{key}=VALUE")
     if kind is not tuple:
         return parse(words.pop(0), kind)
 
-    # A tuple takes all of them. A single word may hold the whole tuple: --phases "(('mlm', 3),)".
+    # A tuple takes all the words. A single word may hold the whole tuple: --phases "(('mlm', 3),)".
     values = [parse(word, kind) for word in words[:n_values]]
     del words[:n_values]
     if len(values) == 1 and not isinstance(values[0], str):
@@ -144,7 +143,7 @@ def find_field(key, fields, where):
 def parse(text, kind):
     """The Python value that a word of the command line stands for.
 
-    Text that is not a literal of Python stays text; check() then decides.
+    A word that is not a Python literal stays a str; check() then decides.
     """
     if kind is str:
         return text
@@ -157,13 +156,10 @@ def parse(text, kind):
 
 
 def check(key, value, fields, where):
-    """The value in its field's type: an int may stand for a float, and a list for a tuple.
-
-    Raises UserError if the key or the type is wrong.
-    """
+    """The value in its field's type. Raises UserError if the key or the type is wrong."""
     field = find_field(key, fields, where)
     kind = field.type
-    # What a user may write for a value of this type.
+    # An int may stand for a float, and a list or one number for a tuple.
     if kind is float and type(value) is int:
         value = float(value)
     if kind is tuple and isinstance(value, (tuple, list)):
@@ -188,24 +184,28 @@ def as_tuple(value):
 
 
 def help_text(config_class):
-    """The script's docstring, then every key with its default and its comment, under the block's
-    own headings.
+    """The text of --help: the script's docstring, then every key with its default and its comment.
 
-    Inherited settings are listed too. A setting that the subclass writes again has the subclass's
-    comment, and a new setting stands after the one that is above it in the subclass.
+    The comment lines of the class are headings. Inherited settings are listed, too: a setting that
+    the subclass writes again keeps its place and gets the new comment, and a new setting stands
+    after the one that is above it in the subclass.
     """
-    order, comments = [], {}
+    # The order of headings and settings, from the base class to config_class.
+    order = []
+    comments = {}
     for layer in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(layer):
             place = len(order)
             for name, comment in commented_lines(layer):
                 if name not in comments:
                     # a new heading comes last, a new setting after the line above it
-                    place = len(order) if name.startswith("#") else place
+                    if name.startswith("#"):
+                        place = len(order)
                     order.insert(place, name)
                 place = order.index(name) + 1
                 comments[name] = comment
 
+    # One line for each.
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     lines = [(sys.modules[config_class.__module__].__doc__ or "").strip()]
     for name in order:
@@ -219,11 +219,14 @@ def help_text(config_class):
 
 
 def commented_lines(config_class):
-    """Yields (name, comment) of the settings and headings in a class's own source; "# what" is the
-    name of a heading."""
+    """Yield (name, comment) for each setting and heading in a class's own source.
+
+    The name of a heading is its whole line, "# model".
+    """
     fields = {f.name for f in dataclasses.fields(config_class) if f.name != "args"}
     source = inspect.getsource(config_class)
-    comments = {}        # line number -> comment; tokenize knows that a # inside a string is not a comment
+    # {line number: comment}. tokenize knows that a # inside a string begins no comment.
+    comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# ")

@@ -1,8 +1,9 @@
 """What this machine can do: its device, precision, attention kernel, compiler, memory, peak FLOP/s.
 
-Each pick_... function turns the setting "auto" into what runs best here, and refuses with one line
-what cannot run here.
+Each pick_... function turns the setting "auto" into what runs best here, and refuses what cannot
+run here with a one-line error.
 """
+
 import ctypes
 import os
 import shutil
@@ -19,8 +20,8 @@ try:
 except ImportError:
     resource = None      # Windows
 
-# Dense bf16 FLOP/s of one device by the vendors' datasheets, for the MFU. A device that is not
-# listed gets no MFU.
+# FLOP/s of one device in dense bf16, from the vendors' datasheets, for the MFU (model FLOPs
+# utilization). A device that is not listed gets no MFU.
 PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
@@ -36,15 +37,18 @@ PEAK_FLOPS = {
     "MI250X": 192e12,
     "MI300X": 1307e12,
 }
-COMPILERS = ("g++", "clang++", "c++")      # that torch.compile looks for, after $CXX
-M_TRIM_THRESHOLD = -1                      # of glibc's mallopt
+COMPILERS = ("g++", "clang++", "c++")      # torch.compile looks for these, after $CXX
+M_TRIM_THRESHOLD = -1                      # parameters of glibc's mallopt
 M_MMAP_THRESHOLD = -3
 
 
 # -------------------------------------------------------------------------------------------------
 # which device, which precision, which kernels
 def pick_device(name):
-    """The torch device to use; "auto" is cuda if the machine has it, else cpu. Raises UserError."""
+    """The torch device to use; "auto" is cuda if the machine has it, else cpu.
+
+    Raises UserError if the machine lacks the device.
+    """
     is_available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -65,9 +69,7 @@ def pick_dtype(name, device):
     Weights are fp32 either way: bfloat16 means autocast. Raises UserError.
     """
     if name not in ("auto", "bfloat16", "float32"):
-        raise UserError(
-            f"dtype={name}: expected auto, bfloat16 (autocast over fp32 weights) or float32"
-        )
+        raise UserError(f"dtype={name}: expected auto, bfloat16 (autocast over fp32 weights) or float32")
     if name != "auto":
         return name
     if device.startswith("cuda"):
@@ -80,8 +82,8 @@ def pick_dtype(name, device):
 def has_fast_bf16_on_cpu():
     """True if this CPU multiplies bf16 matrices faster than fp32 ones.
 
-    CPUs with AMX are made for it (not measured here). AMD's avx512_bf16 has twice the rate of fp32,
-    Intel's without AMX half of it (docs/log.md).
+    CPUs with AMX are made for it (not measured here). Of those with avx512_bf16 only, AMD's do bf16
+    at twice the rate of fp32, Intel's at half of it (docs/log.md).
     """
     if torch.cpu._is_amx_tile_supported():
         return True
@@ -100,10 +102,10 @@ def cpu_vendor():
 
 
 def pick_attention(name, device, dtype, config):
-    """The attention implementation that runs: `name`, or what "auto" is on this device and model.
+    """The attention implementation to use: `name`, or what "auto" means for this device and model.
 
-    dtype: "bfloat16" or "float32"; config: a ModelConfig. Raises UserError for a name that is not
-    known, or that cannot run here.
+    dtype: "bfloat16" or "float32"; config: a ModelConfig. Raises UserError if the name is not
+    known, or cannot run here.
     """
     kind = device.partition(":")[0]
     torch_dtype = getattr(torch, dtype)
@@ -114,7 +116,7 @@ def pick_attention(name, device, dtype, config):
 
 
 def why_not_compile(device):
-    """None if torch.compile can build kernels here, else the reason in words."""
+    """Why torch.compile cannot build kernels here, in words; None if it can."""
     if device.startswith("cuda"):
         return None
     if device != "cpu":
@@ -130,10 +132,7 @@ def why_not_compile(device):
 # -------------------------------------------------------------------------------------------------
 # speed
 def peak_flops(device):
-    """Datasheet bf16 FLOP/s of a GPU, or None.
-
-    An MFU needs a stated denominator, and a CPU has none.
-    """
+    """The datasheet's bf16 FLOP/s of a GPU, or None if it is not listed. A CPU has no such number."""
     if not device.startswith("cuda"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -155,7 +154,7 @@ def synchronize(device):
 def peak_memory(device):
     """The most bytes in use so far, or None where the system does not count them.
 
-    On a GPU what PyTorch has handed out, elsewhere what this process had in RAM.
+    On a GPU these are the bytes of PyTorch's tensors, elsewhere this process' share of the RAM.
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
@@ -167,7 +166,7 @@ def peak_memory(device):
 
 
 def limit_memory(device, gib):
-    """Let this process use at most `gib` GiB: a large device plays a small one. 0: no limit."""
+    """Let this process use at most `gib` GiB, as if the device had no more. 0: no limit."""
     limit = int(gib * 2**30)
     if limit == 0:
         return
@@ -182,7 +181,7 @@ def keep_freed_memory():
     """Tell glibc to keep large blocks that were freed.
 
     By default each temporary tensor of a step is mapped, faulted in page by page and unmapped
-    again. That costs a CPU step about a fifth of its time (`python bench.py train` shows it).
+    again. Then a step on a CPU takes 6 to 17 % longer (`python bench.py train` shows it).
     """
     if sys.platform != "linux":
         return

@@ -1,7 +1,8 @@
-"""Files and folders: complete writes, JSON, lines of packed files, and reading ahead.
+"""Files and folders: complete writes, JSON, lines of compressed files, and reading ahead.
 
 Users choose the names of folders. Here a name is never taken for a pattern, and never for markup.
 """
+
 import glob
 import gzip
 import hashlib
@@ -25,21 +26,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def find_files(folder, pattern):
     """The sorted paths of everything in `folder` that matches a pattern like "**/*.parquet".
 
-    Only `pattern` is a pattern. The folder's own name is taken literally, so a run may be called
-    "lr [5e-4]" or "what?". No other file of this repository imports the glob module, so that no
-    user's path becomes part of a pattern.
+    The folder's own name is taken literally, so a run may be called "lr [5e-4]" or "what?". No
+    other file of this repository imports glob, so that no user's path becomes part of a pattern.
     """
     names = glob.glob(pattern, root_dir=folder, recursive=True)
     return [os.path.join(folder, name) for name in sorted(names)]
 
 
 def table_cell(name):
-    """A name as a cell of a Markdown table: a bar would end the cell."""
+    """A name as a cell of a Markdown table, in which a bar would end the cell."""
     return name.replace("|", "\\|")
 
 
 def unique(path):
-    """A name beside `path` that no other process uses."""
+    """A path beside `path` that no other process uses, on this machine or another."""
     return f"{path}.{socket.gethostname()}.{os.getpid()}"
 
 
@@ -47,7 +47,7 @@ def unique(path):
 # writing and reading
 def write_whole(path, content):
     """Write bytes to a file. An interruption leaves the old content, never half of the new one."""
-    # Several processes, also of several machines, may write the same file.
+    # Several processes, on several machines, may write the same file at once.
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     with open(temporary, "wb") as f:
         f.write(content)
@@ -57,8 +57,7 @@ def write_whole(path, content):
 
 
 def is_new(folder, *own_files):
-    """True if the folder is missing, empty, or holds only our own files and leftovers of an
-    interrupted write."""
+    """True if the folder is missing, empty, or holds only `own_files` and leftovers of write_whole()."""
     if not os.path.isdir(folder):
         return True
     for name in os.listdir(folder):
@@ -80,7 +79,7 @@ def read_json(path):
 
 
 def decode(raw, where):
-    """Bytes -> text. Raises UserError that names `where` if they are not UTF-8."""
+    """Bytes -> text. Raises a UserError that names `where` if they are not UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -90,9 +89,9 @@ def decode(raw, where):
 
 
 def lines_of(path):
-    """Yield (where, line) of every line that is not blank; `where` names file and line.
+    """Yield (where, line) for every line that is not blank; `where` names the file and the line.
 
-    A file that ends in .gz, .xz or .zst is unpacked. Raises UserError naming file and line.
+    A file that ends in .gz, .xz or .zst is unpacked. Raises a UserError that names the place.
     """
     with open_packed(path) as f:
         for number, line in enumerate(unpacked(f, path), start=1):
@@ -102,7 +101,7 @@ def lines_of(path):
 
 
 def open_packed(path):
-    """Open a file to read bytes; one that ends in .gz, .xz or .zst is unpacked."""
+    """Open a file to read bytes. One that ends in .gz, .xz or .zst is unpacked."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".xz"):
@@ -114,29 +113,27 @@ def open_packed(path):
 
 
 def unpacked(lines, path):
-    """Yield the lines of a file. Raises UserError if it breaks off or is not such an archive."""
+    """Yield the lines of an open file. Raises UserError if it is cut off or was not packed that way."""
     try:
         yield from lines
     except Exception as error:
         # gzip, lzma and zstandard each raise errors of their own.
-        raise UserError(
-            f"{path} cannot be unpacked ({error}): fetch or compress it again"
-        ) from None
+        raise UserError(f"{path} cannot be unpacked ({error}): fetch or compress it again") from None
 
 
 # -------------------------------------------------------------------------------------------------
 # texts and threads
 def hashed(text):
-    """A number in [0, 1) that the text alone decides.
+    """A number in [0, 1) that depends on the text alone.
 
-    It cuts a data set in two without an order or a seed; copies of a text land on the same side.
+    It splits a data set in two without an order or a seed; copies of a text land on the same side.
     """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def ahead(items, depth):
-    """Yield the same items, drawn in a background thread.
+    """Yield the same items, which a background thread draws ahead of time.
 
     At most `depth` items wait, so memory stays flat whichever side is slower. What `items` raises
     is raised here.
@@ -146,7 +143,7 @@ def ahead(items, depth):
     end = object()
 
     def put(item, error=None):
-        # The consumer may stop at any time: look for that instead of waiting forever.
+        # The consumer may stop at any time, so do not wait forever for room.
         while not stop.is_set():
             try:
                 ready.put((item, error), timeout=0.2)
@@ -175,6 +172,7 @@ def ahead(items, depth):
                 return
             yield item
     finally:
-        # A thread that waits for a network may take longer than this; it is a daemon.
+        # A thread that waits for a network may take longer than this. It is a daemon, so the program
+        # can end without it.
         stop.set()
         thread.join(10.0)

@@ -4,6 +4,7 @@ splitmix64's finalizer hashes keys and indices, and a Feistel network shuffles. 
 remembers anything, so the same (seed, epoch, index) gives the same number: after a resume, on
 another number of GPUs, in another process.
 """
+
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -18,7 +19,7 @@ REPLACE = 4
 
 def mix(x):
     """The hash of a uint64 array or scalar: each bit depends on all bits (Steele et al. 2014)."""
-    # Multiplication modulo 2^64 is what we mean.
+    # The products are meant modulo 2^64.
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -28,7 +29,8 @@ def mix(x):
 def hashed(index, *keys):
     """A uint64 for every entry of the int array `index`.
 
-    keys: ints, or int arrays that broadcast against it: the seed, the epoch, the use.
+    keys: the seed, the epoch, what the number is for. Each is an int, or an int array that
+    broadcasts against `index`.
     """
     with np.errstate(over="ignore"):
         key = np.uint64(0)
@@ -38,19 +40,20 @@ def hashed(index, *keys):
 
 
 def threshold(probability):
-    """The uint64 that a hash is below with this probability. 1 gives the largest, for "always"."""
+    """The uint64 that a hash is below with this probability (of 1: the largest uint64)."""
     return np.uint64(min(int(probability * 2.0**64), 2**64 - 1))
 
 
 def permute(index, n, seed, epoch):
     """Where a shuffle of range(n) puts each entry of `index`. int64 [R] -> int64 [R]
 
-    A Feistel network shuffles the next even power of two; what lands at n or above is shuffled
-    again until it lands below. No memory, no state, a bijection for every (seed, epoch).
+    A Feistel network shuffles range(4^h), for the least h with 4^h >= n. An entry that lands at n
+    or above is shuffled again until it lands below. No table is stored, and every (seed, epoch)
+    gives a bijection.
     """
     bits = max(n - 1, 1).bit_length()
-    half = np.uint64(max(1, (bits + 1) // 2))               # bits of each half
-    low = (np.uint64(1) << half) - np.uint64(1)             # mask of the right half
+    half = np.uint64(max(1, (bits + 1) // 2))      # h: bits of each half of a number
+    low = (np.uint64(1) << half) - np.uint64(1)    # selects the right half
     x = np.asarray(index).astype(np.uint64)
     epoch = np.broadcast_to(np.asarray(epoch), x.shape)
     is_outside = np.ones(x.shape, bool)
