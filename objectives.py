@@ -1,11 +1,10 @@
-"""What a training step hides from the model, and what it asks for: the objectives that `phases` of
-train.py names.
+"""What a training step hides from the model, and what it asks for: the objectives of train.py's `phases`.
 
     clm     every token predicts the next one, under the causal mask
     mlm     each ordinary token is hidden with probability mask_rate and predicted in its place
-    mntp    masked next-token prediction: inputs and mask as in mlm, but a hidden token is predicted
-            one position earlier, as in clm (LLM2Vec, arXiv 2404.05961)
-    cmlm    mlm under the causal mask: is it the attention mask that matters, or the objective?
+    mntp    masked next-token prediction: as mlm, but each hidden token is predicted one position
+            earlier, as in clm (LLM2Vec, arXiv 2404.05961)
+    cmlm    mlm under the causal mask: does the attention mask matter, or the objective?
 
 A number after the name is a rate in percent. mlm20 hides 20 % of the tokens whatever mask_rate is,
 so several phases make a schedule: (("mlm50", 1000), ("mlm20", 1000)). clm40 has a loss at 40 % of
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.configurator import UserError
 from core.rng import MASK, REPLACE, hashed, mix, threshold
 
 
@@ -28,20 +28,21 @@ class Objective:
     """An objective, and everything that the rest of the program needs to know about it."""
 
     # (rows, corpus, settings, rate) -> the input ids [T] int64, which positions have a target [T]
-    # bool, and the id to predict at each position [T] int64. rows: pretraining.data.Rows; settings:
-    # pretraining.data.DataSettings; rate: the number after the name as a share, or None
+    # bool, and the id to predict at each position [T] int64.
+    # rows, corpus and settings are Rows, Corpus and DataSettings of pretraining/data.py; rate is the
+    # number after the name as a share (0.4 in mlm40), or None.
     prepare: Callable
-    is_causal: bool  # the attention mask it trains under
+    is_causal: bool  # does it train under the causal attention mask?
     hides_tokens: bool  # does it replace tokens of the input?
     # (number of tokens, least number of sequences, rate, settings) -> the most targets to expect.
-    # Every batch gets room for so many, so that shapes stay the same under torch.compile
+    # Every batch gets room for this many, so that shapes stay the same under torch.compile.
     most_targets: Callable
 
 
 def clm(rows, _corpus, settings, rate=None):
     """Causal language modelling: every token but a sequence's last predicts the next one.
 
-    With a rate, only that share of them does.
+    With a rate, only that share of them do.
     """
     has_target = np.ones(len(rows.tokens), bool)
     last_tokens = rows.cu_seqlens[1:] - 1
@@ -52,11 +53,11 @@ def clm(rows, _corpus, settings, rate=None):
 
 
 def mlm(rows, corpus, settings, rate=None):
-    """Masked language modelling: each ordinary token is hidden with probability `rate`, or
-    settings.mask_rate without one.
+    """Masked language modelling: each ordinary token is hidden with probability `rate`.
 
-    mask_replace has the shares of the hidden tokens that become the mask id, become a random id, or
-    stay. The paper uses (1, 0, 0), BERT used (0.8, 0.1, 0.1).
+    Without a rate it is settings.mask_rate. settings.mask_replace has the shares of the hidden
+    tokens that become the mask id, become a random id, or stay. The paper uses (1, 0, 0), BERT used
+    (0.8, 0.1, 0.1).
     """
     ids = rows.tokens
     # Special tokens, such as the end of a document, are never hidden.
@@ -77,7 +78,7 @@ def mlm(rows, corpus, settings, rate=None):
 
 
 def mntp(rows, corpus, settings, rate=None):
-    """Masked next-token prediction: the token before a hidden one predicts it.
+    """Masked next-token prediction: a hidden token is predicted at the position before it.
 
     A sequence's first token has none before it, so it is never predicted.
     """
@@ -89,27 +90,34 @@ def mntp(rows, corpus, settings, rate=None):
 
 
 def is_drawn(rows, settings, rate):
-    """True for a random share `rate` of the positions: the same ones for every run with this seed.
-    [T] bool"""
+    """True at a random share `rate` of the positions, the same in every run with this seed. [T] bool
+
+    A lower rate draws a subset of what a higher one draws.
+    """
     return hashed(rows.position, settings.seed, rows.epoch, MASK) < threshold(rate)
 
 
 def all_but_the_last(n_tokens, n_sequences, rate, settings):
-    """Every token but the last of a sequence has a target; with a rate, a share of them has."""
+    """The most targets to expect if all tokens but each sequence's last have one.
+
+    With a rate, only a share of them do.
+    """
     if rate is None:
         return n_tokens - n_sequences
     return a_share(n_tokens, n_sequences, rate, settings)
 
 
 def a_share(n_tokens, _n_sequences, rate, settings):
-    """The most targets to expect if each token has one with probability `rate`: the mean and six
-    standard deviations."""
+    """The most targets to expect if each token has one with probability `rate`.
+
+    That is the mean and six standard deviations, rounded up to a multiple of 64, at which matrix
+    products on a GPU are fast.
+    """
     rate = rate or settings.mask_rate
     six_sigmas = 6 * (n_tokens * rate * (1 - rate)) ** 0.5
     most = int(n_tokens * rate + six_sigmas)
-    # Rounded up to a multiple of 64, which matrix products on a GPU like.
-    in_whole_64s = -(-most // 64) * 64
-    return min(n_tokens, in_whole_64s)
+    rounded_up = -(-most // 64) * 64
+    return min(n_tokens, rounded_up)
 
 
 OBJECTIVES = {
@@ -137,17 +145,13 @@ def split_name(name):
 
 
 def parse(name):
-    """Look up the name of a phase: "mlm40" -> (OBJECTIVES["mlm"], 0.4).
-
-    Raises ValueError, as split_name does.
-    """
+    """Look up the name of a phase: "mlm40" -> (OBJECTIVES["mlm"], 0.4). Raises ValueError."""
     kind, rate = split_name(name)
     return OBJECTIVES[kind], rate
 
 
 def facts_of(phases):
-    """What a checkpoint records about the objectives of its run. -> {name: {"is_causal",
-    "hides_tokens", "rate"}}"""
+    """What a checkpoint records about its run's objectives: {name: {"is_causal", "hides_tokens", "rate"}}."""
     facts = {}
     for name, _ in phases:
         objective, rate = parse(name)
@@ -159,9 +163,28 @@ def facts_of(phases):
     return facts
 
 
+def recorded_objectives(state):
+    """What a checkpoint recorded about its run's objectives, as facts_of() makes it.
+
+    state: the state.json of a checkpoint of train.py. Checkpoints before 2026-11-26 do not have
+    these facts: then OBJECTIVES is asked. Raises UserError if it does not know a name.
+    """
+    if "objectives" in state:
+        return state["objectives"]
+    try:
+        return facts_of(state["settings"]["phases"])
+    except ValueError as error:
+        raise UserError(
+            "this checkpoint does not record its objectives, and objectives.py does not know "
+            f"them: {error}"
+        ) from None
+
+
 def objective_at(step, phases):
-    """The objective of step `step`, counted from 0, in ((objective, steps), ...); after the end,
-    the last one."""
+    """The name of the objective of step `step`, counted from 0; after the last phase, its objective.
+
+    phases: ((name, steps), ...)
+    """
     for name, steps in phases:
         if step < steps:
             return name

@@ -5,24 +5,7 @@ exported rightly, also by a version that does not know it.
 """
 
 from core.configurator import UserError
-from objectives import facts_of, objective_at
-
-
-def recorded_objectives(state):
-    """Return the facts of a run's objectives: {name: {"is_causal", "hides_tokens", "rate"}}.
-
-    state: the state.json of a checkpoint of train.py. Checkpoints of an earlier version did not
-    record these facts: then objectives.py is asked. Raises UserError if it does not know a name.
-    """
-    if "objectives" in state:
-        return state["objectives"]
-    try:
-        return facts_of(state["settings"]["phases"])
-    except ValueError as error:
-        raise UserError(
-            "this checkpoint does not record its objectives, and objectives.py does not know "
-            f"them: {error}"
-        ) from None
+from objectives import objective_at, recorded_objectives
 
 
 def was_causal(state):

@@ -8,7 +8,8 @@ import os
 
 from core import checkpoint
 from core.files import table_cell
-from huggingface.history import lineage, recorded_objectives
+from huggingface.history import lineage
+from objectives import recorded_objectives
 
 # the end of a class's name: the hub's name for what such a model does
 PIPELINE_TAGS = {

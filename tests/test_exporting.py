@@ -234,7 +234,7 @@ def test_a_new_causal_objective_leaves_as_a_decoder_also_after_it_is_gone(tiny, 
 def test_a_checkpoint_that_records_no_objectives_asks_objectives_py():
     old = {"settings": {"phases": [["mlm20", 5], ["cmlm", 5]]}}
     assert not history.was_causal(old | {"step": 5}) and history.was_causal(old | {"step": 6})
-    assert history.recorded_objectives(old)["mlm20"] == {"is_causal": False, "hides_tokens": True, "rate": 0.2}
+    assert objectives.recorded_objectives(old)["mlm20"] == {"is_causal": False, "hides_tokens": True, "rate": 0.2}
     with pytest.raises(UserError, match="does not record its objectives, and objectives.py does not know them: objectives are clm"):
         history.was_causal({"settings": {"phases": [["backwards", 5]]}, "step": 5})
 
