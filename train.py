@@ -1,5 +1,4 @@
-"""Pretrain an encoder: causal language modelling, masked language modelling, or one and then the
-other.
+"""Pretrain an encoder with causal language modelling, masked language modelling, or one after the other.
 
     python train.py config/demo_mlm.py                                    # minutes, on a laptop's CPU
     python train.py config/210m_clm_then_mlm.py                           # one GPU
@@ -7,9 +6,9 @@ other.
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/...
 
 Run the same command again to resume from the newest intact checkpoint in out_dir.
---branch_from=RUN/step_0010000 continues a run whose learning rate has not decayed, with other
-phases. --init_from=CKPT starts a new schedule from finished weights (arXiv 2507.00994, sections 4
-and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
+--branch_from=RUN/step_0010000 continues another run with other phases, from a step before its
+learning rate decays. --init_from=CKPT starts a new schedule from finished weights (arXiv
+2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
 """
 
 import gc
@@ -57,7 +56,7 @@ class Config:
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
     # model
-    size: str = ""                           # a row of model.SIZES; empty: that of given weights, else 210m
+    size: str = ""                           # a row of model.SIZES; empty: the given weights' size, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
     phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps); see objectives.py
@@ -90,8 +89,9 @@ class Config:
 def check(c, world_size):
     """Check the settings that do not depend on the corpus, and fill in the default size.
 
-    -> the number of steps of all phases. Raises UserError.
+    -> the number of steps of all phases together. Raises UserError.
     """
+    # the schedule
     if not c.phases:
         raise UserError("phases is empty: expected (objective, steps) pairs")
     for phase in c.phases:
@@ -104,62 +104,58 @@ def check(c, world_size):
     steps = sum(n for _, n in c.phases)
     if c.warmup_steps + c.decay_steps > steps:
         raise UserError(
-            f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than the {steps} steps "
-            "of phases"
+            f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than "
+            f"the {steps} steps of phases"
         )
+    if c.branch_from and c.init_from:
+        raise UserError("branch_from continues a schedule and init_from starts one: give one of them")
 
+    # the model and the batch
     if not c.size and not c.init_from and not c.branch_from:
         c.size = "210m"
     if c.size and c.size not in SIZES:
         raise UserError(
-            f"size={c.size}: expected one of {', '.join(SIZES)} (model.SIZES; add a line for a new one)"
+            f"size={c.size}: expected one of {', '.join(SIZES)} "
+            "(model.SIZES; add a line for a new one)"
         )
     if min(c.batch_rows, c.micro_rows) < 1 or c.batch_rows % (c.micro_rows * world_size):
         processes = "process" if world_size == 1 else "processes"
         raise UserError(
-            f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x {world_size} "
-            f"{processes}: change one of them"
+            f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x "
+            f"{world_size} {processes}: change one of them"
         )
+
+    # masking
     for name in ("mask_rate", "eval_mask_rate"):
-        if not 0.0 < getattr(c, name) <= 1.0:
-            raise UserError(
-                f"{name}={getattr(c, name)}: expected a share of the tokens, 0 < {name} <= 1"
-            )
-    are_numbers = all(type(share) in (int, float) for share in c.mask_replace)
-    if (
-        len(c.mask_replace) != 3
-        or not are_numbers
-        or min(c.mask_replace) < 0
-        or abs(sum(c.mask_replace) - 1) > 1e-6
-    ):
+        rate = getattr(c, name)
+        if not 0.0 < rate <= 1.0:
+            raise UserError(f"{name}={rate}: expected a share of the tokens, 0 < {name} <= 1")
+    are_shares = all(type(share) in (int, float) and share >= 0 for share in c.mask_replace)
+    if len(c.mask_replace) != 3 or not are_shares or abs(sum(c.mask_replace) - 1) > 1e-6:
         raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
+
+    # the rest
     if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
         raise UserError(
             "save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1"
         )
     if not c.grad_clip >= 0:  # NaN fails, too
         raise UserError(
-            f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, or 0 for no "
-            "clipping"
-        )
-    if c.branch_from and c.init_from:
-        raise UserError(
-            "branch_from continues a schedule and init_from starts one: give one of them"
+            f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, "
+            "or 0 for no clipping"
         )
     return steps
 
 
 def learning_rate_at(step, c, max_steps):
-    """WSD: linear warmup, a stable stretch, linear decay to 0 over the last decay_steps (the paper,
-    Table 1)."""
+    """The WSD schedule of the paper's Table 1: linear warmup, a stable stretch, linear decay to 0."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     return c.learning_rate * min(1.0, (max_steps - step) / max(1, c.decay_steps))
 
 
 def configure_optimizer(model, c):
-    """The optimizer of a run. To try another one, change this function: checkpoints save the state
-    of any."""
+    """Make the run's optimizer. To try another, change it here: checkpoints save the state of any."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=c.learning_rate,
@@ -171,31 +167,25 @@ def configure_optimizer(model, c):
 
 
 def compute_loss(model, lm_head, batch, autocast):
-    """The sum of the losses at one micro-batch's targets, fp32. batch: a Batch on the model's
-    device."""
+    """The sum of the losses at a micro-batch's targets, fp32. batch: a Batch on the model's device."""
     with autocast:
         hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)  # [N, C]
         return linear_cross_entropy(hidden, lm_head.weight, batch.targets)
 
 
-def validate(loss_of, corpus, settings, c, processes):
-    """Mean losses of both objectives over the same rows, cuts and masks every time, on all ranks.
+def validate(loss_of, val_corpus, eval_settings, c, processes):
+    """Mean losses of both objectives, over the same rows, cuts and masks every time.
 
-    loss_of: batch -> sum of its losses; settings: data.validation_settings. -> {"val_clm_loss":
-    ..., "val_mlm_loss": ...}
+    loss_of: batch -> sum of its losses; eval_settings: data.validation_settings(...)
+    -> {"val_clm_loss": ..., "val_mlm_loss": ...}, the same on all ranks
     """
     losses = {}
     for objective in ("clm", "mlm"):
         loss_sum = 0.0
         n_targets = 0
         batches = data.validation_batches(
-            corpus,
-            objective,
-            settings,
-            c.eval_rows,
-            processes.rank,
-            processes.world_size,
-            c.micro_rows,
+            val_corpus, objective, eval_settings, c.eval_rows,
+            rank=processes.rank, world_size=processes.world_size, micro_rows=c.micro_rows,
         )
         for batch in batches:
             with torch.no_grad():
@@ -208,9 +198,9 @@ def validate(loss_of, corpus, settings, c, processes):
 
 
 def stop_on_signals():
-    """SIGTERM and Ctrl-C finish the step, save and exit 0; a second Ctrl-C interrupts at once.
+    """Let SIGTERM and Ctrl-C finish the step, save and exit 0; a second Ctrl-C interrupts at once.
 
-    -> a list that is empty until such a signal has arrived
+    -> a list that is empty until such a signal arrives
     """
     signals = []
 
@@ -228,7 +218,7 @@ def main(c):
     try:
         train(c, device, processes)
     finally:
-        gc.unfreeze()
+        gc.unfreeze()  # what train() froze
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -238,42 +228,35 @@ def train(c, device, processes):
     max_steps = check(c, processes.world_size)
     keep_freed_memory()
 
-    def say(text):
-        if processes.is_first:
-            print(text, flush=True)
-
     # ---- the corpus. One process on each machine verifies its checksums.
     verify = processes.local_rank == 0
     corpus = data.Corpus(c.data_dir, "train", verify)
     val_corpus = data.Corpus(c.data_dir, "val", verify)
     if corpus.tokenizer_hash != val_corpus.tokenizer_hash:
         raise UserError(
-            f"the splits of {c.data_dir} have different tokenizers: prepare the corpus anew in an empty "
-            "folder"
+            f"the splits of {c.data_dir} have different tokenizers: "
+            "prepare the corpus anew in an empty folder"
         )
 
-    # ---- where the run begins. Its checkpoints record `settings`.
+    # ---- where the run begins. config.json and the checkpoints record run_settings.
     dtype = pick_dtype(c.dtype, device)
-    settings = asdict(c) | {
+    run_settings = asdict(c) | {
         "dtype": dtype,
         "tokenizer_hash": corpus.tokenizer_hash,
         "train_tokens": corpus.n_tokens,
     }
-    beginning = resume.start(c, settings, processes, say)
+    beginning = resume.start(c, run_settings, processes)
     step = beginning.step
     log_path = os.path.join(c.out_dir, "log.jsonl")
+    # A run that was interrupted in its last validation is not finished.
     if step >= max_steps and log.has_validation(log_path, max_steps):
-        say(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
+        processes.print0(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
         return
     data_settings = DataSettings(
-        c.block_size,
-        c.batch_rows,
-        c.random_length,
-        c.document_mask,
-        c.mask_rate,
-        c.mask_replace,
-        c.seed,
-        beginning.first_row,
+        block_size=c.block_size, batch_rows=c.batch_rows,
+        random_length=c.random_length, document_mask=c.document_mask,
+        mask_rate=c.mask_rate, mask_replace=c.mask_replace,
+        seed=c.seed, first_row=beginning.first_row,
     )
     eval_settings = data.validation_settings(data_settings, c.eval_mask_rate)
     data.count_rows(corpus, data_settings)  # raises if there is less than one row
@@ -282,7 +265,8 @@ def train(c, device, processes):
     # ---- the model and its optimizer
     config = resume.model_config(c, beginning, corpus.vocab_size)
     attention = pick_attention(c.attention, device, dtype, config)
-    # On a GPU "auto" depends on times, which may differ between ranks: all take what rank 0 took.
+    # On a GPU "auto" depends on timings, which may differ between ranks. So all take rank 0's
+    # choice: it sums its index with the others' zeros.
     names = list(ATTENTION)
     index = names.index(attention) if processes.is_first else 0
     attention = names[int(all_sum([index], processes)[0])]
@@ -291,7 +275,7 @@ def train(c, device, processes):
     optimizer = configure_optimizer(model, c)
     if beginning.imported:
         model.load_state_dict(beginning.imported.weights)
-        beginning.imported = None  # a second copy of the weights that nobody reads again
+        beginning.imported = None  # frees this second copy of the weights
     elif beginning.source:
         checkpoint.load(beginning.source, model, optimizer if beginning.load_optimizer else None)
 
@@ -302,42 +286,39 @@ def train(c, device, processes):
         tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
         log.trim(log_path, step)
         if not os.path.isfile(config_path):
-            versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-            write_json(
-                config_path,
-                {
-                    "settings": settings,
-                    "parent": beginning.source,
-                    "start_step": step,
-                    "run_id": os.urandom(4).hex(),
-                    "versions": versions,
-                },
-            )
+            run = {
+                "settings": run_settings,
+                "parent": beginning.source,
+                "start_step": step,
+                "run_id": os.urandom(4).hex(),
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+            }
+            write_json(config_path, run)
     run_log = log.RunLog(c, beginning.totals, max_steps, device, processes)
     if c.wandb_log and processes.is_first:
-        run_log.start_wandb(read_json(config_path)["run_id"], settings)
+        run_log.start_wandb(read_json(config_path)["run_id"], run_settings)
 
-    # ---- what it runs on
+    # ---- what it runs on: torch.compile, DDP, autocast
     why_eager = "compile=false" if not c.compile else why_not_compile(device)
     execution = f"eager: {why_eager}" if why_eager else "torch.compile"
     parameters = model.num_parameters()
-    say(
-        f"{settings['size'] or c.init_from}: {parameters['encoder'] / 1e6:.1f} M parameters, "
-        f"{parameters['total'] / 1e6:.1f} M with the LM head | {processes.world_size} x {device}, {dtype}, "
-        f"attention {attention}, {execution}"
+    processes.print0(
+        f"{run_settings['size'] or c.init_from}: {parameters['encoder'] / 1e6:.1f} M parameters, "
+        f"{parameters['total'] / 1e6:.1f} M with the LM head | "
+        f"{processes.world_size} x {device}, {dtype}, attention {attention}, {execution}"
     )
-    to_train_on = max_steps * c.batch_rows * c.block_size
-    say(
-        f"{corpus.n_tokens:,} training tokens, {to_train_on:,} to train on in {max_steps} "
+    tokens_to_train_on = max_steps * c.batch_rows * c.block_size
+    processes.print0(
+        f"{corpus.n_tokens:,} training tokens, {tokens_to_train_on:,} to train on in {max_steps} "
         f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens"
     )
     if not why_eager:
         model.compile()
-    wrapped = model
+    wrapped_model = model
     if processes.world_size > 1:
         devices = [processes.local_rank] if device.startswith("cuda") else None
-        # gradients are computed directly in the buckets that travel between the processes
-        wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        # Gradients are computed directly in the buckets that travel between the processes.
+        wrapped_model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     autocast = nullcontext()
     if dtype == "bfloat16":
         autocast = torch.autocast(device.partition(":")[0], torch.bfloat16)
@@ -345,13 +326,8 @@ def train(c, device, processes):
     # ---- data: a background thread makes this rank's micro-batches of the next steps
     def make_batches(step):
         batches = data.micro_batches(
-            corpus,
-            step,
-            objective_at(step, c.phases),
-            data_settings,
-            processes.rank,
-            processes.world_size,
-            c.micro_rows,
+            corpus, step, objective_at(step, c.phases), data_settings,
+            rank=processes.rank, world_size=processes.world_size, micro_rows=c.micro_rows,
         )
         if device.startswith("cuda"):
             batches = [batch.pin() for batch in batches]
@@ -360,27 +336,30 @@ def train(c, device, processes):
     stream = data.prefetch(make_batches, step, max_steps)
 
     def loss_of(batch):
-        return compute_loss(wrapped, model.lm_head, batch.to(device), autocast)
+        return compute_loss(wrapped_model, model.lm_head, batch.to(device), autocast)
 
     # ---- the loop
     stop_signals = stop_on_signals()
-    stopping = False
+    is_stopping = False
     first_step = step
-    # Checkpoints that stay, so that other runs can branch from them: each switch of objective, the
-    # start of the decay, the end, and the milestones.
-    kept_steps = {max_steps - c.decay_steps, max_steps, *c.milestones}
-    for i in range(1, len(c.phases)):
-        kept_steps.add(sum(n for _, n in c.phases[:i]))
+    # Checkpoints that stay, so that other runs can branch from them: the end of each phase, the
+    # start of the decay, and the milestones.
+    kept_steps = {max_steps - c.decay_steps, *c.milestones}
+    phase_end = 0
+    for _, n_steps in c.phases:
+        phase_end += n_steps
+        kept_steps.add(phase_end)
     run_log.restart_clock()
     while True:
         is_last = step == max_steps
+        objective = objective_at(step, c.phases)
 
         # Save first: a crash or a preemption in the validation must not cost the step's checkpoint.
-        if step > first_step and (step % c.save_interval == 0 or step in kept_steps or stopping):
+        if step > first_step and (step % c.save_interval == 0 or step in kept_steps or is_stopping):
             run_log.flush()
             if processes.is_first:
                 state = {
-                    "settings": settings,
+                    "settings": run_settings,
                     "totals": run_log.totals,
                     "first_row": beginning.first_row,
                     "objectives": objectives.facts_of(c.phases),
@@ -388,52 +367,45 @@ def train(c, device, processes):
                 checkpoint.save(c.out_dir, step, model, state, optimizer)
                 checkpoint.prune(c.out_dir, c.keep_last, kept_steps)
             run_log.restart_clock()
-        if (step % c.eval_interval == 0 or is_last) and not stopping:
+        if (step % c.eval_interval == 0 or is_last) and not is_stopping:
             run_log.flush()
             losses = validate(loss_of, val_corpus, eval_settings, c, processes)
-            run_log.add_validation(step, objective_at(step, c.phases), losses)
+            run_log.add_validation(step, objective, losses)
             run_log.restart_clock()
-        if is_last or stopping:
+        if is_last or is_stopping:
             break
 
-        # Forward and backward, a micro-batch at a time. Each loss is divided by the number of
-        # targets of all ranks and micro-batches, so how a step is cut into them does not change its
-        # gradient.
+        # Forward and backward, a micro-batch at a time. Each loss is divided by the step's number of
+        # targets on all ranks, so neither world_size nor micro_rows changes the gradient.
         batches = next(stream)
         n_targets = sum(batch.num_targets for batch in batches)
         n_targets, n_stopping = all_sum([n_targets, bool(stop_signals)], processes)
-        stopping = n_stopping > 0
+        is_stopping = n_stopping > 0
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
-            # DDP exchanges gradients only in the last backward pass. It reads this flag in the
+            # Let DDP exchange gradients only in the last backward pass. It reads this flag in the
             # forward pass.
-            wrapped.require_backward_grad_sync = i == len(batches) - 1
+            wrapped_model.require_backward_grad_sync = i == len(batches) - 1
             loss = loss_of(batch)
             (loss * (processes.world_size / n_targets)).backward()  # DDP averages over ranks
             loss_sum += loss.detach()
 
-        # The update
+        # Update the weights.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         learning_rate = learning_rate_at(step, c, max_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        # Under DDP the gradients stay in its buckets, so they are set to zero and not removed.
+        # Under DDP the gradients lie in its buckets: they are set to zero, not removed.
         optimizer.zero_grad(set_to_none=processes.world_size == 1)
 
-        flops = sum(
-            model.flops(batch.lengths, batch.num_targets, batch.causal) for batch in batches
-        )
-        run_log.add_step(
-            step + 1,
-            objective_at(step, c.phases),
-            loss_sum,
-            learning_rate,
-            grad_norm,
-            n_targets,
-            flops,
-        )
+        # The log reads loss and gradient norm from the device only when it is flushed.
+        flops = sum(model.flops(batch.lengths, batch.num_targets, batch.causal) for batch in batches)
         step += 1
+        run_log.add_step(
+            step, objective, loss=loss_sum, learning_rate=learning_rate, grad_norm=grad_norm,
+            targets=n_targets, flops=flops,
+        )
         if step == first_step + 1:
             run_log.flush()
             # torch and a compiled model are about 500,000 long-lived Python objects. Freeze them
@@ -441,15 +413,15 @@ def train(c, device, processes):
             # of a step).
             gc.collect()
             gc.freeze()
-            say(f"first step after {time.time() - launched:.1f} s")
+            processes.print0(f"first step after {time.time() - launched:.1f} s")
         elif step % c.log_interval == 0:
             run_log.flush()
 
     run_log.close()
-    if stopping:
-        say(f"stopped at step {step}; run the same command to resume")
+    if is_stopping:
+        processes.print0(f"stopped at step {step}; run the same command to resume")
     else:
-        say(f"done: {c.out_dir}")
+        processes.print0(f"done: {c.out_dir}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The processes that torchrun starts, and what they tell each other."""
+
 import os
 import sys
 import time
@@ -12,14 +13,19 @@ import torch.distributed as dist
 class Processes:
     """This process among those that torchrun started; (0, 0, 1) without torchrun."""
 
-    rank: int           # among all processes
-    local_rank: int     # among those of this machine
-    world_size: int
+    rank: int          # this process' number among all
+    local_rank: int    # its number among those of its machine
+    world_size: int    # how many there are
 
     @property
     def is_first(self):
         """True for the one process that writes files and the log."""
         return self.rank == 0
+
+    def print0(self, text):
+        """Print a line, in the first process only."""
+        if self.is_first:
+            print(text, flush=True)
 
 
 def start_processes(device):
@@ -32,8 +38,8 @@ def start_processes(device):
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    # Gradients travel by nccl, the few numbers of all_sum by gloo, so that these never wait for the
-    # GPU. Without a GPU all is gloo.
+    # Gradients travel by nccl, and the few numbers of all_sum by gloo, so that they never wait for
+    # the GPU. Without a GPU everything travels by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend)
     return Processes(rank, local_rank, world_size), device
@@ -46,7 +52,8 @@ def all_sum(values, processes):
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     # gloo's thread drops its reference to the tensor a moment later, and needs Python's lock to do
-    # so. A process that ends before that aborts. So wait until we hold the only reference.
+    # so. A process that exits before that aborts. So wait until ours is the only reference (besides
+    # the one that getrefcount itself holds).
     for _ in range(1000):
         if sys.getrefcount(total) == 2:
             break

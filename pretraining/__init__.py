@@ -1,6 +1,6 @@
-"""Shards -> training.
+"""From shards to training steps.
 
     data     rows, cuts and batches, each a pure function of (seed, epoch, index)
     resume   where a run begins: from scratch, from its own checkpoint, as a branch, or from other weights
-    log      what a run tells: console, log.jsonl, Weights & Biases
+    log      what a run reports: on the console, in log.jsonl, to Weights & Biases
 """

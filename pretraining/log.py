@@ -1,10 +1,11 @@
-"""What a run tells: lines on the console, a row a step in log.jsonl, and Weights & Biases if asked.
+"""What a run reports: lines on the console, a row a step in log.jsonl, and Weights & Biases if asked.
 
-Losses stay on the device until they are logged. So between two console lines the host never waits
+Losses stay on the device until they are written. So between two console lines the host never waits
 for the GPU.
 """
 
 import json
+import math
 import os
 import time
 from datetime import timedelta
@@ -21,50 +22,45 @@ from core.files import write_whole
 class RunLog:
     """The log of one run on one process. Only the first process prints and writes."""
 
-    def __init__(self, settings, totals, max_steps, device, processes):
-        """settings: train.Config; totals: {"tokens", "targets", "flops", "seconds"} since the run's
-        first ancestor began, which this log keeps up to date."""
-        self.settings = settings
+    def __init__(self, c, totals, max_steps, device, processes):
+        """Begin the log of a run.
+
+        c: train.Config; totals: {"tokens", "targets", "flops", "seconds"} since the run's first
+        ancestor began, which this log keeps up to date
+        """
+        self.c = c
         self.totals = totals
         self.max_steps = max_steps
         self.device = device
         self.processes = processes
-        self.path = os.path.join(settings.out_dir, "log.jsonl")
+        self.path = os.path.join(c.out_dir, "log.jsonl")
         self.peak_flops = peak_flops(device)
         self.wandb_run = None
-        self.waiting = []  # steps whose losses are still on the device
+        self.waiting = []  # rows of steps whose losses are still on the device
         self.restart_clock()
 
-    def start_wandb(self, run_id, all_settings):
-        """Send the rows to Weights & Biases, too. A resumed run with the same run_id continues its
-        plot."""
-        if self.settings.wandb_log and self.processes.is_first:
-            import wandb
+    def start_wandb(self, run_id, run_settings):
+        """Send the rows to Weights & Biases, too. A resumed run has its old run_id: its plot continues."""
+        import wandb
 
-            name = os.path.basename(os.path.normpath(self.settings.out_dir))
-            self.wandb_run = wandb.init(
-                project=self.settings.wandb_project,
-                dir=self.settings.out_dir,
-                id=run_id,
-                resume="allow",
-                config=all_settings,
-                name=name,
-            )
-
-    def say(self, text):
-        if self.processes.is_first:
-            print(text, flush=True)
+        self.wandb_run = wandb.init(
+            project=self.c.wandb_project,
+            dir=self.c.out_dir,
+            id=run_id,
+            resume="allow",
+            config=run_settings,
+            name=os.path.basename(os.path.normpath(self.c.out_dir)),
+        )
 
     def restart_clock(self):
-        """Begin to time steps: what came before, such as a validation, is not part of their
-        speed."""
+        """Time steps from now on: what came before, such as a validation, does not slow them."""
         self.clock = time.time()
 
     def add_step(self, step, phase, loss, learning_rate, grad_norm, targets, flops):
         """Remember a step until the next flush().
 
-        loss: sum of this process' losses, and grad_norm, both still tensors on the device; targets:
-        of all processes; flops: of this process
+        loss and grad_norm are still tensors on the device. loss is a sum over this process' targets,
+        flops are this process', and targets are those of all processes.
         """
         self.waiting.append(
             {
@@ -88,7 +84,7 @@ class RunLog:
         rows = self.waiting
         self.waiting = []
 
-        # Fetch what lies on the device, and add up the processes' shares.
+        # Fetch what is on the device, and add up the processes' losses and FLOPs.
         n = len(rows)
         grad_norms = torch.stack([row["grad_norm"] for row in rows]).tolist()
         losses = torch.stack([row["loss"] for row in rows]).tolist()
@@ -97,11 +93,11 @@ class RunLog:
 
         # How fast were they?
         seconds = max(1e-9, time.time() - self.clock)
-        tokens_per_step = self.settings.batch_rows * self.settings.block_size
+        tokens_per_step = self.c.batch_rows * self.c.block_size
         mfu = None
         if self.peak_flops:
             mfu = sum(flops) / seconds / (self.peak_flops * self.processes.world_size)
-        speed = {
+        measured = {
             "tok_per_s": n * tokens_per_step / seconds,
             "mfu": mfu,
             "peak_memory": peak_memory(self.device),
@@ -115,43 +111,46 @@ class RunLog:
             self.totals["targets"] += row["targets"]
             self.totals["flops"] += int(step_flops)
             self.totals["seconds"] += seconds / n
-            row |= {"loss": loss, "grad_norm": grad_norm} | speed | self.totals
+            row |= {"loss": loss, "grad_norm": grad_norm} | measured | self.totals
         self.write(rows)
 
-        # One line on the console for all of them.
+        # Print one line for all of them.
         last = rows[-1]
         eta = timedelta(seconds=int((self.max_steps - last["step"]) * seconds / n))
         mfu_text = f"{mfu:.1%}" if mfu else "n/a"
-        self.say(
+        self.processes.print0(
             f"step {last['step']:>6}/{self.max_steps}  {last['phase']}  loss {last['loss']:.4f}  "
-            f"lr {last['lr']:.2e}  norm {last['grad_norm']:.2f}  {speed['tok_per_s']:,.0f} tok/s  "
+            f"lr {last['lr']:.2e}  norm {last['grad_norm']:.2f}  {last['tok_per_s']:,.0f} tok/s  "
             f"mfu {mfu_text}  eta {eta}"
         )
         self.restart_clock()
 
     def check_finite(self, step, loss, grad_norm):
         """Raises RunError if one of them is infinite or not a number."""
-        if abs(loss) < float("inf") and grad_norm < float("inf"):  # NaN fails both comparisons
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        saved = checkpoint.all_of(self.settings.out_dir)
-        last_good = (
-            f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        )
+        last_good = "there is no checkpoint yet"
+        checkpoints = checkpoint.all_of(self.c.out_dir)
+        if checkpoints:
+            last_good = f"the last good checkpoint is {checkpoints[-1]}"
         raise RunError(
-            f"loss {loss}, gradient norm {grad_norm} at step {step}: stopped, not saved; {last_good}. "
-            "A lower --learning_rate in another --out_dir may help"
+            f"loss {loss}, gradient norm {grad_norm} at step {step}: stopped, not saved; "
+            f"{last_good}. A lower --learning_rate in another --out_dir may help"
         )
 
     def add_validation(self, step, phase, losses):
-        """Write a validation. losses: {"val_clm_loss": ..., "val_mlm_loss": ...} in nats per
-        target"""
+        """Write and print a validation.
+
+        losses: {"val_clm_loss": ..., "val_mlm_loss": ...}, in nats per target
+        """
         self.write([{"step": step, "phase": phase} | self.totals | losses])
-        self.say(
+        self.processes.print0(
             f"step {step:>6}/{self.max_steps}  validation  clm {losses['val_clm_loss']:.4f}  "
             f"mlm {losses['val_mlm_loss']:.4f}"
         )
 
     def write(self, rows):
+        """Append rows to log.jsonl, and send them to Weights & Biases."""
         if self.processes.is_first:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -165,8 +164,10 @@ class RunLog:
 
 
 def read_rows(path):
-    """[(row, its line)] of a log.jsonl, without a last line that a kill cut off; [] if there is no
-    such file."""
+    """The rows of a log.jsonl, and their lines: [(row, line), ...].
+
+    [] if there is no such file. A last line that a kill cut off is left out.
+    """
     if not os.path.isfile(path):
         return []
     with open(path, encoding="utf-8") as f:
@@ -174,11 +175,13 @@ def read_rows(path):
 
 
 def trim(path, step):
-    """Drop what a run that resumes after `step` writes again, with the same values: later rows, and
-    the validation at `step` itself."""
+    """Drop the rows that a run which resumes after `step` will write again, with the same values.
+
+    These are the later rows, and the validation of `step` itself. The training row of `step`
+    stays: that step was done before the checkpoint was saved.
+    """
     if not os.path.isfile(path):
         return
-    # A training row of `step` describes what was done before it was saved: it stays.
     kept = []
     for row, line in read_rows(path):
         is_training_row = "loss" in row
