@@ -143,7 +143,8 @@ def from_weights(c, run_settings, processes):
 def new_schedule(source, c, run_settings, processes):
     """Start a new schedule from the weights of a checkpoint, on rows that its run has not read. -> Start"""
     state = checkpoint.read_state(source)
-    old_settings = state.get("settings", {})  # hf.py import records few or none
+    # An imported or fine-tuned model has only its tokenizer's hash among the settings.
+    old_settings = state.get("settings", {})
     # The same tokenizer? Two with different hashes may still give the same ids.
     old_hash = old_settings.get("tokenizer_hash", run_settings["tokenizer_hash"])
     if old_hash != run_settings["tokenizer_hash"]:
