@@ -12,13 +12,14 @@
     python report.py RUN --to=RUN/report
 
 A trial has a learning rate and a seed. It loads the collections, trains on pairs of a query and a
-document that answers it, encodes every document of a pool, searches it exactly, scores the ranking,
-and writes a row: OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json. Rows, seeds and the queue of trials
-are the same as finetune.py's.
+document that answers it, encodes every document of a pool, searches the pool exactly, scores the
+ranking, and writes a row: OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json. Rows, seeds and the queue of
+trials are as in finetune.py.
 
 Training is the paper's (arXiv 2507.00994, section 4). An embedding is the mean of the last hidden
-states, and a query must tell its own document from the others of the batch (InfoNCE over cosines at
-temperature 0.05). Pools: retrieval/pools.py. Your own collection: retrieval/collections.py.
+states. Each query must tell its own document from the other documents of the batch (InfoNCE over
+cosines at temperature 0.05). retrieval/pools.py explains the pools of documents, and
+retrieval/collections.py how to search your own collection.
 """
 import os
 import shlex
@@ -66,31 +67,31 @@ class Config(worker.GridSettings):
     shard: bool = False             # torchrun's processes share each trial instead of the grid
 
 
-# The facts that all rows of one folder of trials must share.
-FACTS = ("data", "steps", "train_on", "train_data", "pool", "hard_negatives")
-# Settings that may differ between the processes of a grid, or that FACTS hold already.
+# The facts about a search that all rows of its folder of trials must share.
+SHARED_FACTS = ("data", "steps", "train_on", "train_data", "pool", "hard_negatives")
+# Settings that may differ between the processes of a grid, or that SHARED_FACTS cover.
 FREE = (*worker.FREE, "train_on", "pool", "hard_negatives", "finals", "mteb", "shard")
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the trials of one folder do: train on a collection's pairs, search a pool of another."""
+    """What the trials of one folder do: train on a collection's pairs, search another's pool."""
 
-    task: str        # the collection that is searched
+    task: str         # the collection that is searched
     pool: str
-    own_pool: str    # the pool that the collection is searched in unless --pool names another
-    train_on: str    # the collection whose pairs are trained on
+    usual_pool: str   # the collection's pool unless --pool names another
+    train_on: str     # the collection whose pairs are trained on
 
     @property
     def folder(self):
-        """Its folder under trials/: the pool is in the name unless it is the collection's own."""
-        return self.task if self.pool == self.own_pool else f"{self.task}-{self.pool}"
+        """The name of its folder in trials/, such as "nq", or "nq-full" for an unusual pool."""
+        return self.task if self.pool == self.usual_pool else f"{self.task}-{self.pool}"
 
 
-# ---- one trial
+# ---- one process
 
-class Worker(Retriever):
-    """Runs trials. It keeps what it has read for the next trial."""
+class RetrievalWorker(Retriever):
+    """Runs trials. It keeps the collections that it has read for the next trial."""
 
     def __init__(self, c, path, processes):
         super().__init__(c, path, processes, FREE)
@@ -102,14 +103,14 @@ class Worker(Retriever):
     def run(self, trial, out_dir, searches):
         """Trains once, then searches and scores every target of the trial that has no row yet.
 
-        searches: {folder: Search}. trial["task"] and trial["also"] are such folders. -> the row of
-        trial["task"]; those of trial["also"] are written here.
+        searches: {folder: Search}. trial["task"] and trial["also"] name folders of it. Returns the
+        row of trial["task"], and writes those of trial["also"].
         """
         folders = [trial["task"], *trial.get("also", ())]
         trials = [trial | {"task": folder, "also": ()} for folder in folders]
         open_trials = [t for t in trials if not queue.is_done(out_dir, t)]
 
-        # Load the collections: the pairs to train on, and what is searched afterwards.
+        # Load the pairs to train on, and the pools to search afterwards.
         self.load([searches[folder] for folder in folders], out_dir)
 
         # Train on pairs, from the same weights as every other trial.
@@ -119,7 +120,7 @@ class Worker(Retriever):
             "seed": trial["seed"],
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        began = time.time()
+        start_time = time.time()
         self.restore(trial["seed"])
         try:
             row["train_loss"] = self.train(self.training_set, self.steps, trial, name)
@@ -127,13 +128,14 @@ class Worker(Retriever):
             log(f"{name}: failed, {error}")
             row |= {"failed": True, "why": str(error), "validation": None, "test": None}
         else:
-            row |= {"failed": False, "secs": {"train": round(time.time() - began, 2)}}
+            row |= {"failed": False, "secs": {"train": round(time.time() - start_time, 2)}}
         if self.c.keep and not row["failed"] and self.processes.is_first:
             facts = self.facts_of(trial["task"])
-            self.keep(out_dir, trial, row | {key: facts[key] for key in ("task", "kind", "steps")})
+            kept_facts = {key: facts[key] for key in ("task", "kind", "steps")}
+            self.save_encoder(out_dir, trial, row | kept_facts)
 
-        # Search and score each target, and write its row. The row of trial["task"] comes last: the
-        # caller writes it. Where it has been written before, the queue keeps the old one.
+        # Search and score each target, and write its row. trial["task"] comes last, because its row
+        # is returned: the caller writes it.
         for open_trial in reversed(open_trials):
             folder = open_trial["task"]
             target_row = row | self.facts_of(folder)
@@ -143,10 +145,11 @@ class Worker(Retriever):
                 return target_row
             if self.processes.is_first:
                 queue.finish(queue.path_of(out_dir, open_trial), target_row)
+        # trial["task"] was not open. Its old row stays, whatever is returned.
         return row
 
     def load(self, searches, out_dir):
-        """Reads and tokenizes what a trial needs, unless an earlier trial has."""
+        """Reads and tokenizes what a trial needs, unless an earlier trial has done so."""
         train_on = searches[0].train_on
         if self.training_set is None or self.training_set.collection.name != train_on:
             self.training_set = self.library.training_set(train_on)
@@ -162,24 +165,28 @@ class Worker(Retriever):
                 )
                 self.targets[search.folder] = target
                 self.log_target(target)
-            self.settle(out_dir, search.folder, self.facts_of(search.folder), FACTS)
+            facts = self.facts_of(search.folder)
+            self.record_settings(out_dir, search.folder, facts, SHARED_FACTS)
 
     def log_target(self, target):
         """Prints the size of a target and what is odd about it."""
+        collection = target.collection
         notes = []
         if target.truncated:
             notes.append(f"{target.truncated:,} documents cut at {self.max_length} tokens")
-        if target.collection is not self.training_set.collection:  # whose notes are printed already
-            notes += target.collection.notes
-        validation, test = (len(target.collection.qrels[s]) for s in ("validation", "test"))
+        # The notes on the collection of the training pairs are printed already.
+        if collection is not self.training_set.collection:
+            notes += collection.notes
+        n_validation = len(collection.qrels["validation"])
+        n_test = len(collection.qrels["test"])
         log(
-            f"{target.collection.name}: retrieval, {validation:,} validation and {test:,} test "
+            f"{collection.name}: retrieval, {n_validation:,} validation and {n_test:,} test "
             f"queries, pool {target.pool} of {len(target.document_ids):,} documents",
             notes,
         )
 
     def facts_of(self, folder):
-        """What every row of a folder of trials says about its target and the training."""
+        """What every row of a folder of trials records about its target and the training."""
         target = self.targets[folder]
         source = self.training_set
         n = len(target.document_ids)
@@ -199,15 +206,17 @@ class Worker(Retriever):
         }
 
     def evaluate(self, folder, trial, out_dir, secs):
-        """Searches a target with the trained encoder, scores the ranking. -> what its row says"""
+        """Searches a target with the trained encoder and scores the ranking.
+
+        secs: {"train": seconds}. -> the part of the row that holds scores and seconds
+        """
         target = self.targets[folder]
-        began = time.time()
+        start_time = time.time()
 
         # Encode the pool and search it, in one pass.
         k = targets.DEPTH
-        cosines, places = self.search(
-            target.queries, target.documents, target.places, k, folder
-        )  # [Q, k] each
+        # [Q, k] each
+        cosines, places = self.search(target.queries, target.documents, target.places, k, folder)
         ranking = targets.named_ranking(target, cosines, places)
 
         # Score the ranking, and keep each query's own score beside the row.
@@ -216,14 +225,15 @@ class Worker(Retriever):
             qrels = target.collection.qrels[split]
             split_scores[split] = targets.score(qrels, ranking, self.c.mode)
         row = {split: scores.means for split, scores in split_scores.items()}
-        row["secs"] = secs | {"eval": round(time.time() - began, 2)}
+        row["secs"] = secs | {"eval": round(time.time() - start_time, 2)}
         if self.processes.is_first:
-            items = {}
+            per_query = {}
             for split, scores in split_scores.items():
-                items[split] = np.array(scores.per_query, np.float16)
-            row["per_item"] = worker.keep_items(out_dir, trial, **items)
+                per_query[split] = np.array(scores.per_query, np.float16)
+            row["per_item"] = worker.save_example_scores(out_dir, trial, **per_query)
 
-        validation, test = (100 * row[split]["score"] for split in ("validation", "test"))
+        validation = 100 * row["validation"]["score"]
+        test = 100 * row["test"]["score"]
         text = f"{folder} lr {trial['lr']:g} seed {trial['seed']}: "
         text += f"NDCG@10 validation {validation:.2f}, test {test:.2f}"
         if target.baseline:
@@ -233,7 +243,7 @@ class Worker(Retriever):
 
 
 def log(text, notes=()):
-    """Prints a line and its notes, once a machine, without breaking a progress bar."""
+    """Prints a line and its notes, once per machine, without breaking a progress bar."""
     if shows_progress():
         tqdm.write("; ".join([text, *notes]))
 
@@ -243,7 +253,7 @@ def log(text, notes=()):
 def check(c):
     """The searches that the settings ask for. -> [Search]
 
-    Raises UserError for what is wrong with the settings alone.
+    Raises UserError if a setting is wrong. Reads no checkpoint and no collection for that.
     """
     searches = []
     for name in worker.check(c, registry.PAPER_IR, registry.DEMO_IR):
@@ -278,15 +288,15 @@ def check(c):
 
 
 def grid(searches, lrs, seeds):
-    """The trials of some searches: those that train on the same pairs share one training.
+    """The trials of some searches. Searches that train on the same pairs share a trial.
 
     -> [{"task": the first one's folder, "also": folders of the others, "lr", "seed"}]
     """
-    folders_of = defaultdict(list)
+    folders_by_pairs = defaultdict(list)
     for search in searches:
-        folders_of[search.train_on].append(search.folder)
+        folders_by_pairs[search.train_on].append(search.folder)
     trials = []
-    for folders in folders_of.values():
+    for folders in folders_by_pairs.values():
         for lr in lrs:
             for seed in seeds:
                 trial = {"task": folders[0], "also": tuple(folders[1:]), "lr": lr, "seed": seed}
@@ -295,7 +305,7 @@ def grid(searches, lrs, seeds):
 
 
 def best_lr(out_dir, folder, c):
-    """The learning rate of the best mean validation score of a finished grid.
+    """The learning rate with the best mean validation score in a finished grid.
 
     None if every trial failed.
     """
@@ -315,12 +325,13 @@ def run_grid(retriever, searches, lrs, seeds, out_dir):
     retriever.refuse_other_settings(out_dir, settings)
     trials = grid(searches, lrs, seeds)
 
-    # Alone, or beside other workers that take their own trials from the queue.
+    # This process runs a trial alone: the queue shares out the trials among such processes.
     if retriever.processes.world_size == 1:
         queue.work(trials, out_dir, lambda trial: retriever.run(trial, out_dir, by_folder))
         return
 
-    # All processes together on each trial. The first decides, so that all agree on what is open.
+    # All processes together run each trial. The first decides whether it is still open, so that all
+    # agree.
     for trial in trials:
         is_open = retriever.processes.is_first and not queue.is_done(out_dir, trial)
         if all_sum([is_open], retriever.processes)[0]:
@@ -347,9 +358,9 @@ def main(c):
 
 
 def run_all(c, searches, path, processes):
-    """Runs the grid, and with --finals its best learning rates on the full pools.
+    """Runs the grid, then with --finals its best learning rates on the full pools.
 
-    With --mteb it runs mteb instead.
+    With --mteb it scores the encoder on mteb's tasks instead.
     """
     if processes.world_size > 2 * c.batch:
         raise UserError(
@@ -359,14 +370,14 @@ def run_all(c, searches, path, processes):
     out_dir = c.out_dir
     if not out_dir:
         out_dir = os.path.join(path, "random") if c.random_weights else path
-    retriever = Worker(c, path, processes)
+    retriever = RetrievalWorker(c, path, processes)
     if c.mteb:
         score_on_mteb(retriever, c.mteb, out_dir)
         return
 
     run_grid(retriever, searches, c.lrs, c.seeds, out_dir)
     if c.finals:
-        finals = defaultdict(list)   # {learning rate: searches}
+        finals = defaultdict(list)   # {best learning rate: searches}
         for search in searches:
             lr = best_lr(out_dir, search.folder, c)
             if search.pool != "full" and lr is not None:

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on tasks: a grid of learning rates and seeds, with a row of scores each.
+"""Fine-tune an encoder on tasks, over a grid of learning rates and seeds.
 
     # minutes, no network
     python finetune.py --ckpt=runs/demo/clm_then_mlm --tasks=demo config/finetune_quick.py
@@ -9,15 +9,17 @@
     # the table
     python report.py RUN --to=RUN/report
 
-A trial is one task, learning rate and seed: it restores the encoder's weights, adds a new head,
-trains both, and scores them. Its row goes to OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, by default
-in the checkpoint's own folder, with the score of each example in an .npz of the same name. Start it
-as often as you like, on as many machines as see the folder: workers share the trials that are left,
-finished trials stay, and a killed worker costs only the trial it was in.
+A trial is one task, one learning rate and one seed. It starts from the pretrained encoder and a new
+head, trains both, and scores them. It writes a row, OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, and
+the score of each example in an .npz of the same name. By default OUT_DIR is the checkpoint's own
+folder. Start this program as often as you like, on as many machines as see the folder: its
+processes share the trials that are left, finished trials stay, and a killed process costs only the
+trial it was in.
 
-`--tasks=all` are the paper's nine, `demo` the three made from the demo corpus. tasks/registry.py
-lists them; a folder of your own data is one more. Each kind of task is one
-file, such as tasks/question_answering.py; tasks/family.py says what such a file provides.
+`--tasks=all` stands for the paper's nine tasks, `--tasks=demo` for the three that are made from the
+demo corpus. tasks/registry.py lists them, and a folder of your own data is one more. Each family of
+tasks is one file, such as tasks/question_answering.py. tasks/family.py says what such a file
+provides.
 """
 import itertools
 import math
@@ -56,31 +58,31 @@ class Config(worker.GridSettings):
     eval_tokens: int = 8_192        # tokens in a forward pass of evaluation; more fall out of a CPU's caches
 
 
-# ---- one worker
+# ---- one process
 
 @dataclass
 class TaskData:
     """A task, read and encoded."""
     family: Family        # knows how to train and score it
-    splits: dict          # {"train", "validation", "test": Split}
-    facts: dict           # what its rows record about it
+    splits: dict          # {"train" | "validation" | "test": Split}
+    facts: dict           # what every row of the task records about it
 
 
-class Worker(worker.Worker):
-    """Runs trials, and keeps the data of one task at a time."""
+class FineTuningWorker(worker.Worker):
+    """Runs trials. It holds the encoder, and the data of one task at a time."""
 
     def __init__(self, c, path):
         super().__init__(c, path)
         self.data = None
         self.facts["split"] = c.split
 
-    def run(self, trial, folder):
-        """Run one trial: load the task, restore the encoder, train, evaluate, and return its row.
+    def run(self, trial, out_dir):
+        """Run one trial: load the task, restore the encoder, train, evaluate. Returns its row.
 
-        trial: {"task", "lr", "seed"}. folder: where trials/ is written.
+        trial: {"task", "lr", "seed"}.
         """
-        self.load_task(trial["task"], folder)
-        began = time.time()
+        self.load_task(trial["task"], out_dir)
+        start_time = time.time()
         name = f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | self.data.facts | trial | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
@@ -93,30 +95,36 @@ class Worker(worker.Worker):
         except Diverged as error:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
-        trained = time.time()
+        train_end = time.time()
 
-        # the scores of each split, and each example's own
-        outputs = self.outputs(head, "validation"), self.outputs(head, "test")
-        (validation, validation_items), (test, test_items) = self.data.family.evaluate(*outputs)
+        # Score both splits. The row gets the scores of each split; each example's own go to a file
+        # beside it.
+        validation_outputs = self.compute_outputs(head, "validation")
+        test_outputs = self.compute_outputs(head, "test")
+        validation, test = self.data.family.evaluate(validation_outputs, test_outputs)
+        validation_scores, validation_per_example = validation
+        test_scores, test_per_example = test
         row["failed"] = False
-        row["validation"] = validation | {"n": len(validation_items)}
-        row["test"] = test | {"n": len(test_items)}
-        row["per_item"] = worker.keep_items(
-            folder, trial, validation=np.array(validation_items, np.float16),
-            test=np.array(test_items, np.float16))
-        row["secs"] = {"train": round(trained - began, 2), "eval": round(time.time() - trained, 2)}
-        tqdm.write(f"{name}: validation {100 * validation['score']:.2f}, "
-                   f"test {100 * test['score']:.2f} "
+        row["validation"] = validation_scores | {"n": len(validation_per_example)}
+        row["test"] = test_scores | {"n": len(test_per_example)}
+        row["per_item"] = worker.save_example_scores(
+            out_dir, trial, validation=np.array(validation_per_example, np.float16),
+            test=np.array(test_per_example, np.float16))
+        row["secs"] = {"train": round(train_end - start_time, 2),
+                       "eval": round(time.time() - train_end, 2)}
+        tqdm.write(f"{name}: validation {100 * validation_scores['score']:.2f}, "
+                   f"test {100 * test_scores['score']:.2f} "
                    f"({row['baseline']['name']} {100 * row['baseline']['score']:.2f}), "
-                   f"{time.time() - began:.1f} s")
+                   f"{time.time() - start_time:.1f} s")
         if self.c.keep:
-            self.keep(folder, trial, row | {"labels": self.data.family.task.labels}, head)
+            labels = self.data.family.task.labels
+            self.save_encoder(out_dir, trial, row | {"labels": labels}, head)
         return row
 
-    def load_task(self, name, folder):
-        """Read and encode a task, unless the trial before was of the same one.
+    def load_task(self, name, out_dir):
+        """Read and encode a task, unless the previous trial was of the same one.
 
-        Prints what a reader of its scores should know.
+        Prints its size, and what a reader of its scores should know.
         """
         if self.data and self.data.facts["task"] == name:
             return
@@ -128,20 +136,24 @@ class Worker(worker.Worker):
                                         self.max_length, c.cache_dir)
         splits = {split: Split(examples[split], sequences[split]) for split in examples}
 
-        steps_of_epoch = math.ceil(len(sequences["train"]["example"]) / c.batch)
+        # how long it is trained
+        steps_per_epoch = math.ceil(len(sequences["train"]["example"]) / c.batch)
         steps = c.steps
         if not steps:
-            steps = task.epochs * steps_of_epoch if task.epochs else 1000
+            steps = task.epochs * steps_per_epoch if task.epochs else 1000
+
+        # how much of it max_length cut off
         truncated_share = {}
         for split, arrays in sequences.items():
             n_truncated = int(arrays["truncated"][0])
             truncated_share[split] = n_truncated / len(examples[split])
             if n_truncated:
                 notes.append(f"{n_truncated:,} of {split} cut at {self.max_length} tokens")
+
         facts = {"task": name, "kind": task.kind, "data": fingerprint, "steps": steps,
-                 "epochs": round(steps / steps_of_epoch, 3),
+                 "epochs": round(steps / steps_per_epoch, 3),
                  "truncated_frac": truncated_share, "baseline": family.baseline(splits)}
-        self.settle(folder, name, facts)
+        self.record_settings(out_dir, name, facts)
         self.data = TaskData(family, splits, facts)
         if shows_progress():
             sizes = " + ".join(f"{len(examples[split]):,}" for split in examples)
@@ -150,32 +162,35 @@ class Worker(worker.Worker):
             tqdm.write("; ".join([summary, *notes]))
 
     def train(self, head, trial, name):
-        """Train encoder and head on the task at hand. Returns the loss curve."""
+        """Train the encoder and the head on the loaded task. Returns the loss curve of fit()."""
         c, family = self.c, self.data.family
         sequences = self.data.splits["train"].sequences
         n = len(sequences["example"])
 
         def micro_batches(step):
-            # the step's places in the stream of all epochs, each of which has an order of its own
-            position = np.arange(step * c.batch, (step + 1) * c.batch)
-            indices = permute(position % n, n, trial["seed"], position // n)
+            """[((sequence indices, their targets), number of targets)] of a step."""
+            # The epochs follow each other without a gap, each in an order of its own. A step takes
+            # the next c.batch places of this stream; permute() says which sequence stands where.
+            place = np.arange(step * c.batch, (step + 1) * c.batch)
+            indices = permute(place % n, n, trial["seed"], epoch=place // n)
             batches = []
             for batch_indices in packing.by_budget(indices, sequences, c.micro_tokens):
-                targets, count = family.targets(sequences, batch_indices)
-                batches.append(((batch_indices, targets), count))
+                targets, n_targets = family.targets(sequences, batch_indices)
+                batches.append(((batch_indices, targets), n_targets))
             return batches
 
         def loss_of(micro_batch):
+            """The sum of the losses of a micro-batch's targets."""
             indices, targets = micro_batch
             batch = packing.batch_of(sequences, indices, self.device, targets)
-            return family.loss(self.logits(head, batch), batch)
+            return family.loss(self.forward(head, batch), batch)
 
         parameters = [*self.parameters(), *head.parameters()]
         steps = self.data.facts["steps"]
         return fit(parameters, micro_batches, loss_of, steps, trial["lr"], c, name)
 
-    def outputs(self, head, split):
-        """The head's Outputs for a whole split."""
+    def compute_outputs(self, head, split):
+        """The head's outputs for all sequences of a split. -> Outputs"""
         data = self.data.splits[split]
         lengths = packing.lengths(data.sequences)
         # longest sequences first, so that what does not fit in memory fails at once
@@ -185,15 +200,15 @@ class Worker(worker.Worker):
         for indices in tqdm(batches, desc=split, leave=False, disable=not shows_progress()):
             batch = packing.batch_of(data.sequences, indices, self.device)
             with torch.inference_mode():
-                batch_logits = self.logits(head, batch).cpu()
+                batch_logits = self.forward(head, batch).cpu()
             if self.data.family.has_output_per_token:
                 batch_logits = batch_logits.split(batch.lengths)
             for i, sequence_logits in zip(indices, batch_logits):
                 logits[i] = sequence_logits.numpy()
         return Outputs(data.examples, data.sequences, logits)
 
-    def logits(self, head, batch):
-        """The head's outputs for a batch, in float32."""
+    def forward(self, head, batch):
+        """A batch through encoder and head. -> logits, fp32: [T, outputs] or [S, outputs]"""
         with self.autocast():
             hidden = self.encoder(batch.tokens, batch.cu_seqlens, self.c.causal)          # [T, C]
             return head(hidden, batch.cu_seqlens).float()
@@ -202,7 +217,7 @@ class Worker(worker.Worker):
 # ---- the grid
 
 def check(c):
-    """Returns the names of the tasks. Raises UserError if a setting is wrong."""
+    """The names of the tasks. Raises UserError if a setting is wrong."""
     names = worker.check(c, registry.PAPER, registry.DEMO)
     for name in names:
         if registry.find(name, c.data_dir).kind == "retrieval":
@@ -217,19 +232,19 @@ def main(c):
     names = check(c)
     keep_freed_memory()
     path = checkpoint.find(c.ckpt)
-    folder = c.out_dir
-    if not folder:
-        folder = os.path.join(path, "random") if c.random_weights else path
-    this_worker = Worker(c, path)
-    this_worker.refuse_other_settings(folder, {name: {} for name in names})
+    out_dir = c.out_dir
+    if not out_dir:
+        out_dir = os.path.join(path, "random") if c.random_weights else path
+    this_worker = FineTuningWorker(c, path)
+    this_worker.refuse_other_settings(out_dir, {name: {} for name in names})
 
     trials = []
     for name, lr, seed in itertools.product(names, c.lrs, c.seeds):
         trials.append({"task": name, "lr": lr, "seed": seed})
-    queue.work(trials, folder, lambda trial: this_worker.run(trial, folder))
+    queue.work(trials, out_dir, lambda trial: this_worker.run(trial, out_dir))
     if shows_progress():
-        report = shlex.join(["python", "report.py", folder, f"--to={folder}/report"])
-        print(f"{len(trials)} trials in {folder}/trials; the table: {report}")
+        report = shlex.join(["python", "report.py", out_dir, f"--to={out_dir}/report"])
+        print(f"{len(trials)} trials in {out_dir}/trials; the table: {report}")
 
 
 if __name__ == "__main__":

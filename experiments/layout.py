@@ -124,7 +124,7 @@ def write_study(study):
     for name in study.names:
         folder = study.path_of(study.place_of(name))
         models[name] = {"folder": os.path.relpath(folder, study.out_dir)}
-    write_json(path, {"code": worker.code()} | facts | {"models": models})
+    write_json(path, {"code": worker.git_commit()} | facts | {"models": models})
 
 
 def facts_of(study):

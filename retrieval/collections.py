@@ -1,21 +1,22 @@
 """Retrieval collections: documents, queries, relevance judgements (qrels), and pairs to train on.
 
-    msmarco nq mldr_en     the Hugging Face hub's mteb copies at pinned commits; msmarco also has
-                           the training pairs that all three use
+    msmarco nq mldr_en     mteb's copies on the Hugging Face hub, at pinned commits; all three use
+                           the training pairs of msmarco
     DATA_DIR/<name>/       any folder in BEIR's layout, your own collection included:
                                corpus.jsonl      _id, title (may be missing), text
                                queries.jsonl     _id, text
                                qrels/test.tsv    query-id, corpus-id, score, between tabs;
                                                  also train.tsv, and validation.tsv or dev.tsv
-                           all of them may be compressed (.gz .xz .zst)
+                           Each file may be compressed (.gz .xz .zst).
     sotu_search            made by rule from the demo corpus (tasks/demo.py)
 
-A collection is never repaired. What is odd about it but can be scored is counted in its notes, and
-anything else is refused with a message that names the line.
+A collection is never repaired. If something odd about it can still be scored, the notes count it.
+Anything else is refused with a message that names the line.
 
-A collection without validation judgements still needs some to choose the learning rate. They are
-cut from the training queries (5 %), or from the test queries (half) where there is no training set;
-so for NQ, as in the paper's code (arXiv 2507.00994). A hash of its id decides the side of a query.
+Validation queries choose the learning rate. If a collection has none, they are cut from the
+training queries (5 %) or, if it has none of these either, from the test queries (half). The hash of
+a query's id decides. NQ's validation queries are cut from the test queries, as in the paper's code
+(arXiv 2507.00994).
 """
 import hashlib
 import json
@@ -25,11 +26,12 @@ from dataclasses import dataclass
 
 from core.configurator import UserError
 from core.files import find_files, hashed, lines_of
-from tasks.family import value
+from tasks.family import field_of
 from tasks.loading import json_lines, load_from_hub
 from tasks.registry import HELD_OUT, find
 
-SPLITS = {  # the names of each split's file in qrels/
+# {split: the names that its file in qrels/ may have}
+SPLITS = {
     "train": ("train",),
     "validation": ("validation", "dev"),
     "test": ("test",),
@@ -40,18 +42,18 @@ LAYOUT = "BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv"
 @dataclass
 class Collection:
     name: str
-    documents: Callable  # documents() iterates over (id, text with its title), in the corpus' order
+    documents: Callable  # documents() yields (id, title and text) of each, in the corpus' order
     queries: dict        # {id: text}
     qrels: dict          # {"train" | "validation" | "test": {query id: {document id: grade}}}
-    fingerprint: str     # 16 hex digits that change with the queries, the qrels or the corpus
-    pairs: list          # [(query text, document text)] where training pairs come without ids
+    fingerprint: str     # 16 hex digits, a hash of all of it
+    pairs: list          # [(query text, document text)] to train on; if empty, see qrels["train"]
     notes: list          # what a reader of the scores should know
 
 
 def load_collection(name, data_dir=""):
     """Reads and checks a collection: a folder of data_dir, the hub's, or the demo's. -> Collection
 
-    Raises UserError, in one line, for what cannot be scored or reached.
+    Raises UserError if it cannot be reached, or cannot be scored.
     """
     task = find(name, data_dir)
     if task.kind != "retrieval":
@@ -70,18 +72,18 @@ def load_collection(name, data_dir=""):
 
     # Check what was read. The notes say what is odd about it.
     document_ids, empty_ids, digest = scan_documents(name, documents)
-    needed = {
+    required = {
         "documents": document_ids,
         "queries": queries,
         "judgements of test queries": qrels.get("test"),
     }
-    for noun, values in needed.items():
-        if not values:
+    for noun, content in required.items():
+        if not content:
             raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
     notes = judgement_notes(qrels, queries, document_ids)
     notes += count_note("documents are empty", empty_ids)
 
-    # Every collection ends up with validation and test queries.
+    # Every collection needs validation and test queries.
     if "validation" not in qrels:
         notes.append(cut_validation(qrels))
     for split in ("validation", "test"):
@@ -107,7 +109,7 @@ def load_collection(name, data_dir=""):
 
 
 def scan_documents(name, documents):
-    """Reads the corpus once. -> its ids, the ids of empty documents, and a hash of all of it
+    """Reads the corpus once. -> its ids, the ids of empty documents, a hash object fed with it
 
     Raises UserError for an id that appears twice.
     """
@@ -127,7 +129,7 @@ def scan_documents(name, documents):
 
 
 def judgement_notes(qrels, queries, document_ids):
-    """Notes on judgements that name unknown queries or documents, or nothing relevant."""
+    """Notes on judgements of unknown queries or documents, and on queries with nothing relevant."""
     notes = []
     for split in SPLITS:
         if not qrels.get(split):
@@ -143,10 +145,11 @@ def judgement_notes(qrels, queries, document_ids):
         notes += count_note(f"queries {where}", unknown_queries)
         notes += count_note(f"documents {where}", unknown_documents)
         if split != "train":
-            hopeless = [
+            without_relevant = [
                 query_id for query_id, grades in qrels[split].items() if max(grades.values()) < 1
             ]
-            notes += count_note(f"{split} queries without a relevant document score 0", hopeless)
+            text = f"{split} queries without a relevant document score 0"
+            notes += count_note(text, without_relevant)
     return notes
 
 
@@ -166,18 +169,18 @@ def cut_validation(qrels):
         source, share = "train", HELD_OUT
     else:
         source, share = "test", 0.5
-    graded = qrels[source]
-    chosen = {query_id for query_id in graded if hashed(query_id) < share}
-    qrels["validation"] = {q: grades for q, grades in graded.items() if q in chosen}
-    qrels[source] = {q: grades for q, grades in graded.items() if q not in chosen}
+    judgements = qrels[source]
+    chosen = {query_id for query_id in judgements if hashed(query_id) < share}
+    qrels["validation"] = {q: grades for q, grades in judgements.items() if q in chosen}
+    qrels[source] = {q: grades for q, grades in judgements.items() if q not in chosen}
     return f"validation is cut from {source}, {len(chosen):,} queries"
 
 
-# ---- reading: each of these returns documents, queries and qrels, as a Collection has them
+# ---- reading: read_folder, read_demo and read_hub return a Collection's documents, queries, qrels
 
 
-def titled(title, text):
-    """A document's text behind its title, if it has one."""
+def with_title(title, text):
+    """A document's title and text. The title may be missing or empty."""
     if title and title.strip():
         return f"{title}. {text}"
     return text
@@ -189,26 +192,26 @@ def read_folder(folder):
 
     def documents():
         for where, row in json_lines(corpus):
-            document_id = value(row, "_id", str, where)
+            document_id = field_of(row, "_id", str, where)
             title = ""
             if row.get("title") is not None:
-                title = value(row, "title", str, where)
-            yield document_id, titled(title, value(row, "text", str, where))
+                title = field_of(row, "title", str, where)
+            yield document_id, with_title(title, field_of(row, "text", str, where))
 
-    # Queries, which are few, are read at once.
+    # Documents are read whenever they are needed. Queries are few: read them now.
     queries = {}
     for where, row in json_lines(find_json_lines(folder, "queries")):
-        query_id = value(row, "_id", str, where)
+        query_id = field_of(row, "_id", str, where)
         if query_id in queries:
             raise UserError(
                 f"{where}: the query id '{query_id}' appears twice: rename or remove one"
             )
-        queries[query_id] = value(row, "text", str, where)
+        queries[query_id] = field_of(row, "text", str, where)
 
     qrels = {}
     for split, names in SPLITS.items():
-        # A split's file has one of several names. The last in the alphabet counts, so that
-        # validation.tsv comes before dev.tsv.
+        # A split's file may have several names. Of several files the last in the alphabet is read:
+        # validation.tsv, not dev.tsv.
         paths = []
         for name in names:
             paths += find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")
@@ -234,9 +237,9 @@ def read_tab_separated(path):
 
 
 def parse_qrels(rows):
-    """Turns (where, [query id, document id, grade]) rows into {query id: {document id: grade}}.
+    """(where, [query id, document id, grade]) rows -> {query id: {document id: grade}}
 
-    The first row may be BEIR's header.
+    The first row may be BEIR's header. Raises UserError for a row that is not a judgement.
     """
     qrels = {}
     for i, (where, row) in enumerate(rows):
@@ -271,7 +274,7 @@ def read_demo(task):
 
 
 def read_hub(name, task):
-    """Reads one of the hub's mteb collections, and checks its numbers of judged queries."""
+    """Reads one of mteb's collections on the hub, and checks how many queries are judged."""
     if task.config:
         configs = f"{task.config}-corpus", f"{task.config}-queries", f"{task.config}-qrels"
     else:
@@ -281,13 +284,13 @@ def read_hub(name, task):
     )
 
     def documents():
-        # Where validation and test have a corpus each, these share documents: skip the second copy.
-        # The last corpus (of most collections the only one) need not be remembered.
+        # If validation and test have a corpus each, these share documents: skip the second copies.
+        # The ids of the last corpus, mostly the only one, need not be remembered.
         earlier_ids = set()
         for i, rows in enumerate(corpus.values(), start=1):
             for row in rows:
                 if id_of(row) not in earlier_ids:
-                    yield id_of(row), titled(row.get("title"), row["text"])
+                    yield id_of(row), with_title(row.get("title"), row["text"])
             if i < len(corpus):
                 earlier_ids.update(map(id_of, rows))
 
@@ -295,17 +298,17 @@ def read_hub(name, task):
     for rows in query_rows.values():
         queries |= {id_of(row): row["text"] for row in rows}
 
-    # The judgements of each split, as many as the table of tasks says.
+    # The judgements of each split, for as many queries as the table of tasks says.
     qrels = {}
     for split, hub_split, size in zip(SPLITS, task.splits, task.sizes):
         if not hub_split:
             continue
-        columns = []
+        rows = []
         if hub_split in judgements:
             for i, row in enumerate(judgements[hub_split]):
                 cells = [str(row["query-id"]), str(row["corpus-id"]), row["score"]]
-                columns.append((f"{name}, {hub_split} row {i}", cells))
-        qrels[split] = parse_qrels(columns)
+                rows.append((f"{name}, {hub_split} row {i}", cells))
+        qrels[split] = parse_qrels(rows)
         if len(qrels[split]) != size:
             raise UserError(
                 f"{name}: {task.hub} has judgements for {len(qrels[split]):,} queries in "
@@ -315,7 +318,7 @@ def read_hub(name, task):
 
 
 def id_of(row):
-    """The id of a hub row, under either of its two names, as text."""
+    """The id of a row from the hub, as text. Its field is called _id or id."""
     return str(row["_id"] if "_id" in row else row["id"])
 
 

@@ -1,4 +1,4 @@
-"""Scores an encoder with the package mteb: our Retriever in the shape that mteb calls."""
+"""Scores an encoder with the package mteb, which calls our Retriever through a wrapper."""
 import os
 
 import numpy as np
@@ -10,7 +10,7 @@ from retrieval.tokens import tokenize
 
 
 class ForMteb:
-    """mteb's EncoderProtocol around a Retriever."""
+    """A Retriever with the methods of mteb's EncoderProtocol."""
 
     def __init__(self, retriever):
         from mteb.models.model_meta import ModelMeta
@@ -25,8 +25,8 @@ class ForMteb:
 
         Texts that are neither a query nor a document get no prefix.
         """
-        kind = getattr(prompt_type, "value", prompt_type)
-        prefix = {"query": QUERY, "document": DOCUMENT}.get(kind, "")
+        prompt_name = getattr(prompt_type, "value", prompt_type)  # "query", "document" or None
+        prefix = {"query": QUERY, "document": DOCUMENT}.get(prompt_name, "")
         texts = []
         for batch in inputs:
             texts += [prefix + text for text in batch["text"]]
@@ -48,7 +48,7 @@ class ForMteb:
 def score_on_mteb(retriever, task_names, folder):
     """Scores an encoder, without training it, on tasks of mteb, and prints their main scores.
 
-    task_names: "NFCorpus,SciFact". mteb keeps its results in folder/mteb.
+    task_names: such as "NFCorpus,SciFact". mteb keeps its results in folder/mteb.
     """
     try:
         import mteb

@@ -1,11 +1,11 @@
 """What is trained on and what is searched: training pairs, pools of documents, and BM25.
 
-The documents that a query is searched among decide the level of its score. So each pool has a name,
-every row of results holds that name, and results of different pools are never mixed:
+A pool is the set of documents that is searched. The larger it is, the lower the scores. So each
+pool has a name, every row of results records it, and results of different pools are never mixed:
 
-    judged   the documents that have a judgement for a validation or test query. The paper's
-             (arXiv 2507.00994, its evaluation code). There are no other documents to confuse the
-             encoder, so its scores cannot be compared with BEIR's.
+    judged   the documents that have a judgement for a validation or test query. This is the paper's
+             pool (arXiv 2507.00994, its evaluation code). It lacks all other documents, which could
+             confuse the encoder, so its scores cannot be compared with BEIR's.
     hard     the judged documents and, for each query, BM25's best documents of the corpus
     full     the whole corpus
 """
@@ -19,7 +19,8 @@ from core.configurator import UserError
 from core.files import read_json, write_whole
 
 POOLS = ("judged", "hard", "full")
-# Beyond a million documents, BM25's baseline takes a quarter of an hour and tens of gigabytes.
+# The BM25 baseline is left out for larger pools. With more than a million documents it takes a
+# quarter of an hour and tens of gigabytes.
 BM25_LIMIT = 1_000_000
 
 
@@ -28,12 +29,12 @@ BM25_LIMIT = 1_000_000
 
 @dataclass
 class TrainingPairs:
-    """Pairs of a query and a document that answers it, over distinct texts."""
+    """Pairs of a query and a document that answers it."""
 
-    queries: list  # Q texts
-    documents: list  # D texts
-    pairs: np.ndarray  # [P, 2] int: places in queries and in documents
-    positives: list  # for each query, the set of all documents that answer it, as places
+    queries: list  # distinct texts
+    documents: list  # distinct texts
+    pairs: np.ndarray  # [P, 2] int: the index of a query, the index of a document
+    positives: list  # for each query, the set of indices of all documents that answer it
 
 
 def training_pairs(collection):
@@ -46,22 +47,22 @@ def training_pairs(collection):
     if not text_pairs:
         raise UserError(
             f"{collection.name} has no training pairs (qrels/train.tsv): "
-            "name a collection that has, --train_on=NAME"
+            "name a collection that has some, --train_on=NAME"
         )
-    text_pairs = list(dict.fromkeys(text_pairs))  # each pair once, in the order of its first copy
 
-    # Each text once.
+    # Each pair once, and each text once, in the order of their first copies.
+    text_pairs = list(dict.fromkeys(text_pairs))
     queries = list(dict.fromkeys(query for query, _ in text_pairs))
     documents = list(dict.fromkeys(document for _, document in text_pairs))
 
-    # The pairs, as places in these two lists.
-    query_places = {text: i for i, text in enumerate(queries)}
-    document_places = {text: i for i, text in enumerate(documents)}
+    # The pairs, as indices into these two lists.
+    query_index = {text: i for i, text in enumerate(queries)}
+    document_index = {text: i for i, text in enumerate(documents)}
     pairs = []
     positives = [set() for _ in queries]
     for query, document in text_pairs:
-        q = query_places[query]
-        d = document_places[document]
+        q = query_index[query]
+        d = document_index[document]
         pairs.append((q, d))
         positives[q].add(d)
     return TrainingPairs(queries, documents, np.array(pairs), positives)
@@ -74,6 +75,7 @@ def judged_text_pairs(collection):
         id_pairs += [(query_id, document_id) for document_id, grade in grades.items() if grade >= 1]
     relevant_ids = {document_id for _, document_id in id_pairs}
     texts = {id_: text for id_, text in collection.documents() if id_ in relevant_ids}
+    # A judgement may name a query or a document that the collection lacks.
     return [
         (collection.queries[query_id], texts[document_id])
         for query_id, document_id in id_pairs
@@ -85,10 +87,10 @@ def judged_text_pairs(collection):
 
 
 def pool_ids(collection, pool, hard_negatives, cache_dir):
-    """The ids of the documents in a pool, or None for all documents.
+    """The set of ids of a pool's documents, or None for all documents.
 
-    hard_negatives: how many of BM25's best documents for each query the pool "hard" has. They are
-    kept in cache_dir, because finding them takes minutes in a large corpus.
+    hard_negatives: how many of BM25's best documents for each query the pool "hard" has. Their ids
+    are kept in cache_dir, because it takes minutes to find them in a large corpus.
     """
     if pool == "full":
         return None
@@ -99,13 +101,13 @@ def pool_ids(collection, pool, hard_negatives, cache_dir):
     if pool == "judged":
         return judged
 
-    # BM25's documents are kept under a name that changes with the collection and with how many.
+    # BM25's documents. The file's name changes with the collection and with how many are asked for.
     name = f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json"
     path = os.path.join(cache_dir, name)
     if not os.path.isfile(path):
-        best = bm25(collection, sorted(qrels), None, hard_negatives)
+        scores_of_query = bm25(collection, sorted(qrels), None, hard_negatives)
         best_ids = set()
-        for scores in best.values():
+        for scores in scores_of_query.values():
             best_ids |= scores.keys()
         os.makedirs(cache_dir, exist_ok=True)
         write_whole(path, json.dumps(sorted(best_ids)).encode())
@@ -134,7 +136,7 @@ def bm25(collection, query_ids, pool, k):
     words = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     index.index(words, show_progress=False)
 
-    # Search for all queries that the collection has.
+    # Search for those queries that the collection has.
     query_ids = [query_id for query_id in query_ids if query_id in collection.queries]
     query_texts = [collection.queries[query_id] for query_id in query_ids]
     query_words = bm25s.tokenize(query_texts, stopwords="en", show_progress=False)

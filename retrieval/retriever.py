@@ -1,8 +1,8 @@
 """An encoder as a retriever: embeddings of packed texts, contrastive training on pairs, search.
 
-After arXiv 2507.00994, section 4: the embedding of a text is the mean of the last hidden states
-over all tokens of "Query: ..." or "Document: ..." and eos, and similarity is the cosine. Training
-is InfoNCE over the documents of a batch. It stays the same loss however the batch is cut into
+As in arXiv 2507.00994, section 4: the embedding of a text is the mean of the last hidden states
+over all tokens of "Query: ..." or "Document: ..." and eos, and similarity is the cosine. The
+training loss is InfoNCE over the documents of a batch. It is the same however the batch is cut into
 micro-batches or shared by processes.
 """
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ from tasks.training import fit
 
 
 def info_nce(embeddings, excluded, temperature):
-    """InfoNCE of a batch, from query to document only. -> the sum of B cross-entropies, in nats
+    """InfoNCE of a batch. -> the sum of B cross-entropies, in nats
 
-    Each query must tell its own document from those of the other pairs.
+    Each query must tell its own document from those of the other pairs. (Documents need not tell
+    queries apart.)
     embeddings [2B, C] fp32 of unit length: B queries and then their B documents.
-    excluded [B, B] bool: documents of other pairs that are not taken as negatives of a query.
+    excluded [B, B] bool: true where a document is not a negative of a query.
     """
     queries, documents = embeddings.chunk(2)  # [B, C] each
     cosines = queries @ documents.T  # [B, B]
@@ -36,9 +37,9 @@ def info_nce(embeddings, excluded, temperature):
 
 
 def other_positives(pairs, positives):
-    """True where another pair's document answers the query, too. -> [B, B] bool
+    """True where the document of another pair also answers the query. -> [B, B] bool
 
-    pairs: B lists [query, document]; positives: for each query the set of its documents.
+    pairs: B lists [query, document]. positives: for each query the set of documents that answer it.
     """
     rows = []
     for i, (query, _) in enumerate(pairs):
@@ -51,20 +52,22 @@ def other_positives(pairs, positives):
 class MicroBatch:
     """Sequences that are embedded in one forward and backward pass.
 
-    Either a complete batch, whose InfoNCE is computed right away, or a piece of one. The loss of
-    the batch and its gradient at the piece's embeddings are known then: see cached_pieces.
+    It is either a complete batch, and its InfoNCE is computed from its embeddings, or a piece of a
+    batch. For a piece the loss of the batch, and its gradient at the piece's embeddings, have been
+    computed before: see gradcache_pieces.
     """
 
-    indices: list  # places in TrainingSet.sequences
-    excluded: torch.Tensor = None  # of a batch: see info_nce
+    indices: list  # of sequences in TrainingSet.sequences
+    excluded: torch.Tensor = None  # of a complete batch: see info_nce
     gradient: torch.Tensor = None  # of a piece: [S, C], the loss' gradient at its embeddings
-    loss: torch.Tensor = None  # of a piece: the batch's loss, counted once; 0 for all other pieces
+    loss: torch.Tensor = None  # of a piece: the batch's loss in the first one, 0 in all others
 
 
 class Retriever(worker.Worker):
-    """An encoder that embeds, searches and is trained to.
+    """A worker whose encoder is trained to embed, embeds, and searches.
 
-    settings: eval_ir.py's; processes: the core.distributed.Processes that share each trial.
+    settings: eval_ir.py's. processes: the core.distributed.Processes that share each trial. free:
+    see worker.Worker.
     """
 
     def __init__(self, settings, path, processes, free):
@@ -84,9 +87,10 @@ class Retriever(worker.Worker):
         return F.normalize(segment_mean(hidden, cu_seqlens), dim=-1)
 
     def encode(self, sequences, title, rank=0, world_size=1):
-        """Yields (indices [S], embeddings [S, C]) of all sequences, or of this process' share.
+        """Yields (indices [S], embeddings [S, C]) of all sequences, or of one process' share.
 
-        The longest come first, so that what does not fit in memory fails at once.
+        The longest come first, so that what does not fit in memory fails at once. title: shown by
+        the progress bar.
         """
         order = np.argsort(-packing.lengths(sequences), kind="stable")
         batches = packing.by_budget(order, sequences, self.eval_tokens)[rank::world_size]
@@ -102,17 +106,18 @@ class Retriever(worker.Worker):
     def embeddings(self, sequences, title):
         """Embeds all sequences. -> [n, C] in their order"""
         n = len(sequences["bounds"]) - 1
-        rows = torch.empty(n, self.encoder.config.n_embd, device=self.device)
+        all_embeddings = torch.empty(n, self.encoder.config.n_embd, device=self.device)
         for indices, embeddings in self.encode(sequences, title):
-            rows[indices] = embeddings
-        return rows
+            all_embeddings[indices] = embeddings
+        return all_embeddings
 
     # ---- search
 
     def search(self, queries, documents, ids, k, title):
         """Finds the k best documents of each query, encoding the documents as it goes.
 
-        queries, documents: tokens and bounds; ids [n] int64 of the documents, which decide ties.
+        queries, documents: dicts of tokens and bounds. ids [n] int64: one for each document; of
+        equal scores the larger id ranks first.
         -> scores [Q, k] fp32 and ids [Q, k], as search.top_k returns them
         """
         rank = self.processes.rank
@@ -125,7 +130,7 @@ class Retriever(worker.Worker):
         )
         keys = search.best_keys(query_embeddings, pieces, k)
         if world_size > 1:
-            # Each process has searched its share of the documents.
+            # Each process has searched its share of the documents: merge what they found.
             keys_of_processes = [torch.empty_like(keys) for _ in range(world_size)]
             dist.all_gather(keys_of_processes, keys)
             keys = torch.cat(keys_of_processes, dim=1)  # [Q, world_size * k]
@@ -135,7 +140,7 @@ class Retriever(worker.Worker):
     # ---- training
 
     def train(self, training_set, steps, trial, name):
-        """Trains the encoder on a targets.TrainingSet. -> the loss curve, see fit()
+        """Trains the encoder on a targets.TrainingSet. -> the loss curve of fit()
 
         Raises Diverged.
         """
@@ -162,57 +167,65 @@ class Retriever(worker.Worker):
         rank = self.processes.rank
         world_size = self.processes.world_size
 
-        # The pairs are shuffled anew in each epoch; a step takes the next B of this endless stream.
+        # The epochs follow each other without a gap, each in an order of its own. A step takes the
+        # next B places of this stream; permute() says which pair stands where.
         n = len(training_set.pairs)
-        position = np.arange(step * B, (step + 1) * B)
-        pairs = training_set.pairs[permute(position % n, n, seed, position // n)]  # [B, 2]
-        indices = pairs.T.ravel()  # [2B], queries first
+        place = np.arange(step * B, (step + 1) * B)
+        pairs = training_set.pairs[permute(place % n, n, seed, epoch=place // n)]  # [B, 2]
+        indices = pairs.T.ravel()  # [2B], of the B queries, then of the B documents
+
+        # The paper's code takes all other documents as negatives, also those that answer the query.
         if self.c.mode == "paper":
-            # The paper's code takes every other document as a negative, also one that answers.
             excluded = torch.zeros(B, B, dtype=torch.bool)
         else:
             excluded = other_positives(pairs.tolist(), training_set.positives)
         excluded = excluded.to(self.device)
 
-        places = np.arange(2 * B)[rank::world_size]  # of this process' texts in the batch
+        # This process' share of the batch, in pieces that fit in memory.
+        places = np.arange(2 * B)[rank::world_size]  # in the batch
         pieces = packing.by_budget(indices[places], training_set.sequences, self.c.micro_tokens)
         if world_size == 1 and len(pieces) == 1:
             return [(MicroBatch(pieces[0], excluded=excluded), B)]
-        return self.cached_pieces(training_set, pieces, places, excluded)
+        return self.gradcache_pieces(training_set, pieces, places, excluded)
 
-    def cached_pieces(self, training_set, pieces, places, excluded):
-        """Cuts a batch into pieces without changing its loss (GradCache, arXiv 2101.06983).
+    def gradcache_pieces(self, training_set, pieces, places, excluded):
+        """The micro-batches of a batch that is embedded in pieces (GradCache, arXiv 2101.06983).
 
-        Each query needs every document of the batch, so the loss of a piece alone would be another
-        one. Instead, embed all of the batch without a graph and take the loss' gradient at each
-        embedding. Then loss_of() embeds it again, piece by piece, and continues from there.
+        InfoNCE compares each query with every document of the batch, so it cannot be computed from
+        one piece. Instead, embed the whole batch once without a graph, and take the gradient of the
+        loss at each embedding. loss_of() then embeds it a second time, piece by piece, and
+        backpropagates these gradients into the encoder.
+
+        pieces: lists of sequence indices. places: where these sequences, end to end, stand in the
+        batch.
         """
         B = self.c.batch
         ends = np.cumsum([len(piece) for piece in pieces])
-        places = [torch.from_numpy(p) for p in np.split(places, ends[:-1])]  # of each piece
+        places_of_pieces = [torch.from_numpy(p) for p in np.split(places, ends[:-1])]
         embeddings = torch.zeros(2 * B, self.encoder.config.n_embd, device=self.device)
         with torch.no_grad():
-            for piece, place in zip(pieces, places):
-                embeddings[place] = self.embed(training_set.sequences, piece)
+            for piece, piece_places in zip(pieces, places_of_pieces):
+                embeddings[piece_places] = self.embed(training_set.sequences, piece)
         if self.processes.world_size > 1:
-            dist.all_reduce(embeddings)  # a process has zeros in the places of all others
+            dist.all_reduce(embeddings)  # a sum: a process has zeros in the places of all others
         loss = info_nce(embeddings.requires_grad_(), excluded, self.c.temperature)
         loss.backward()
 
-        # The first piece stands for the loss and the count of the whole batch.
+        # The first piece carries the loss and the number of pairs of the whole batch.
         micro_batches = []
-        for i, (piece, place) in enumerate(zip(pieces, places)):
+        for i, (piece, piece_places) in enumerate(zip(pieces, places_of_pieces)):
             is_first = i == 0
             piece_loss = loss.detach() if is_first else torch.zeros_like(loss)
-            batch = MicroBatch(piece, gradient=embeddings.grad[place], loss=piece_loss)
+            batch = MicroBatch(piece, gradient=embeddings.grad[piece_places], loss=piece_loss)
             micro_batches.append((batch, B if is_first else 0))
         return micro_batches
 
     def loss_of(self, training_set, batch):
-        """The loss of a MicroBatch, a sum over its queries, with its gradient."""
+        """The loss of a MicroBatch, a sum over queries, from which fit() backpropagates."""
         embeddings = self.embed(training_set.sequences, batch.indices)
         if batch.excluded is not None:
             return info_nce(embeddings, batch.excluded, self.c.temperature)
-        # This sum has the gradient that the loss has, but not its value: exchange the value.
+        # The gradient of this sum is that of the loss, but its value is another. So exchange the
+        # value and leave the gradient.
         stand_in = (embeddings * batch.gradient).sum()
         return stand_in + (batch.loss - stand_in).detach()

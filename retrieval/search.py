@@ -1,22 +1,22 @@
 """Exact search: every query's k best documents by inner product, in one pass over the corpus.
 
 The documents come in pieces, so that a corpus of any size is searched while it is being encoded.
-Memory holds one tile of documents, its scores, and each query's k best so far; no embedding is
-kept. There is no approximate index, because a reported number must not depend on one.
+Memory holds one tile of documents, its scores, and each query's k best so far, and no other
+embedding. There is no approximate index, because a reported number must not depend on one.
 
-The one idea: a document's score and its id are packed into one integer, its key. Keys order as
-trec_eval orders documents: by score in single precision, and equal scores by id, the larger first.
-So "the k best" is a topk of unique keys, and ties come out the same whatever the pieces, their
-order, or the process that scored a document.
+The one idea: a document's score and its id are packed into one integer, its key. Keys sort as
+trec_eval sorts documents: by score in single precision, and equal scores by id, the larger first.
+So the k best documents are a topk of distinct keys. Ties come out the same whatever the pieces,
+their order, or the process that scored a document.
 
-Products have one fixed shape, TILE documents at a time. So copies of a document have the same score
-to the last bit wherever they lie (tests/test_search.py; seen on CPUs so far).
+Matrix products always have the same shape, TILE documents at a time. So copies of a document have
+the same score to the last bit, wherever they lie (tests/test_search.py; seen on CPUs so far).
 """
 import torch
 
 TILE = 4096  # documents in one product
 QUERIES = 1024  # queries in one product: 16 MiB of scores
-EMPTY = torch.iinfo(torch.int64).min  # the key of no document
+EMPTY = torch.iinfo(torch.int64).min  # a key that stands for no document and sorts last
 
 
 def top_k(queries, pieces, k):
@@ -36,7 +36,7 @@ def best_keys(queries, pieces, k):
     best = [torch.full((len(block), k), EMPTY, device=block.device) for block in query_blocks]
     for ids, documents in tiles(pieces):
         for i, block in enumerate(query_blocks):
-            best[i] = improve(best[i], block @ documents.T, ids)
+            best[i] = add_tile(best[i], block @ documents.T, ids)
     return torch.cat(best)
 
 
@@ -51,8 +51,8 @@ def merge(keys, k):
 def keys_of(scores, ids):
     """Packs fp32 scores and int64 ids below 2**32 into int64 keys."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    # Read as an integer, a positive float has its own order; of a negative one flip all bits but
-    # the sign, and integers have the order of the floats.
+    # The bits of positive floats, read as integers, sort as the floats do. Those of negative floats
+    # do so after all bits but the sign are flipped.
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.long() << 32) | ids
 
@@ -97,20 +97,20 @@ def tiles(pieces):
         yield torch.cat(tile_ids), torch.cat(tile_rows)
 
 
-def improve(best, scores, ids):
-    """Joins the best keys so far with a tile of documents.
+def add_tile(best, scores, ids):
+    """The best keys after one more tile of documents. -> [Q, k]
 
-    best [Q, k] keys in descending order; scores [Q, n] of the documents ids [n] -> keys [Q, k]
+    best [Q, k]: the best keys so far, in descending order. scores [Q, n], ids [n]: of the tile.
     """
-    # Only a document that reaches a query's k-th best score can enter. After some tiles few do, so
-    # make keys for these alone instead of for all Q * n.
+    # Only a document that reaches a query's k-th best score can be among the k best. After some
+    # tiles few do: make keys for these candidates alone instead of for all Q * n.
     floor, _ = decode(best[:, -1:])  # [Q, 1]
     query, column = ((scores >= floor) & (ids >= 0)).nonzero(as_tuple=True)  # in order of queries
     if not len(query):
         return best
 
-    # Lay the keys out as rows [Q, most of any query], filled up with EMPTY. A candidate's place in
-    # its query's row is 0, 1, ...: its number minus the number of the query's first candidate.
+    # One row of candidate keys for each query, filled up with EMPTY to the longest row. In its row
+    # a candidate's place is its number minus the number of its query's first candidate.
     count = torch.bincount(query, minlength=len(best))  # [Q]
     first = count.cumsum(0) - count  # [Q]
     place = torch.arange(len(query), device=query.device) - first[query]

@@ -1,6 +1,6 @@
-"""What a trial trains on and what it is scored by: tokenized pairs, tokenized pools, scores.
+"""What a trial trains on and what it searches, tokenized, and the scores of its ranking.
 
-A Library reads each collection once and keeps the tokens on disk. The trials of a grid share it.
+A Library reads collections and keeps their tokens on disk. The trials of a grid share it.
 """
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class TrainingSet:
 
     collection: Collection
     sequences: dict  # tokens and bounds of all queries and documents
-    pairs: np.ndarray  # [P, 2] int: a query and a document, as places in sequences
-    positives: list  # for each query, the set of documents that answer it, as places in sequences
+    pairs: np.ndarray  # [P, 2] int: a query and a document, as indices of sequences
+    positives: list  # for each query, the set of documents that answer it, as indices of sequences
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Target:
     queries: dict  # tokens and bounds of all validation and test queries
     query_ids: list
     documents: dict  # tokens and bounds of the pool
-    document_ids: list  # sorted: search breaks ties by the place in this list
-    places: torch.Tensor  # [n] int64: the place in document_ids of each document in `documents`
+    document_ids: list  # sorted: of equal scores, the larger place in this list ranks first
+    places: torch.Tensor  # [n] int64: for each of `documents`, its place in document_ids
     baseline: dict  # BM25's score on the test queries, or None where it takes too long
 
     @property
@@ -51,8 +51,8 @@ class Target:
 class Library:
     """Reads and tokenizes collections.
 
-    settings: eval_ir.py's data_dir, cache_dir, hard_negatives and mode. processes: those that share
-    each trial; the first of them writes the cache and the others read it.
+    settings: eval_ir.py's. processes: those that share each trial. The first of them writes the
+    cache and the others read it.
     """
 
     def __init__(self, settings, tokenizer, max_length, processes):
@@ -69,18 +69,19 @@ class Library:
         texts += [DOCUMENT + text for text in pairs.documents]
         key = (collection.fingerprint,)
         sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key)
-        # Documents come after the queries: shift their places by the number of queries.
-        n = len(pairs.queries)
+        # In sequences the documents come after the queries: add the number of queries to their
+        # indices.
+        n_queries = len(pairs.queries)
         positives = []
         for documents in pairs.positives:
-            positives.append({n + document for document in documents})
-        return TrainingSet(collection, sequences, pairs.pairs + [0, n], positives)
+            positives.append({n_queries + document for document in documents})
+        return TrainingSet(collection, sequences, pairs.pairs + [0, n_queries], positives)
 
     def target(self, name, pool, trained_on):
         """Reads a collection's judged queries and the documents of a pool. -> Target
 
-        trained_on: the collection of the training pairs; it is not read again if it is the same.
-        Raises UserError if no query or no document is left.
+        trained_on: the collection of the training pairs. If it has this name, it is not read again.
+        Raises UserError if there is no query, or no document.
         """
         settings = self.settings
         collection = trained_on
@@ -93,10 +94,10 @@ class Library:
 
         # Tokenize the validation and test queries, each once, and the documents of the pool.
         judged = collection.qrels["validation"] | collection.qrels["test"]
-        asked = [query_id for query_id in judged if query_id in collection.queries]
+        judged_ids = [query_id for query_id in judged if query_id in collection.queries]
 
         def query_texts():
-            for query_id in asked:
+            for query_id in judged_ids:
                 yield query_id, QUERY + collection.queries[query_id]
 
         def document_texts():
@@ -104,21 +105,21 @@ class Library:
                 if ids_of_pool is None or document_id in ids_of_pool:
                     yield document_id, DOCUMENT + text
 
-        key = (collection.fingerprint,)
-        queries, query_ids = self.tokenize(f"{name}-queries", query_texts, key)
-        key = (collection.fingerprint, hard_negatives)
-        documents, document_ids = self.tokenize(f"{name}-{pool}", document_texts, key)
-        if not asked:
+        queries_key = (collection.fingerprint,)
+        queries, query_ids = self.tokenize(f"{name}-queries", query_texts, queries_key)
+        documents_key = (collection.fingerprint, hard_negatives)
+        documents, document_ids = self.tokenize(f"{name}-{pool}", document_texts, documents_key)
+        if not judged_ids:
             raise UserError(f"{name}: no judged query is in the collection")
         if not document_ids:
             raise UserError(f"{name}: no document of the pool {pool} is in the collection")
 
-        # Search breaks ties by integers: number the documents in the order of their ids.
+        # Search breaks ties by an integer per document: its place in the order of the ids.
         order = sorted(range(len(document_ids)), key=document_ids.__getitem__)
         places = torch.empty(len(order), dtype=torch.int64)
         places[torch.tensor(order)] = torch.arange(len(order))
 
-        # What a search by words alone scores in the same pool.
+        # The score of BM25, which compares words alone, in the same pool.
         baseline = None
         if len(document_ids) <= BM25_LIMIT and self.processes.is_first:
             qrels = collection.qrels["test"]
@@ -138,29 +139,29 @@ class Library:
         )
 
     def tokenize(self, name, texts, key):
-        """Tokenizes texts, a function that returns an iterator of (id, text). See tokens.encoded"""
+        """Tokenizes texts, or reads their tokens from the cache. See tokens.cached_tokens."""
         key = (QUERY, DOCUMENT, *key)
         return self.in_turn(
-            lambda: tokens.encoded(
+            lambda: tokens.cached_tokens(
                 name, texts, self.tokenizer, self.max_length, key, self.settings.cache_dir
             )
         )
 
     def in_turn(self, make):
-        """Calls make(), which may write to the cache: first in the first process, then in others.
+        """Calls make() in the first process, and then in all others. -> what make() returns
 
-        So the processes that share a trial find in the cache what the first one has made.
+        So the others find in the cache what the first one has written there.
         """
-        made = make() if self.processes.is_first else None
+        result = make() if self.processes.is_first else None
         all_sum([0], self.processes)  # wait for the first process
-        return made if self.processes.is_first else make()
+        return result if self.processes.is_first else make()
 
 
 # ---- scores
 
 
 def named_ranking(target, cosines, places):
-    """A search's result by ids. cosines, places [Q, k] -> {query id: {document id: cosine}}"""
+    """A search result by ids. cosines, places [Q, k] -> {query id: {document id: cosine}}"""
     ranking = {}
     rows = zip(target.query_ids, places.tolist(), cosines.tolist())
     for query_id, query_places, query_cosines in rows:
@@ -175,13 +176,13 @@ def named_ranking(target, cosines, places):
 @dataclass
 class Scores:
     means: dict  # {"score", "ndcg_10", ..., "n"}: means over all queries of the qrels
-    per_query: list  # what "score" is the mean of
+    per_query: list  # each query's own "score"
 
 
 def score(qrels, ranking, mode):
     """Scores a ranking {query id: {document id: score}}. -> Scores
 
-    mode: "standard", whose score is NDCG@10, or "paper", whose score is its code's variant of it.
+    mode: "standard", where "score" is NDCG@10, or "paper", where it is the paper's variant of that.
     """
     values = {
         "ndcg_10": metrics.ndcg(qrels, ranking),

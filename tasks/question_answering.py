@@ -1,9 +1,9 @@
-"""Extractive question answering: the answer is a part of the context (SQuAD, SQuAD v2, ReCoRD).
+"""Extractive question answering: the answer is a span of the context (SQuAD, SQuAD v2, ReCoRD).
 
-The head gives every token two scores, for being the answer's first and its last token. A context
-that is too long becomes several windows, which overlap, and the best span of all windows wins. The
-end-of-text token stands for "no answer". The paper's code tags each token as inside or outside of
-the answer instead: PaperQuestionAnswering.
+The head gives every token two scores: one for being the first token of the answer, one for being
+the last. A context that is too long is cut into overlapping windows, and the best span of all
+windows wins. The end-of-text token stands for "no answer". The paper's code instead labels each
+token as inside or outside of the answer: PaperQuestionAnswering.
 """
 import functools
 from collections import Counter
@@ -16,27 +16,29 @@ from torch.nn.utils.rnn import pad_sequence
 from core.configurator import UserError
 from model import TokenHead
 from tasks import metrics
-from tasks.family import Family, mean, value
+from tasks.family import Family, field_of, mean
 from tasks.packing import rows
 
-STRIDE = 128            # tokens that neighbouring windows of a context share
+OVERLAP = 128           # tokens that neighbouring windows of a context share
 LONGEST_ANSWER = 30     # tokens, as in Hugging Face's run_qa
 
 
 @dataclass
-class Answer:
-    """What the model says about one question."""
-    text: str = ""          # the best span of the context
-    entity: str = ""        # the best marked entity of the context, for tasks that have them
-    margin: float = 0.0     # how much better "no answer" scores than the text
+class Prediction:
+    """What the model answers to one question."""
+    text: str = ""                  # the best span of the context
+    entity: str = ""                # the best marked entity of the context, where a task marks them
+    no_answer_margin: float = 0.0   # the score of "no answer" minus the score of the best span
 
 
 class QuestionAnswering(Family):
-    """An answer is a start and an end; the score is SQuAD's F1.
+    """The model points at the first and last token of the answer; the score is SQuAD's F1.
 
-    The arrays of its sequences: "target", the characters [start, end) of the first answer, -1
-    without one, one value a sequence; "span", the characters of the context that each token has
-    bytes of, -1 outside of the context.
+    What `encode` adds to the arrays of packing.py, for n sequences of N tokens:
+
+        target [n, 2]   characters [start, end) of the first gold answer in its context; -1 if none
+        span [N, 2]     characters [start, end) of the context that the token stands for; -1 for
+                        tokens that are not of the context
     """
 
     title = "question answering"
@@ -46,40 +48,46 @@ class QuestionAnswering(Family):
     # ---- data
 
     def read(self, row, where):
-        """{"question", "context", "answers": [(text, start)], "entities": [(start, end)]}."""
+        """{"question", "context", "answers": [(text, start)], "entities": [(start, end)]}.
+
+        start and end count characters of the context.
+        """
         if self.task.entities:
             example = self.read_record(row, where)
         else:
             example = self.read_squad(row, where)
         context = example["context"]
         for text, start in example["answers"]:
-            is_answer = isinstance(text, str) and text and type(start) is int and start >= 0
-            if not is_answer or context[start:start + len(text)] != text:
+            is_valid = isinstance(text, str) and text and type(start) is int and start >= 0
+            if not is_valid or context[start:start + len(text)] != text:
                 raise UserError(f"{where}: the answer {text!r} is not at character {start} of the "
                                 "context")
         return example
 
     def read_squad(self, row, where):
-        """A row in SQuAD's format: answers are texts with their first characters."""
-        context = value(row, "context", str, where)
-        question = value(row, "question", str, where)
-        fields = value(row, "answers", dict, where)
-        texts = value(fields, "text", list, where)
-        starts = value(fields, "answer_start", list, where)
-        if not list(zip(texts, starts)) and not self.task.unanswerable:
-            raise UserError(f"{where}: the question has no answer")
+        """An example from a row in SQuAD's format: an answer has a text and its first character."""
+        context = field_of(row, "context", str, where)
+        question = field_of(row, "question", str, where)
+        gold = field_of(row, "answers", dict, where)
+        texts = field_of(gold, "text", list, where)
+        starts = field_of(gold, "answer_start", list, where)
         answers = list(zip(texts, starts))
+        if not answers and not self.task.unanswerable:
+            raise UserError(f"{where}: the question has no answer")
         return {"question": question, "context": context, "answers": answers, "entities": []}
 
     def read_record(self, row, where):
-        """A row in ReCoRD's format: every mention of an answer among the entities counts."""
-        context = value(row, "passage", str, where)
-        question = value(row, "query", str, where)
-        answer_texts = set(value(row, "answers", list, where))
-        marked = value(row, "entity_spans", dict, where)
-        texts = value(marked, "text", list, where)
-        starts = value(marked, "start", list, where)
-        ends = value(marked, "end", list, where)
+        """An example from a row in ReCoRD's format.
+
+        The row gives its answers as texts. Each entity with such a text is a gold answer.
+        """
+        context = field_of(row, "passage", str, where)
+        question = field_of(row, "query", str, where)
+        answer_texts = set(field_of(row, "answers", list, where))
+        entities = field_of(row, "entity_spans", dict, where)
+        texts = field_of(entities, "text", list, where)
+        starts = field_of(entities, "start", list, where)
+        ends = field_of(entities, "end", list, where)
         answers = [(text, start) for text, start in zip(texts, starts) if text in answer_texts]
         if not answers:
             raise UserError(f"{where}: none of the answers {sorted(answer_texts)} is an entity of "
@@ -88,12 +96,13 @@ class QuestionAnswering(Family):
                 "entities": list(zip(starts, ends))}
 
     def key_text(self, example):
-        return example["context"]         # so all questions of a paragraph are on one side of a cut
+        # all questions about a paragraph are in training, or all are in validation
+        return example["context"]
 
     def encode(self, examples, tokenizer, max_length):
         """Yields (example index, its windows, whether tokens were lost).
 
-        A window is "Question: ...\\nContext: ", a part of the context, and eos.
+        A window is "Question: ...\\nContext: ", as much of the context as fits, and eos.
         """
         # neighbouring questions often ask about the same context
         encode_context = functools.lru_cache(1000)(tokenizer.encode_with_offsets)
@@ -101,32 +110,37 @@ class QuestionAnswering(Family):
             prefix = tokenizer.encode(f"Question: {example['question']}\nContext: ")
             is_cut = len(prefix) > max_length // 2
             prefix = prefix[:max_length // 2]
-            ids, spans = encode_context(example["context"])
+            ids, offsets = encode_context(example["context"])       # [tokens], [tokens, 2]
             room = max_length - 1 - len(prefix)
-            starts = self.window_starts(len(ids), room)
-            if starts[-1] + room < len(ids):
+            window_starts = self.window_starts(len(ids), room)
+            if window_starts[-1] + room < len(ids):
                 is_cut = True
 
-            # each window has the same question and answer
-            answer = np.array([-1, -1])
+            # all windows of an example have the same question and the same target
+            target = np.array([-1, -1])
             if example["answers"]:
-                text, start = example["answers"][0]
-                answer = np.array([start, start + len(text)])
-            outside = np.full((len(prefix), 2), -1, np.int32)
+                text, first_character = example["answers"][0]
+                target = np.array([first_character, first_character + len(text)])
+            prefix_offsets = np.full((len(prefix), 2), -1, np.int32)
+            eos_offsets = [[-1, -1]]
             windows = []
-            for start in starts:
-                span = np.concatenate([outside, spans[start:start + room], [[-1, -1]]])
-                tokens = np.array([*prefix, *ids[start:start + room], tokenizer.eos_id], np.int32)
-                windows.append({"tokens": tokens, "target": answer,
+            for start in window_starts:
+                end = start + room
+                tokens = [*prefix, *ids[start:end], tokenizer.eos_id]
+                span = np.concatenate([prefix_offsets, offsets[start:end], eos_offsets])
+                windows.append({"tokens": np.array(tokens, np.int32), "target": target,
                                 "span": span.astype(np.int32)})
             yield index, windows, is_cut
 
     def window_starts(self, n_tokens, room):
-        """The first token of each window of a context. room: tokens of the context in a window."""
+        """The index of the context token that each window begins with.
+
+        n_tokens: tokens of the context. room: how many of them fit into a window.
+        """
         if not self.has_windows:
             return [0]
-        stride = min(STRIDE, room // 2)
-        return range(0, max(1, n_tokens - stride), room - stride)
+        overlap = min(OVERLAP, room // 2)
+        return range(0, max(1, n_tokens - overlap), room - overlap)
 
     # ---- training
 
@@ -134,28 +148,37 @@ class QuestionAnswering(Family):
         return TokenHead(width, 2)
 
     def targets(self, sequences, indices):
-        """The first and last token of each answer, and the tokens that cannot be in one.
+        """Where each window's answer begins and ends, and how many windows there are.
 
-        "ids" [S, 2]: both are eos if the window lacks a part of the answer, or there is none.
-        "outside" [T]: true for the question, whose tokens the loss leaves out.
+        "ids" [S, 2]: places in the window of the answer's first and last token; both are eos if
+        there is no answer, or the window does not hold all of it.
+        "outside" [T]: true for tokens that cannot be in an answer: those before the context.
         """
-        pointers, outside = [], []
+        first_and_last, outside = [], []
         for i in indices:
-            span = rows(sequences, "span", [i])
-            start, end = sequences["target"][i]
-            tokens = np.flatnonzero(in_answer(sequences, i))
-            eos = len(span) - 1
-            if len(tokens) and span[tokens[0], 0] <= start and span[tokens[-1], 1] >= end:
-                pointers.append((tokens[0], tokens[-1]))
+            offsets = rows(sequences, "span", [i])                          # [tokens, 2]
+            answer_start, answer_end = sequences["target"][i]
+            eos = len(offsets) - 1
+            answer_tokens = np.flatnonzero(in_answer(sequences, i))
+            is_complete = (len(answer_tokens) > 0
+                           and offsets[answer_tokens[0], 0] <= answer_start
+                           and offsets[answer_tokens[-1], 1] >= answer_end)
+            if is_complete:
+                first_and_last.append((answer_tokens[0], answer_tokens[-1]))
             else:
-                pointers.append((eos, eos))
-            outside.append(np.append(span[:-1, 0] < 0, False))            # eos is allowed
-        return {"ids": np.array(pointers), "outside": np.concatenate(outside)}, len(indices)
+                first_and_last.append((eos, eos))
+            is_outside = offsets[:, 0] < 0
+            is_outside[eos] = False         # eos stands for "no answer"
+            outside.append(is_outside)
+        targets = {"ids": np.array(first_and_last), "outside": np.concatenate(outside)}
+        return targets, len(indices)
 
     def loss(self, logits, batch):
-        """The sum over sequences of the mean cross-entropy of an answer's first and last token."""
+        """The sum over windows of the mean of two cross-entropies: of the answer's first token, and
+        of its last."""
         logits = logits.masked_fill(batch.targets["outside"][:, None], float("-inf"))
-        # [T, 2] -> [S, longest, 2]: two numbers a token, so padding is cheap here
+        # The classes are the tokens of a window. [T, 2] -> [S, longest, 2]: two numbers a token, so
+        # padding is cheap here.
         padded = pad_sequence(logits.split(batch.lengths), batch_first=True,
                               padding_value=float("-inf"))
         return F.cross_entropy(padded, batch.targets["ids"], reduction="sum") / 2
@@ -163,59 +186,72 @@ class QuestionAnswering(Family):
     # ---- evaluation
 
     def predict(self, outputs):
-        """An Answer to each question. For "no answer", the window least sure of it decides."""
-        answers = [Answer() for _ in outputs.examples]
-        best_span_score = [-np.inf] * len(answers)
-        best_entity_score = [-np.inf] * len(answers)
-        no_answer_score = [np.inf] * len(answers)
+        """One Prediction per question.
+
+        The best span and the best entity of all its windows win. "No answer" has the score of the
+        window that gives it the lowest: one window that sees an answer is enough.
+        """
+        predictions = [Prediction() for _ in outputs.examples]
+        best_span_score = [-np.inf] * len(predictions)
+        best_entity_score = [-np.inf] * len(predictions)
+        no_answer_score = [np.inf] * len(predictions)
         for i, token_logits in enumerate(outputs.logits):
-            k = int(outputs.sequences["example"][i])
-            example = outputs.examples[k]
-            span = rows(outputs.sequences, "span", [i])                      # [tokens, 2]
-            in_context = span[:, 0] >= 0                                     # [tokens]
+            # sequence i is a window of question q
+            q = int(outputs.sequences["example"][i])
+            example = outputs.examples[q]
+            offsets = rows(outputs.sequences, "span", [i])                   # [tokens, 2]
+            in_context = offsets[:, 0] >= 0                                  # [tokens]
             start_logits, end_logits = token_logits[:, 0], token_logits[:, 1]
-            no_answer_score[k] = min(no_answer_score[k], float(token_logits[-1].sum()))
+            eos_score = float(token_logits[-1].sum())
+            no_answer_score[q] = min(no_answer_score[q], eos_score)
 
-            # the best span of all windows
+            # the best span
             score, first, last = best_span(start_logits, end_logits, in_context)
-            if score > best_span_score[k]:
-                best_span_score[k] = score
-                answers[k].text = example["context"][span[first, 0]:span[last, 1]].strip()
+            if score > best_span_score[q]:
+                best_span_score[q] = score
+                text = example["context"][offsets[first, 0]:offsets[last, 1]]
+                predictions[q].text = text.strip()
 
-            # and the best entity, by its first and last token
+            # the best entity, by the scores of its first and last token in this window
             for start, end in example["entities"]:
-                tokens = np.flatnonzero((span[:, 0] < end) & (span[:, 1] > start) & in_context)
+                in_entity = (offsets[:, 0] < end) & (offsets[:, 1] > start) & in_context
+                tokens = np.flatnonzero(in_entity)
                 if not len(tokens):
                     continue
                 score = float(start_logits[tokens[0]] + end_logits[tokens[-1]])
-                if score > best_entity_score[k]:
-                    best_entity_score[k] = score
-                    answers[k].entity = example["context"][start:end]
-        for k, answer in enumerate(answers):
-            answer.margin = no_answer_score[k] - best_span_score[k]
-        return answers
+                if score > best_entity_score[q]:
+                    best_entity_score[q] = score
+                    predictions[q].entity = example["context"][start:end]
+        for q, prediction in enumerate(predictions):
+            prediction.no_answer_margin = no_answer_score[q] - best_span_score[q]
+        return predictions
 
     def evaluate(self, validation, test):
-        """Scores both splits. For questions without an answer, validation chooses the threshold."""
+        """Scores both splits. Validation chooses the threshold, if questions may have no answer."""
         if not self.task.unanswerable:
             return super().evaluate(validation, test)
-        answers = self.predict(validation)
-        threshold = best_threshold(answers, gold_texts(validation.examples))
-        validation_scores = self.score(validation, answers, threshold)
-        return validation_scores, self.score(test, self.predict(test), threshold)
+        predictions = self.predict(validation)
+        threshold = best_threshold(predictions, gold_texts(validation.examples))
+        validation_scores = self.score(validation, predictions, threshold)
+        test_scores = self.score(test, self.predict(test), threshold)
+        return validation_scores, test_scores
 
     def score(self, split, predictions, threshold=0.0):
-        """SQuAD's exact match and F1, as SQuAD v2's own evaluation has them where there may be no
-        answer.
+        """SQuAD's exact match and F1 ("score"), and each question's own F1.
 
-        Then the answer is "" if its margin is above the threshold; untuned_f1 is F1 at the
-        threshold 0. With marked entities the answer is the best entity; free_em and free_f1 are of
-        free spans.
+        What is scored depends on the task:
+
+            ReCoRD     the best marked entity; "free_em" and "free_f1" score the best span
+            SQuAD v2   the best span, or "" if the margin of "no answer" is above the threshold;
+                       "untuned_f1" is F1 at the threshold 0
+            SQuAD      the best span
         """
         gold = gold_texts(split.examples)
+        span_texts = [prediction.text for prediction in predictions]
         if self.task.entities:
-            free_scores, _ = squad_scores([answer.text for answer in predictions], gold)
-            scores, per_question = squad_scores([answer.entity for answer in predictions], gold)
+            entity_texts = [prediction.entity for prediction in predictions]
+            scores, per_question = squad_scores(entity_texts, gold)
+            free_scores, _ = squad_scores(span_texts, gold)
             scores |= {f"free_{name}": score for name, score in free_scores.items()}
         elif self.task.unanswerable:
             scores, per_question = squad_scores(given_answers(predictions, threshold), gold)
@@ -227,39 +263,40 @@ class QuestionAnswering(Family):
             scores["null_threshold"] = threshold
             scores["untuned_f1"] = untuned_scores["f1"]
         else:
-            scores, per_question = squad_scores([answer.text for answer in predictions], gold)
+            scores, per_question = squad_scores(span_texts, gold)
         return {"score": scores["f1"]} | scores, per_question
 
     def baseline(self, splits):
-        """The entity that the context mentions most often, or no answer."""
+        """The entity that the context mentions most often, or no answer if the task marks none."""
         test = splits["test"]
         if not self.task.entities:
-            scores, _ = self.score(test, [Answer() for _ in test.examples])
+            scores, _ = self.score(test, [Prediction() for _ in test.examples])
             return {"name": "no answer", "score": scores["score"]}
-        answers = []
+        predictions = []
         for example in test.examples:
             mentions = Counter(example["context"][start:end] for start, end in example["entities"])
             entity = mentions.most_common(1)[0][0]
-            answers.append(Answer(text=entity, entity=entity))
-        scores, _ = self.score(test, answers)
+            predictions.append(Prediction(text=entity, entity=entity))
+        scores, _ = self.score(test, predictions)
         return {"name": "most frequent entity", "score": scores["score"]}
 
 
 class PaperQuestionAnswering(QuestionAnswering):
-    """The paper's code: each token is inside the answer or not. A context is cut at max_length."""
+    """The paper's code: each token is inside of the answer (1) or not (0). There are no windows: a
+    context is cut at max_length."""
 
     has_windows = False
 
     def targets(self, sequences, indices):
-        """1 for each token of the first answer, 0 for the others."""
+        """1 for each token of the first gold answer, 0 for the others."""
         is_inside = np.concatenate([in_answer(sequences, i) for i in indices])          # [T]
         return {"ids": is_inside.astype(np.int64)}, len(is_inside)
 
     def loss(self, logits, batch):
-        return Family.loss(self, logits, batch)
+        return Family.loss(self, logits, batch)                 # of two classes for each token
 
     def predict(self, outputs):
-        """The set of an answer's tokens, for each question."""
+        """For each question the set of tokens that are inside of the answer, by their places."""
         predictions = []
         for token_logits in outputs.logits:
             inside = np.flatnonzero(token_logits.argmax(axis=1))
@@ -270,7 +307,7 @@ class PaperQuestionAnswering(QuestionAnswering):
         return Family.evaluate(self, validation, test)          # no threshold to choose
 
     def score(self, split, predictions):
-        """The paper's score: F1 of the two sets of tokens, for each question."""
+        """The paper's score: the F1 of predicted and gold tokens, a mean over the questions."""
         per_question = []
         for i, tokens in enumerate(predictions):
             gold_tokens = np.flatnonzero(in_answer(split.sequences, i)).tolist()
@@ -278,68 +315,77 @@ class PaperQuestionAnswering(QuestionAnswering):
         return {"score": mean(per_question)}, per_question
 
     def baseline(self, splits):
-        """No token is in an answer."""
+        """No token is inside of an answer."""
         test = splits["test"]
         scores, _ = self.score(test, [set()] * len(test.examples))
         return {"name": "no answer", "score": scores["score"]}
 
 
 def in_answer(sequences, i):
-    """Whether each token of sequence i has a character of the first gold answer -> bool
-    [tokens]."""
-    start, end = sequences["target"][i]
-    span = rows(sequences, "span", [i])
-    return (span[:, 0] < end) & (span[:, 1] > start) & (span[:, 0] >= 0)
+    """True for each token of sequence i that has a character of the first gold answer. -> bool
+    [tokens]"""
+    answer_start, answer_end = sequences["target"][i]
+    offsets = rows(sequences, "span", [i])
+    in_context = offsets[:, 0] >= 0
+    return (offsets[:, 0] < answer_end) & (offsets[:, 1] > answer_start) & in_context
 
 
-def best_span(start, end, allowed):
-    """(score, i, j) of the span i <= j < i + LONGEST_ANSWER of allowed tokens that maximises
-    start[i] + end[j]."""
-    start = np.where(allowed, start, -np.inf)
-    end = np.where(allowed, end, -np.inf)
+def best_span(start_logits, end_logits, allowed):
+    """The span with the largest start_logits[first] + end_logits[last]. -> score, first, last
+
+    Both tokens must be allowed, and the span has at most LONGEST_ANSWER tokens. The score is -inf
+    if there is no such span.
+    """
+    start_logits = np.where(allowed, start_logits, -np.inf)
+    end_logits = np.where(allowed, end_logits, -np.inf)
+    n = len(start_logits)
     best = -np.inf, 0, 0
-    for length in range(min(LONGEST_ANSWER, len(start))):
-        sums = start[:len(start) - length] + end[length:]
-        i = int(sums.argmax())
-        if sums[i] > best[0]:
-            best = float(sums[i]), i, i + length
+    for distance in range(min(LONGEST_ANSWER, n)):         # from the first token to the last
+        scores = start_logits[:n - distance] + end_logits[distance:]
+        first = int(scores.argmax())
+        if scores[first] > best[0]:
+            best = float(scores[first]), first, first + distance
     return best
 
 
 def gold_texts(examples):
-    """The texts of each question's right answers."""
+    """For each question the list of its gold answers' texts, [] if it has none."""
     gold = []
     for example in examples:
         gold.append([text for text, _ in example["answers"]])
     return gold
 
 
-def given_answers(answers, threshold):
-    """The texts that are given as answers: "" where "no answer" is better by more than the
-    threshold."""
-    return [answer.text if answer.margin <= threshold else "" for answer in answers]
+def given_answers(predictions, threshold):
+    """The texts given as answers: "" where the margin of "no answer" is above the threshold."""
+    return [p.text if p.no_answer_margin <= threshold else "" for p in predictions]
 
 
 def squad_scores(texts, gold):
-    """{"em", "f1"} of all answers, and each question's own F1. gold: the right texts of each
-    question."""
-    pairs = [metrics.squad(text, right) for text, right in zip(texts, gold)]
-    exact = [em for em, _ in pairs]
-    f1 = [f1 for _, f1 in pairs]
-    return {"em": mean(exact), "f1": mean(f1)}, f1
+    """The means over all questions, and each question's own F1. -> {"em", "f1"}, list
+
+    texts: one answer per question. gold: the gold texts of each question.
+    """
+    em_and_f1 = [metrics.squad(text, golds) for text, golds in zip(texts, gold)]
+    em = [em for em, _ in em_and_f1]
+    f1 = [f1 for _, f1 in em_and_f1]
+    return {"em": mean(em), "f1": mean(f1)}, f1
 
 
-def best_threshold(answers, gold):
-    """The margin above which giving no answer has the best F1 on these questions."""
-    margins = np.array([answer.margin for answer in answers])
-    order = np.argsort(margins, kind="stable")
+def best_threshold(predictions, gold):
+    """The threshold for the margin of "no answer" that has the best F1 on these questions."""
+    # what a question adds to the sum of F1 if it is given the text instead of no answer
     gains = []
-    for answer, right in zip(answers, gold):
-        gains.append(metrics.squad(answer.text, right)[1] - metrics.squad("", right)[1])
-    # total F1, less that of answering nothing, when the first 0, 1, ... questions are answered: [n
-    # + 1]
-    total = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])
-    answered = int(total.argmax())
-    if answered == 0:
+    for prediction, golds in zip(predictions, gold):
+        _, f1_of_text = metrics.squad(prediction.text, golds)
+        _, f1_of_no_answer = metrics.squad("", golds)
+        gains.append(f1_of_text - f1_of_no_answer)
+
+    # total_gain [n + 1]: at m, what the m questions with the smallest margins add
+    margins = np.array([prediction.no_answer_margin for prediction in predictions])
+    order = np.argsort(margins, kind="stable")
+    total_gain = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])
+    n_answered = int(total_gain.argmax())
+    if n_answered == 0:
         return float(margins.min() - 1)
-    return float(margins[order[answered - 1]])
+    return float(margins[order[n_answered - 1]])

@@ -1,13 +1,13 @@
 """A grid of trials as a queue of files, shared by any number of processes that see the same folder.
 
-    FOLDER/trials/<task>/lr5e-05_sd0.json     the trial's row: it is done, or has failed
-    FOLDER/trials/<task>/lr5e-05_sd0.claim    a worker runs it; its time is a heartbeat
+    FOLDER/trials/<task>/lr5e-05_sd0.json     the trial's row: the trial is done, or has failed
+    FOLDER/trials/<task>/lr5e-05_sd0.claim    a worker is running it; touched as a heartbeat
 
 There is no server. Eight processes of torchrun, several shells, or the jobs of a Slurm array each
 take a trial that nobody has claimed, until all have a row. A claim is a file made with O_EXCL, and
-a row appears by a rename: exactly one process can win each, on local disks and on NFS. A killed
-worker costs the trial it was in: its claim is stale when its process is gone (same machine) or its
-heartbeat has stopped (another machine), and the next worker takes it.
+a row appears by a hard link: exactly one process can succeed, on local disks and on NFS. A killed
+worker costs only the trial it was in. Its claim is stale when its process is gone (same machine) or
+its heartbeat has stopped (another machine), and the next worker takes it.
 """
 import contextlib
 import json
@@ -22,23 +22,24 @@ from core.distributed import shows_progress
 from core.files import unique, write_whole
 
 HEARTBEAT = 10.0      # seconds between two touches of a claim
-STALE = 60.0          # seconds without one after which another machine's claim is given up
+STALE = 60.0          # seconds without a touch after which a claim is stale
 
 
 def path_of(folder, trial, ending="json"):
-    """Where a trial {"task", "lr", "seed"} has its row ("json") or its claim ("claim")."""
+    """The path of a trial's row ("json"), claim ("claim") or other file. trial: {"task", "lr",
+    "seed"}."""
     lr = f"{trial['lr']:.0e}"             # 5e-05, as in the names of the paper's folders
     if float(lr) != trial["lr"]:
-        lr = repr(trial["lr"])            # 1.5e-05 needs its digits
+        lr = repr(trial["lr"])            # 1.5e-05 needs more digits
     return os.path.join(folder, "trials", trial["task"], f"lr{lr}_sd{trial['seed']}.{ending}")
 
 
 def work(trials, folder, run, poll=2.0):
     """Run the trials that nobody has run, until every trial of the list has a row.
 
-    run(trial) -> row, a dict for JSON. It writes the rows of the tasks in trial["also"] itself.
-    A worker that finds only claimed trials waits for them, since their owners may be killed.
-    Returns how many trials this process ran.
+    run(trial) returns the trial's row, a dict for JSON. If trial["also"] names more tasks, run
+    writes their rows itself. A worker that finds only claimed trials waits for them, since their
+    owners may be killed. poll: seconds between two looks. Returns how many trials this process ran.
     """
     n_run = 0
     with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0,
@@ -53,15 +54,15 @@ def work(trials, folder, run, poll=2.0):
             if trial is None:
                 time.sleep(poll)
                 continue
-            with alive(path_of(folder, trial, "claim")):
-                # the owner before may have finished it after this process had looked
+            with heartbeat(path_of(folder, trial, "claim")):
+                # an earlier owner may have finished the trial after open_trials was made
                 if not is_done(folder, trial):
                     finish(path_of(folder, trial), run(trial))
                     n_run += 1
 
 
 def claim_one(trials, folder):
-    """Claim the first of these trials that is free, and return it; None if none is."""
+    """Claim the first of these trials that is free, and return it; None if there is none."""
     for trial in trials:
         if claim(path_of(folder, trial, "claim")):
             return trial
@@ -75,35 +76,35 @@ def is_done(folder, trial):
 
 
 def finish(path, row):
-    """Write a row completely, unless the file exists: the first row stays."""
+    """Write a row, complete or not at all. If the file exists, it stays unchanged."""
     temporary = unique(path)
     write_whole(temporary, json.dumps(row).encode())
     with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)          # a rename would replace the first
+        os.link(temporary, path)          # a rename would replace an existing row
     os.unlink(temporary)
 
 
 # ---- claims
 
 def claim(path):
-    """True if this process has the claim now, and no other."""
+    """Try to claim a trial. True if this process, and no other, has the claim now."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
-        return steal(path) and claim(path)
+        return remove_stale(path) and claim(path)
     with os.fdopen(file, "w") as f:
         f.write(json.dumps(this_process()))
     return True
 
 
 def this_process():
-    """What a claim is signed with."""
+    """The content of a claim: who holds it."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def owner_of(path):
-    """The process that signed a claim; {} if it has not yet signed; None if there is no claim."""
+    """The process that holds a claim; {} if it has not signed yet; None if no claim can be read."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.loads(f.read() or "{}")
@@ -112,27 +113,28 @@ def owner_of(path):
 
 
 @contextlib.contextmanager
-def alive(path):
+def heartbeat(path):
     """Touches a claim while the block runs, and removes it at the end, also when interrupted."""
     stop = threading.Event()
-    heart = threading.Thread(target=keep_alive, args=(path, stop), daemon=True)
-    heart.start()
+    thread = threading.Thread(target=touch_until, args=(stop, path), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         stop.set()
-        heart.join()
-        # after a long silence another worker may have taken the claim: then it is not ours to
-        # remove
+        thread.join()
+        # If this process was suspended for long, another worker may have taken the claim over. Then
+        # that worker removes it.
         if owner_of(path) == this_process():
             os.unlink(path)
 
 
-def keep_alive(path, stop):
+def touch_until(stop, path):
+    """Touch a file every HEARTBEAT seconds until the event `stop`."""
     while not stop.wait(HEARTBEAT):
         try:
             os.utime(path)
-        except FileNotFoundError:         # another worker took us for dead, and the trial with it
+        except FileNotFoundError:         # another worker took this one for dead, and its trial
             return
 
 
@@ -146,7 +148,7 @@ def is_stale(path):
             os.kill(owner["pid"], 0)
         except ProcessLookupError:
             return True
-        except PermissionError:           # a process of another user: alive
+        except PermissionError:           # it is alive, and another user's
             pass
     try:
         return time.time() - os.stat(path).st_mtime > STALE
@@ -154,12 +156,13 @@ def is_stale(path):
         return False
 
 
-def steal(path):
-    """Remove the claim of a worker that is gone. True if this process removed it."""
+def remove_stale(path):
+    """Remove a claim if its worker is gone. True if this process removed it."""
     if not is_stale(path):
         return False
-    # Of several thieves only one can rename the file. A slow one may get hold of a claim that has
-    # been renewed since it looked, and puts it back, unless a third worker has claimed the trial.
+    # Several workers may try this at once, but only one can rename the file. A slow one may rename
+    # a fresh claim that has replaced the stale one since it looked. Then it puts the claim back,
+    # unless a third worker has claimed the trial in the meantime.
     aside = unique(path)
     try:
         os.rename(path, aside)

@@ -3,18 +3,20 @@
     sst2 mnli qqp                  sequence classification          GLUE
     conll2003 ontonotes5 uner      token classification             entities, IOB2
     squad squad_v2 record          extractive question answering
-    msmarco nq mldr_en             retrieval: eval_ir.py, retrieval/collections.py reads them
-    sotu_era sotu_case sotu_cloze sotu_search   one of each, made by rule (demo.py)
+    msmarco nq mldr_en             retrieval, for eval_ir.py        see retrieval/collections.py
+    sotu_era sotu_case sotu_cloze sotu_search   one of each kind, made by rule (demo.py)
 
-A task is an entry of TASKS, a family of tasks a class and an entry of FAMILIES; nothing else needs
-to know of a new one. With --data_dir a task is read from local files with the fields of the hub's:
-data_dir/<name>/{train,validation,test}.jsonl, also one folder deeper, also packed (.gz .xz .zst). A
-local folder whose info.json has "label_names", "text_fields" and "label_field" is a task of its own
-under the folder's name, and so is one in BEIR's layout, with corpus.jsonl, queries.jsonl and
-qrels/.
+A new task is an entry of TASKS. A new family of tasks is a class and an entry of FAMILIES. Nothing
+else needs to change.
+
+With --data_dir a task is read from local files whose rows have the fields of the hub's:
+data_dir/<name>/{train,validation,test}.jsonl. They may lie one folder deeper, and be compressed
+(.gz .xz .zst). A local folder is a task of its own, under the folder's name, if it has an info.json
+with "label_names", "text_fields" and "label_field", or if it has BEIR's layout: corpus.jsonl,
+queries.jsonl and qrels/.
 
 Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation
-code). Its test sets are the published validation sets where the published test labels are secret;
+code). Where the published test labels are secret, the published validation set is the test set, and
 validation is cut from train (loading.py).
 """
 import dataclasses
@@ -30,7 +32,7 @@ from tasks.token_classification import PaperTokenClassification, TokenClassifica
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
 
-# the families by the kind of a task, and the paper's variants of those that have one
+# the family of each kind of task, and the paper's variant of those that have one
 FAMILIES = {
     "sequence": SequenceClassification,
     "token": TokenClassification,
@@ -44,33 +46,32 @@ PAPER_FAMILIES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One data set. Some fields are for some families only; fields of a row are named by its field
-    names."""
+    """One data set. Some fields are for one kind of task only, as their comments say."""
     kind: str                   # a key of FAMILIES, or "retrieval"
     labels: tuple = ()          # names by id
     template: str = ""          # sequence: the text, made from a row's fields
-    label: str = "label"        # field of the label (sequence) or tags (token)
-    words: str = "tokens"       # token: field of the words
+    label: str = "label"        # the row's field with the label (sequence) or the tags (token)
+    words: str = "tokens"       # token: the row's field with the words
     unanswerable: bool = False  # span: some questions have no answer
     entities: bool = False      # span: the answer is one of the passage's marked entities (ReCoRD)
-    epochs: int = 0             # train so many epochs; 0: 1,000 steps. As the paper's code has it
+    epochs: int = 0             # of training, as in the paper's code; 0: 1,000 steps instead
 
     # where the data comes from: the Hugging Face hub, a function, or a local folder
     hub: str = ""               # id of a data set on the hub
     config: str = ""            # its configuration
-    revision: str = "main"      # a commit where one is known; sizes and labels are checked anyway
-    # {split: file pattern}, for repositories that would need a script otherwise
+    revision: str = "main"      # a commit where it is pinned; sizes and labels are always checked
+    # {split: file pattern}, for repositories that the package `datasets` cannot load by itself
     files: dict = field(default_factory=dict)
-    # the hub's names for train, validation and test; "": cut from train
+    # the hub's names of train, validation and test; "" where the hub has no such split
     splits: tuple = ("train", "", "validation")
     sizes: tuple = ()           # rows of train, validation and test
-    make: object = None         # a function -> {split: rows}, or -> a collection
-    folder: str = ""            # of local files
+    make: object = None         # a function -> {split: rows}; for retrieval as demo.search
+    folder: str = ""            # the folder of local files
 
     # retrieval only
-    pairs: str = ""             # texts on the hub to train on, (query, positive), instead of qrels
-    train_on: str = ""          # the task whose pairs it is trained on; its own if empty
-    pool: str = "full"          # the documents that are searched unless --pool says otherwise
+    pairs: str = ""             # id of a data set on the hub with training pairs (query, positive)
+    train_on: str = ""          # the task whose training pairs are used; its own if empty
+    pool: str = "full"          # which documents are searched unless --pool says otherwise
 
 
 def family_of(task, mode="standard"):
@@ -80,7 +81,7 @@ def family_of(task, mode="standard"):
 
 
 def iob2(*types):
-    """The labels of entities of these types: "O", then "B-" and "I-" of each."""
+    """The labels for entities of these types: "O", then "B-" and "I-" of each type."""
     labels = ["O"]
     for entity_type in types:
         labels += [f"B-{entity_type}", f"I-{entity_type}"]
@@ -147,21 +148,21 @@ TASKS = {
         revision="837028901907a7d419b4ab906f28e011ce1cc824", train_on="msmarco", pool="judged",
         splits=("", "dev", "test"), sizes=(0, 200, 800)),
 
-    # one of each kind without a network
+    # one of each kind that needs no network
     "sotu_era": Task("sequence", demo.ERAS, template="{sentence}", make=demo.era),
     "sotu_case": Task("token", iob2("CAP"), label="ner_tags", make=demo.case),
     "sotu_cloze": Task("span", make=demo.cloze, entities=True),
     "sotu_search": Task("retrieval", make=demo.search, pool="judged"),
 }
 
-# what --tasks=all and --tasks=demo mean, for finetune.py and for eval_ir.py
+# what --tasks=all and --tasks=demo stand for: in finetune.py, and (_IR) in eval_ir.py
 PAPER = ("sst2", "mnli", "qqp", "conll2003", "ontonotes5", "uner", "squad", "squad_v2", "record")
 DEMO = ("sotu_era", "sotu_case", "sotu_cloze")
 PAPER_IR = ("msmarco", "nq", "mldr_en")
 DEMO_IR = ("sotu_search",)
 
 
-# ---- finding
+# ---- finding a task
 
 def folders(data_dir):
     """{name: folder} of the data sets below a local data_dir, directly or one folder deeper."""
@@ -179,16 +180,16 @@ def folders(data_dir):
 
 
 def find(name, data_dir=""):
-    """The Task called name: of the table, of a local folder, or both. Raises UserError for an
-    unknown name."""
+    """The Task called name, from TASKS, from a local folder, or from both. Raises UserError if
+    there is none."""
     local = folders(data_dir) if data_dir else {}
     task = TASKS.get(name)
     if name in local:
         if find_files(local[name], "corpus.jsonl*"):
-            is_known = task is not None and task.kind == "retrieval"
-            task = task if is_known else Task("retrieval")
+            if task is None or task.kind != "retrieval":
+                task = Task("retrieval")
         else:
-            task = described(task, local[name])
+            task = described_task(task, local[name])
         return dataclasses.replace(task, folder=local[name], make=None)
     if task is None:
         names = ", ".join(sorted(TASKS.keys() | local.keys()))
@@ -204,15 +205,19 @@ def find(name, data_dir=""):
     return task
 
 
-def described(task, folder):
-    """The task of a local folder: the table's, whose labels its info.json must not contradict, or
-    info.json's own."""
+def described_task(task, folder):
+    """The Task of a local folder: the table's if it has one, otherwise what info.json describes.
+
+    task: the table's, or None. Raises UserError if info.json has other labels than the table.
+    """
     path = os.path.join(folder, "info.json")
     if not os.path.isfile(path):
         return task
     try:
         info = read_json(path)
-        labels, fields, label = tuple(info["label_names"]), info["text_fields"], info["label_field"]
+        labels = tuple(info["label_names"])
+        text_fields = info["text_fields"]
+        label_field = info["label_field"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected label_names, text_fields and label_field "
                         f"({error!r})") from None
@@ -221,7 +226,8 @@ def described(task, folder):
             raise UserError(f"{path} has the labels {labels}, and the table in tasks/registry.py "
                             f"{task.labels}")
         return task
-    if fields == ["tokens"]:
-        return Task("token", labels, label=label)
-    template = info.get("template", "\n".join(f"{{{name}}}" for name in fields))
-    return Task("sequence", labels, label=label, template=template)
+    if text_fields == ["tokens"]:
+        return Task("token", labels, label=label_field)
+    # by default the text has one field a line: "{question}\n{passage}"
+    template = info.get("template", "\n".join(f"{{{name}}}" for name in text_fields))
+    return Task("sequence", labels, label=label_field, template=template)

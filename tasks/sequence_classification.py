@@ -1,7 +1,7 @@
-"""Sequence classification: one label for a text, such as SST-2, MNLI and QQP.
+"""Sequence classification: one label for a text, as in SST-2, MNLI and QQP.
 
-The head reads the mean of the last hidden states; its loss is the cross-entropy of the label, its
-score accuracy. The paper's code does the same, so there is no paper variant.
+The head reads the mean of the last hidden states. The loss is the cross-entropy of the label, and
+the score is accuracy. The paper's code does the same, so there is no paper variant.
 """
 import os
 import string
@@ -11,7 +11,7 @@ import numpy as np
 
 from model import SequenceHead
 from tasks import metrics
-from tasks.family import Family, label_id, value
+from tasks.family import Family, field_of, label_id
 
 
 class SequenceClassification(Family):
@@ -21,9 +21,10 @@ class SequenceClassification(Family):
 
     def read(self, row, where):
         """{"text", "label": id}. The task's template makes the text from the row's fields."""
+        # the names between the braces of the template, such as "premise" and "hypothesis"
         names = [name for _, name, _, _ in string.Formatter().parse(self.task.template) if name]
-        fields = {name: value(row, name, str, where) for name in names}
-        label = value(row, self.task.label, object, where)
+        fields = {name: field_of(row, name, str, where) for name in names}
+        label = field_of(row, self.task.label, object, where)
         return {"text": self.task.template.format(**fields),
                 "label": label_id(self.task.labels, label, where)}
 

@@ -1,8 +1,8 @@
 """Token classification: a label for every word, such as entities in IOB2 ("B-PER", "I-PER", "O").
 
-The head gives every token a score for each label. Here a word is trained and read at its first
-token, and the score is entity F1. The paper's code trains all tokens of a word, lets them vote, and
-has a score of its own: PaperTokenClassification.
+The head gives every token a score for each label. A word's label is trained, and predicted, at its
+first token, and the score is entity F1. The paper's code trains all tokens of a word, lets them
+vote, and has a score of its own: PaperTokenClassification.
 """
 import functools
 
@@ -11,41 +11,44 @@ import numpy as np
 from core.configurator import UserError
 from model import TokenHead
 from tasks import metrics
-from tasks.family import Family, label_id, mean, value
+from tasks.family import Family, field_of, label_id, mean
 from tasks.packing import rows
 
 
 class TokenClassification(Family):
-    """A word is trained and read at its first token; the score is entity F1.
+    """A word's label is trained, and predicted, at its first token; the score is entity F1.
 
-    The arrays of its sequences have one value a token: "target", the id of its word's label (-100
-    at eos); "word", the index of its word (-1 at eos); "first", whether it stands for its word.
+    What `encode` adds to the arrays of packing.py, a value for each of N tokens:
+
+        target [N]   the id of its word's label; -100 at eos
+        word [N]     the index of its word; -1 at eos
+        first [N]    true if the word's label is trained and predicted here
     """
 
     title = "token classification"
     leaves_out_empty = True       # a sentence without words has nothing to score
-    headline = "f1"               # the score that counts
+    main_score = "f1"             # which of the scores is "score"
 
     # ---- data
 
     def read(self, row, where):
-        """{"words", "tags": ids}. Tags become IOB2: an entity begins with B-, also after another
-        one."""
-        words = value(row, self.task.words, list, where)
+        """{"words", "tags": label ids}. Tags become IOB2, where every entity begins with B-."""
+        words = field_of(row, self.task.words, list, where)
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: the field '{self.task.words}' holds something that is not "
                             "a string")
         labels = self.task.labels
-        tags = [label_id(labels, tag, where) for tag in value(row, self.task.label, list, where)]
+        tags = [label_id(labels, tag, where) for tag in field_of(row, self.task.label, list, where)]
         if len(words) != len(tags):
             raise UserError(f"{where} has {len(words)} words and {len(tags)} tags")
-        # in IOB1 an I- may begin an entity
-        type_before = None
+
+        # IOB1 -> IOB2: an I- that does not continue the entity before it begins one
+        previous_type = None
         for i, tag in enumerate(tags):
             prefix, _, entity_type = labels[tag].partition("-")
-            if prefix == "I" and entity_type != type_before:
+            if prefix == "I" and entity_type != previous_type:
                 tags[i] = labels.index(f"B-{entity_type}")
-            type_before = entity_type
+            previous_type = entity_type
         return {"words": words, "tags": tags}
 
     def key_text(self, example):
@@ -54,28 +57,31 @@ class TokenClassification(Family):
     def encode(self, examples, tokenizer, max_length):
         """Yields (example index, its one sequence, whether it was cut).
 
-        Words are encoded one by one, each with the space before it. The ids are those of the whole
-        sentence, because no tokenizer's pattern here spans a word and the space after it.
+        Words are encoded one by one, each with the space before it. That gives the ids of the whole
+        sentence, because none of our tokenizers has a token that spans a word and the space after
+        it.
         """
         ranks = tokenizer.encoding._mergeable_ranks
         blank_ids = {token_id for token, token_id in ranks.items() if not token.strip()}
 
         @functools.cache
         def encode_word(text):
-            """A word's ids, and the place of the token that stands for it: the first that is not a
-            bare space (" 1996" may be " ", "199", "6"), or -1 if all are."""
+            """The ids of a word, and which of them stands for it: the first that is not a bare
+            space (" 1996" may be " ", "199", "6"), or -1 if all are."""
             ids = tokenizer.encode(text)
             visible = [place for place, token_id in enumerate(ids) if token_id not in blank_ids]
             return ids, visible[0] if visible else -1
 
-        # an example -> one sequence: its words' tokens end to end, cut to max_length, and eos
         for index, example in enumerate(examples):
+            # the tokens of all words, end to end
             ids, word_of, is_first = [], [], []
             for w, word in enumerate(example["words"]):
                 word_ids, first = encode_word(word if w == 0 else f" {word}")
                 ids += word_ids
                 word_of += [w] * len(word_ids)
                 is_first += [place == first for place in range(len(word_ids))]
+
+            # cut to max_length, eos included
             n = min(len(ids), max_length - 1)
             tags = np.array(example["tags"], np.int32)
             sequence = {
@@ -103,22 +109,22 @@ class TokenClassification(Family):
     def predict(self, outputs):
         """One list of labels per example, a label for every word.
 
-        A word's label is read at its first token. Words that max_length cut off were never seen by
-        the model: they count as "O".
+        A word's label is predicted at its first token. The model never saw the words that
+        max_length cut off: they count as "O".
         """
         predictions = []
         for i, (example, token_logits) in enumerate(zip(outputs.examples, outputs.logits)):
             token_labels = token_logits.argmax(axis=1)                       # [tokens]
             word_of = rows(outputs.sequences, "word", [i])                   # [tokens]
-            word_labels = [0] * len(example["words"])
+            word_labels = [0] * len(example["words"])                        # label 0 is "O"
             for token in np.flatnonzero(rows(outputs.sequences, "first", [i])):
                 word_labels[word_of[token]] = token_labels[token]
             predictions.append([self.task.labels[label] for label in word_labels])
         return predictions
 
     def score(self, split, predictions):
-        """Precision, recall and F1 of the entities, F1 with IOB2 read strictly, and the paper's
-        score."""
+        """Precision, recall and F1 of the entities, their F1 under a strict reading of IOB2, and
+        the paper's score, of which each sentence has its own."""
         gold, per_sentence = [], []
         for example, labels in zip(split.examples, predictions):
             gold_labels = [self.task.labels[tag] for tag in example["tags"]]
@@ -127,7 +133,7 @@ class TokenClassification(Family):
         scores = metrics.entity_f1(gold, predictions)
         scores["strict_f1"] = metrics.entity_f1(gold, predictions, strict=True)["f1"]
         scores["sentence_macro_f1"] = mean(per_sentence)
-        return {"score": scores[self.headline]} | scores, per_sentence
+        return {"score": scores[self.main_score]} | scores, per_sentence
 
     def baseline(self, splits):
         """No entity anywhere."""
@@ -137,13 +143,13 @@ class TokenClassification(Family):
 
 
 class PaperTokenClassification(TokenClassification):
-    """The paper's code: each token of a word is trained on its label, and the majority decides.
+    """The paper's code: each token of a word is trained on its label, and votes for the word's.
 
-    Of labels with equal votes the lowest id wins (in the paper's code, whichever a set yields
-    first).
+    The label with the most votes wins; of several, the one with the lowest id (in the paper's code,
+    the one that a Python set happens to yield first).
     """
 
-    headline = "sentence_macro_f1"
+    main_score = "sentence_macro_f1"
 
     def targets(self, sequences, indices):
         """A word's label at each of its tokens."""
@@ -151,13 +157,12 @@ class PaperTokenClassification(TokenClassification):
         return {"ids": labels}, int((labels >= 0).sum())
 
     def predict(self, outputs):
-        """One list of labels per example, a label for every word; words that were cut off are
-        "O"."""
+        """One list of labels per example, a label for every word; "O" if it was cut off."""
         predictions = []
         for i, (example, token_logits) in enumerate(zip(outputs.examples, outputs.logits)):
             token_labels = token_logits.argmax(axis=1)                       # [tokens]
             word_of = rows(outputs.sequences, "word", [i])                   # [tokens]
-            word_labels = [0] * len(example["words"])
+            word_labels = [0] * len(example["words"])                        # label 0 is "O"
             for word in set(word_of[word_of >= 0].tolist()):
                 votes = np.bincount(token_labels[word_of == word])           # [labels]
                 word_labels[word] = votes.argmax()

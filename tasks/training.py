@@ -12,14 +12,16 @@ class Diverged(Exception):
 
 
 def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
-    """Train one trial as in the paper's section 4 and its code. Returns the loss curve.
+    """Train one trial, as section 4 of the paper and its code do. Raises Diverged.
 
-    parameters: list of tensors; weight decay applies only to those of two or more dimensions.
-    micro_batches(step) -> [(batch, number of targets)]; loss_of(batch) -> the sum of its targets'
-    losses. The step's loss is the mean over all its targets, so how a step is cut into
-    micro-batches changes nothing. c: GridSettings. name: for the progress bar. reduce(): sums the
-    gradients of the processes that share a step; called before the clip. The curve is [[step, mean
-    loss since the entry before], ...], with about ten entries. Raises Diverged.
+    parameters: list of tensors. Weight decay applies only to those of two or more dimensions.
+    micro_batches(step) -> [(batch, number of targets)].
+    loss_of(batch) -> the sum of the losses of its targets. The loss of a step is the mean over all
+    its targets, however it is cut into micro-batches.
+    c: GridSettings. name: shown by the progress bar.
+    reduce(): sums the gradients over the processes that share a step, before they are clipped.
+
+    Returns the loss curve, about ten entries [step, mean loss since the entry before].
     """
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
@@ -27,7 +29,8 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
     ]
     optimizer = torch.optim.AdamW(
         groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-    curve, pending = [], []
+    curve = []
+    pending = []           # losses and gradient norms that are not in the curve yet
     bar = tqdm(range(steps), desc=name, leave=False, disable=not shows_progress())
     for step in bar:
         for group in optimizer.param_groups:
@@ -35,10 +38,10 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
 
         # gradients of the mean loss over the step's targets, summed over its micro-batches
         batches = micro_batches(step)
-        targets = max(1, sum(count for _, count in batches))
+        n_targets = max(1, sum(count for _, count in batches))
         loss = 0.0
         for batch, _ in batches:
-            batch_loss = loss_of(batch) / targets
+            batch_loss = loss_of(batch) / n_targets
             batch_loss.backward()
             loss += batch_loss.detach()
         if reduce:
@@ -47,8 +50,8 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Reading a loss makes the host wait for the device, so it is read only ten times. A
-        # gradient that is not finite ruins the weights, too.
+        # Reading a loss makes the CPU wait for the GPU, so it is read only about ten times. The
+        # gradient's norm is read with it, since a gradient that is not finite ruins the weights.
         pending.append(torch.stack([loss.float(), norm.float()]))
         if len(pending) >= steps / 10 or step == steps - 1:
             mean, norm = torch.stack(pending).mean(0).tolist()
@@ -62,10 +65,9 @@ def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
 
 
 def share_of_peak(step, steps, warmup):
-    """The learning rate of a step as a share of the peak: Hugging Face's schedule, which begins at
-    0.
+    """The learning rate of a step as a share of the peak: up from 0, then down to 0, both linear.
 
-    warmup: a share of the steps.
+    As Hugging Face's get_linear_schedule_with_warmup. warmup: a share of the steps.
     """
     warmup_steps = math.ceil(warmup * steps)
     if step < warmup_steps:

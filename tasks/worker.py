@@ -1,9 +1,9 @@
-"""One process of a grid of fine-tuning trials: the encoder, a copy of its weights, and the facts
-that every row records.
+"""One process of a grid of fine-tuning trials: the encoder, a copy of its pretrained weights, and
+the facts that every row records.
 
-finetune.py and eval_ir.py each derive their own Worker from this one. Loading a checkpoint takes
-longer than resetting it, so a worker loads it once and copies the weights back before each trial.
-tasks/queue.py hands out the trials.
+finetune.py and eval_ir.py each derive their own worker from this one. To load a checkpoint takes
+longer than to reset the encoder, so a worker loads it once and copies the weights back before each
+trial. tasks/queue.py hands out the trials.
 """
 import os
 import subprocess
@@ -25,7 +25,8 @@ from tasks import queue
 class GridSettings:
     """The settings that finetune.py and eval_ir.py share.
 
-    Each program adds its own, and writes a shared one again where it has more to say about it.
+    Each program adds settings of its own, and repeats a shared one to give it another default or
+    comment.
     """
     # what
     ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
@@ -39,7 +40,7 @@ class GridSettings:
     # how
     mode: str = "standard"          # standard, or paper: as the paper's code has it
     steps: int = 0                  # of each trial; 0: the paper's
-    batch: int = 32                 # examples in a step
+    batch: int = 32                 # sequences in a step: examples, or windows of long ones
     warmup: float = 0.1             # share of the steps
     beta1: float = 0.9              # AdamW
     beta2: float = 0.95             # AdamW
@@ -58,32 +59,33 @@ class GridSettings:
     cache_dir: str = "data/tasks"   # tokenized data sets
 
 
-# Settings that may differ between processes that share a grid: where and how it runs, and how much
-# of it.
+# Settings that may differ between the processes of a grid: they say how and where a process runs,
+# and which trials, but not what a trial is.
 FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention",
         "micro_tokens", "eval_tokens", "cache_dir", "keep")
 
 
 def split_names(text):
-    """The names in "sst2, my task" -> ("sst2", "my task"). Your own task has its folder's name,
-    which may contain spaces."""
+    """The names in a list like "sst2,my task". -> ("sst2", "my task")
+
+    Your own task has the name of its folder, which may contain spaces.
+    """
     names = [name.strip() for name in text.split(",")]
     return tuple(name for name in names if name)
 
 
-def check(c, every, demo):
-    """Returns the names of the tasks. Raises UserError if a setting is wrong, whatever the
-    checkpoint.
+def check(c, all_names, demo_names):
+    """The names of the tasks. Raises UserError for a setting that no checkpoint would make right.
 
-    c: GridSettings. every, demo: the names that --tasks=all and --tasks=demo stand for.
+    c: GridSettings. all_names, demo_names: what --tasks=all and --tasks=demo stand for.
     """
     if not c.ckpt:
         raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest "
                         "checkpoint")
     if c.tasks == "all":
-        names = every
+        names = all_names
     elif c.tasks == "demo":
-        names = demo
+        names = demo_names
     else:
         names = split_names(c.tasks)
     wrong_lrs = [lr for lr in c.lrs if type(lr) is not float or not 0 < lr < float("inf")]
@@ -100,17 +102,17 @@ def check(c, every, demo):
     if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
         raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least "
                         "0, and 0 <= warmup < 1")
-    if not c.grad_clip >= 0:      # also refuses NaN
+    if not c.grad_clip >= 0:      # true for NaN, too
         raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients "
                         "may have, or 0 for no clipping")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(names))      # each name once
 
 
 class Worker:
     """Holds what all trials of a process share.
 
-    c: GridSettings. path: the checkpoint's folder. free: settings that processes of one grid need
-    not agree on. Raises UserError if the checkpoint and the settings do not fit together.
+    c: GridSettings. path: the checkpoint's folder. free: names of the settings that may differ
+    between the processes of a grid. Raises UserError if the settings do not fit the checkpoint.
     """
 
     def __init__(self, c, path, free=FREE):
@@ -120,17 +122,18 @@ class Worker:
         state = checkpoint.read_state(path)
         self.tokenizer = checkpoint.tokenizer_of(path)
         config = ModelConfig(**state["model"])
-        # raises if it cannot run here
+        # called for its UserError, if this attention cannot run here
         pick_attention(c.attention, self.device, self.dtype, config)
         if self.tokenizer.vocab_size != config.vocab_size:
             raise UserError(f"{path} has a vocabulary of {config.vocab_size:,}, but the tokenizer "
-                            "beside it has "
-                            f"{self.tokenizer.vocab_size:,}: they do not belong together")
+                            f"beside it has {self.tokenizer.vocab_size:,}: they do not belong "
+                            "together")
         self.max_length = c.max_length or round(0.99 * config.block_size)
         if self.max_length < 16:
             raise UserError(f"max_length={c.max_length}: expected at least 16 tokens")
 
-        # the encoder, and a copy of its weights that every trial starts from
+        # The encoder, a copy of the weights that every trial starts from, and what the checkpoint
+        # says about its pretraining.
         torch.manual_seed(0)
         if c.random_weights:
             self.encoder = Encoder(config, c.attention).to(self.device)
@@ -141,12 +144,12 @@ class Worker:
         self.encoder.to(getattr(torch, c.param_dtype))
         self.weights = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
 
-        # what every row says, and what all rows of a folder must agree on
+        # What every row records, and the settings that all rows of a folder must share.
         self.facts = self.describe(path, state["step"])
         self.settings = {key: value for key, value in asdict(c).items() if key not in free}
         self.settings |= {key: self.facts[key] for key in ("ckpt_sha", "dtype", "max_length")}
         if not c.steps:
-            del self.settings["steps"]      # each task has its own number
+            del self.settings["steps"]      # then each task has its own number of steps
 
     def describe(self, path, step):
         """The facts about encoder, settings and machine that every row records."""
@@ -159,16 +162,16 @@ class Worker:
         return {"v": 1, "model": name, "step": step, "ckpt_sha": weights_digest(path)[:16],
                 "mode": self.c.mode, "param_dtype": self.c.param_dtype, "dtype": self.dtype,
                 "causal": self.c.causal, "max_length": self.max_length, "device": device_name,
-                "torch": torch.__version__, "code": code()}
+                "torch": torch.__version__, "code": git_commit()}
 
     def autocast(self):
-        """The context that forward passes run in."""
+        """The context manager that forward passes run in."""
         if self.dtype == "bfloat16":
             return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
         return nullcontext()
 
     def restore(self, seed):
-        """Give the encoder its pretrained weights back, and set the trial's seed."""
+        """Reset the encoder to its pretrained weights, and torch's random numbers to a seed."""
         self.encoder.load_state_dict(self.weights)
         torch.manual_seed(seed)
 
@@ -176,13 +179,13 @@ class Worker:
         """The parameters of the encoder that a trial trains: all but the LM head."""
         return [p for name, p in self.encoder.named_parameters() if not name.startswith("lm_head")]
 
-    def keep(self, folder, trial, row, head=None):
-        """Save a trial's encoder, and its head, beside its row: a run folder that --ckpt and `hf.py
-        export` accept.
+    def save_encoder(self, out_dir, trial, row, head=None):
+        """Save a trial's encoder, and its head, in a folder beside its row.
 
-        row: recorded in state.json under "fine_tuned".
+        --ckpt and `hf.py export` accept this folder as a run. row: its state.json records it under
+        "fine_tuned".
         """
-        folder = queue.path_of(folder, trial, "encoder")
+        folder = queue.path_of(out_dir, trial, "encoder")
         os.makedirs(folder, exist_ok=True)
         tokenizer.save(self.tokenizer, folder)
         left_out = ("train_loss", "per_item", "secs")
@@ -192,28 +195,32 @@ class Worker:
         checkpoint.save(folder, row["steps"], self.encoder.float(), state, head=head)
         self.encoder.to(getattr(torch, self.c.param_dtype))
 
-    def settle(self, folder, name, facts, keys=("data", "steps")):
-        """Write settings.json of a task's trials if they have none; raise UserError if it says
-        something else."""
-        path = settings_path(folder, name)
+    def record_settings(self, out_dir, name, facts, keys=("data", "steps")):
+        """Write the settings of a task's trials into their settings.json.
+
+        Raises UserError if an earlier worker has written other ones. keys: the facts that belong to
+        the settings.
+        """
+        path = settings_path(out_dir, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         settings = self.settings | {key: facts[key] for key in keys}
         queue.finish(path, settings)       # an existing file stays
-        same_settings(path, settings)
+        check_same_settings(path, settings)
 
-    def refuse_other_settings(self, folder, facts_of_tasks):
-        """Raise UserError if trials of a task have other settings, before any data is read.
+    def refuse_other_settings(self, out_dir, facts_of_tasks):
+        """Raise UserError if earlier trials of a task have other settings. Reads no data for that.
 
         facts_of_tasks: {name: the facts about its trials that are known without its data}
         """
         for name, facts in facts_of_tasks.items():
-            if os.path.isfile(settings_path(folder, name)):
-                same_settings(settings_path(folder, name), self.settings | facts)
+            path = settings_path(out_dir, name)
+            if os.path.isfile(path):
+                check_same_settings(path, self.settings | facts)
 
 
 def local_device(name):
-    """The device of this process: of several GPUs the one that torchrun's LOCAL_RANK names.
-    Processes may share a GPU."""
+    """The device of this process. If there are several GPUs, torchrun's LOCAL_RANK chooses one. If
+    there are more processes than GPUs, they share them."""
     device = pick_device(name)
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -231,30 +238,35 @@ def weights_digest(path):
     raise UserError(f"{path} is damaged: {checkpoint.SUMS} does not list model.safetensors")
 
 
-def code():
+def git_commit():
     """The commit of this repository, or None outside of a git checkout."""
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 
-def keep_items(folder, trial, **arrays):
-    """Write each example's own score to an .npz beside a trial's row. Returns the file's name, for
-    the row."""
-    path = queue.path_of(folder, trial, "npz")
+def save_example_scores(out_dir, trial, **scores_of_split):
+    """Write each example's own score to an .npz beside a trial's row. -> the name of the file
+
+    scores_of_split: an array for each split.
+    """
+    path = queue.path_of(out_dir, trial, "npz")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(unique(path), "wb") as f:
-        np.savez_compressed(f, **arrays)
+        np.savez_compressed(f, **scores_of_split)
     os.replace(unique(path), path)
     return os.path.basename(path)
 
 
-def settings_path(folder, name):
-    return os.path.join(folder, "trials", name, "settings.json")
+def settings_path(out_dir, name):
+    return os.path.join(out_dir, "trials", name, "settings.json")
 
 
-def same_settings(path, settings):
-    """Raise UserError if the trials beside path were run with other settings."""
+def check_same_settings(path, settings):
+    """Raise UserError if the settings.json at path holds other settings.
+
+    A setting that the file lacks is not compared: the file may be older than the setting.
+    """
     old = read_json(path)
     shared = {key: value for key, value in settings.items() if key in old}
     changed = differences(old, shared, free=())

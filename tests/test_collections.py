@@ -92,7 +92,7 @@ def test_validation_is_cut_by_a_hash_of_the_query_where_there_is_none(tmp_path):
     # the same query is on the same side in a collection with others
     fewer = load_collection("rivers", collection(tmp_path / "c", queries=queries, test=rows[::2]))
     assert set(fewer.qrels["test"]) == set(halves.qrels["test"]) & {q for q, *_ in rows[::2]}
-    with pytest.raises(UserError, match="rivers has no training pairs .*: name a collection that has, --train_on=NAME"):
+    with pytest.raises(UserError, match="rivers has no training pairs .*: name a collection that has some, --train_on=NAME"):
         training_pairs(halves)
 
 
@@ -111,7 +111,7 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
     tok = tokenizer.load(corpus_dir)
     texts = [(f"d{i}", f"Document: the state of the union {i} " + "and so on " * (i % 40)) for i in range(95)]
     monkeypatch.setattr(tokens, "BATCH", 10)
-    encoded, ids = tokens.encoded("x", lambda: iter(texts), tok, 64, "key", str(tmp_path))
+    encoded, ids = tokens.cached_tokens("x", lambda: iter(texts), tok, 64, "key", str(tmp_path))
     assert ids == [id_ for id_, _ in texts] and len(encoded["bounds"]) == 96 and isinstance(encoded["tokens"], np.memmap)
     ids_by_text = [tok.encode(text) for _, text in texts]
     for i, ids_of in enumerate(ids_by_text):
@@ -120,9 +120,9 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
 
     def never():
         raise AssertionError("tokenized twice")
-    again, _ = tokens.encoded("x", never, tok, 64, "key", str(tmp_path))
+    again, _ = tokens.cached_tokens("x", never, tok, 64, "key", str(tmp_path))
     assert np.array_equal(again["tokens"], encoded["tokens"])
-    assert len(tokens.encoded("x", lambda: iter(texts[:5]), tok, 64, "other", str(tmp_path))[1]) == 5
+    assert len(tokens.cached_tokens("x", lambda: iter(texts[:5]), tok, 64, "other", str(tmp_path))[1]) == 5
     assert all("." not in name for name in map(str, (p.name for p in tmp_path.iterdir())))       # nothing temporary is left
 
 

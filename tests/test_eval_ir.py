@@ -40,8 +40,8 @@ def rows(folder):
 
 
 def worker(c):
-    retriever = eval_ir.Worker(c, checkpoint.find(c.ckpt), ALONE)
-    retriever.load([eval_ir.Search(task=c.tasks, pool="full", own_pool="full", train_on=c.tasks)], c.out_dir)
+    retriever = eval_ir.RetrievalWorker(c, checkpoint.find(c.ckpt), ALONE)
+    retriever.load([eval_ir.Search(task=c.tasks, pool="full", usual_pool="full", train_on=c.tasks)], c.out_dir)
     retriever.restore(0)
     return retriever
 

@@ -141,7 +141,7 @@ def test_exported_models_have_our_logits_ids_answers_and_embeddings_in_a_fresh_p
     assert heads["max_seq_length"] == our_worker.max_length
     for kind, prefix in (("query", "Query: "), ("document", "Document: "), ("plain", "")):
         texts = [(i, prefix + text) for i, text in enumerate(trained["sentences"])]
-        encoded, _ = tokens.encoded("texts", lambda texts=texts: texts, tok, our_worker.max_length, (kind,), str(tmp_path / "cache"))
+        encoded, _ = tokens.cached_tokens("texts", lambda texts=texts: texts, tok, our_worker.max_length, (kind,), str(tmp_path / "cache"))
         check_close(tensors[f"trained.False.sentences.{kind}"], our_worker.embeddings(encoded, "texts"), 1e-5)
 
 

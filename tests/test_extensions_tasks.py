@@ -14,7 +14,7 @@ from model import TokenHead
 from reporting.read import read_trials
 from reporting.tables import trial_table
 from tasks import metrics, registry
-from tasks.family import Family, value
+from tasks.family import Family, field_of
 from tasks.packing import rows
 from tasks.registry import Task
 
@@ -72,8 +72,8 @@ class MultipleChoice(Family):
     per_sequence = ("target",)
 
     def read(self, row, where):
-        return {"question": value(row, "question", str, where), "choices": value(row, "choices", list, where),
-                "answer": value(row, "answer", int, where)}
+        return {"question": field_of(row, "question", str, where), "choices": field_of(row, "choices", list, where),
+                "answer": field_of(row, "answer", int, where)}
 
     def key_text(self, example):
         return example["question"]

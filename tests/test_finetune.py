@@ -87,7 +87,7 @@ def test_a_seed_decides_head_and_order_and_the_same_twice_is_the_same_to_the_bit
 
 def test_every_epoch_reads_every_example_once_in_an_order_of_its_own(small):
     c = small(steps=14, batch=30)
-    worker = finetune.Worker(c, checkpoint.find(c.ckpt))
+    worker = finetune.FineTuningWorker(c, checkpoint.find(c.ckpt))
     worker.load_task("sst2", c.out_dir)
     family, orders = worker.data.family, []
     head, targets = family.new_head(worker.encoder.config.n_embd), family.targets

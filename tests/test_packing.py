@@ -10,7 +10,7 @@ from core import tokenizer
 from core.files import unique
 from tasks import loading, packing, registry
 from tasks.family import Outputs, Split
-from tasks.question_answering import LONGEST_ANSWER, Answer, best_span, best_threshold, gold_texts
+from tasks.question_answering import LONGEST_ANSWER, Prediction, best_span, best_threshold, gold_texts
 
 WORDS = ["In", "1996", ",", "Żółw", "the", "U.N.", "'s", "café", "日本", "$", "3,000", "won", "(", "Dr.", "O'Neill", ")"]
 
@@ -134,11 +134,11 @@ def test_a_question_without_an_answer_points_at_eos_and_needs_every_window_to_sa
         assert family.targets(encoded, [i])[0]["ids"].tolist() == [[length[i] - 1] * 2]
     outputs = oracle(family, examples, encoded)
     none, ada = family.predict(outputs)
-    assert none.margin > 0 and ada.text == "Ada" and ada.margin < 0
+    assert none.no_answer_margin > 0 and ada.text == "Ada" and ada.no_answer_margin < 0
     outputs.logits[windows[0][1]][40] = 8.0          # one window has an answer, less sure than all are of "none"
-    assert family.predict(outputs)[0].margin > 0
+    assert family.predict(outputs)[0].no_answer_margin > 0
     outputs.logits[windows[0][1]][-1] = 0.0          # ... and does not say "none" itself: the least sure window decides
-    assert family.predict(outputs)[0].margin < 0
+    assert family.predict(outputs)[0].no_answer_margin < 0
 
 
 def test_an_answer_is_looked_for_in_the_context_and_never_in_the_question(tok):
@@ -158,12 +158,12 @@ def test_the_threshold_of_no_answer_is_validations_best_and_the_test_set_keeps_i
     family, rng = registry.family_of(registry.TASKS["squad_v2"]), np.random.default_rng(0)
     data = Split([{"answers": [("Ada", 0)] if i % 2 else []} for i in range(40)], {})
     gold = gold_texts(data.examples)
-    answers = [Answer("Ada" if rng.random() < 0.5 else "Grace", margin=float(rng.normal() + (i % 2 == 0))) for i in range(40)]
+    answers = [Prediction("Ada" if rng.random() < 0.5 else "Grace", no_answer_margin=float(rng.normal() + (i % 2 == 0))) for i in range(40)]
     scores, items = family.score(data, answers, best_threshold(answers, gold))
-    at = {t: family.score(data, answers, t)[0] for t in [a.margin for a in answers] + [-9.0, 0.0]}
+    at = {t: family.score(data, answers, t)[0] for t in [a.no_answer_margin for a in answers] + [-9.0, 0.0]}
     assert scores["f1"] == max(s["f1"] for s in at.values()) > at[-9.0]["f1"] == 0.5 and sum(items) / 40 == scores["score"]
     assert scores == at[scores["null_threshold"]] and scores["untuned_f1"] == at[0.0]["f1"] < scores["f1"]
-    wrong = [Answer("Grace", margin=-5.0)] * 40                  # never right: it abstains, and equals the baseline
+    wrong = [Prediction("Grace", no_answer_margin=-5.0)] * 40                  # never right: it abstains, and equals the baseline
     scores, _ = family.score(data, wrong, best_threshold(wrong, gold))
     assert scores["f1"] == scores["no_answer_f1"] / 2 == 0.5 and scores["untuned_f1"] == 0
 
