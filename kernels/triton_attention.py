@@ -223,9 +223,9 @@ def forward_kernel(Q, K, V, O, LSE, START, END, scale, T, H,
     is_empty = row_sum == 0.0
     row_sum = tl.where(is_empty, 1.0, row_sum)
     store(O, acc / row_sum[:, None], first_query, head, H, T, D, BM, BD)
-    lse = tl.where(is_empty, float("inf"), row_max + tl.math.log2(row_sum))
     queries = first_query + tl.arange(0, BM)
     pointers = LSE + tl.cast(head, tl.int64) * T + queries
+    lse = tl.where(is_empty, float("inf"), row_max + tl.math.log2(row_sum))
     tl.store(pointers, lse, mask=queries < T)
 
 
