@@ -63,7 +63,7 @@ def finetune(c):
     names = {
         "one": "finetune.py, one worker",
         "several": f"finetune.py, {n_workers} workers (torchrun)",
-        "trainer": "Hugging Face Trainer loop: pads, loads the model anew for each trial",
+        "trainer": "Hugging Face Trainer loop: pads, loads the model again for each trial",
     }
     print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of "
           f"{c.trial_steps} steps of {BATCH}, and evaluation\n\n"

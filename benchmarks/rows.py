@@ -58,7 +58,7 @@ def record(path, row, device):
 
 
 def log(line):
-    """Print a line at once, so that a run that is cut short has shown what it knows."""
+    """Print a line at once, so that a run that is cut short has shown its results so far."""
     print(line, flush=True)
 
 

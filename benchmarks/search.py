@@ -41,7 +41,7 @@ NAMES = {
 class Config:
     # the corpus
     documents: int = 1_000_000   # random unit vectors
-    queries: int = 1000          # likewise
+    queries: int = 1000          # random unit vectors, too
     width: int = 768             # of an embedding: 210m's
     # how
     device: str = "auto"         # of ours: cuda where there is one, else cpu
