@@ -1,11 +1,11 @@
 """Speed, measured beside the peers. Each part is a file of benchmarks/ with its own settings.
 
     python bench.py train          # a training step: ours, Hugging Face's EuroBERT, nanoGPT
-    python bench.py profile        # where such a step's time goes
+    python bench.py profile        # where the time of a training step goes
     python bench.py steady         # train.py for a thousand steps: still as fast? more memory?
-    python bench.py ddp            # train.py by two processes under DDP, beside one
+    python bench.py ddp            # train.py on two processes under DDP, beside one
     python bench.py memory         # the most rows a step can have, activations checkpointed or not
-    python bench.py data           # batches from a corpus; preparing one, beside nanoGPT's way
+    python bench.py data           # batches from a corpus, and preparing one beside nanoGPT's way
     python bench.py kernels        # attention and loss beside PyTorch's, on a CUDA GPU
     python bench.py finetune       # a grid of fine-tuning trials beside a Hugging Face Trainer loop
     python bench.py search         # exact search in a million documents, beside numpy and FAISS
@@ -13,7 +13,7 @@
     python bench.py steps          # the training step of several sizes, in one process
     python bench.py readme         # the tables of docs/speed.md, from the rows in results/speed/
 
-`python bench.py PART --help` shows a part's settings; --to=FILE.jsonl appends a row for each fact.
+`python bench.py PART --help` shows a part's settings; --to=FILE.jsonl keeps its results as rows.
 """
 import sys
 from collections import namedtuple
@@ -35,7 +35,7 @@ from benchmarks import (
 )
 from core.configurator import run
 
-# A part is a function of its settings, and the dataclass of these.
+# A part is a function, and the dataclass of the settings that it takes.
 Part = namedtuple("Part", ["function", "settings"])
 PARTS = {
     "train": Part(train.train, train.Config),
@@ -51,7 +51,7 @@ PARTS = {
     "steps": Part(steps.steps, steps.Config),
     "readme": Part(tables.readme, tables.Config),
 }
-# The processes that parts start.
+# What some parts start as processes of their own.
 INTERNAL = {
     "contestant": Part(race.run_contestant, race.ContestantConfig),
     "trial": Part(alive.trial, alive.TrialConfig),
@@ -65,10 +65,10 @@ def main():
     if name in ("--help", "-h"):
         print(__doc__.strip())
     elif name in PARTS or name in INTERNAL:
-        # The part's name comes first, and what follows are its settings.
-        chosen = (PARTS | INTERNAL)[name]
+        # Take the name off the command line: what follows are the settings.
+        selected = (PARTS | INTERNAL)[name]
         del sys.argv[1]
-        run(chosen.function, chosen.settings)
+        run(selected.function, selected.settings)
     else:
         print(f"error: what to measure? python bench.py {'|'.join(PARTS)}", file=sys.stderr)
         sys.exit(2)

@@ -1,13 +1,13 @@
-"""What a checkpoint has learned: text that continues a prompt (causal mask), or words for the gaps
-of a text (bidirectional mask).
+"""See what a checkpoint has learned: let it continue a prompt (causal mask), or fill the gaps of a
+text (bidirectional mask).
 
     python sample.py --ckpt=runs/demo/clm --prompt="The state of the Union"
     python sample.py --ckpt=runs/demo/mlm --fill="We will [MASK] the war and keep the [MASK]."
     python sample.py --compare runs/demo/clm runs/demo/clm_then_mlm --fill="the [MASK] States"
 
-The same weights do both, so --compare shows what the swap of objectives did: before it a model
-writes but cannot fill, after it, it can. Without --prompt and --fill a model writes from the
-beginning of a document.
+The same weights do both, so --compare shows what the swap of objectives did: a model can fill gaps
+after it, but not before. Without --prompt and --fill a model writes from the beginning of a
+document.
 """
 import re
 import shutil
@@ -25,13 +25,13 @@ from core.device import pick_attention, pick_device
 @dataclass
 class Config:
     ckpt: str = ""              # RUN/step_NNNNNNN, or RUN for its newest checkpoint
-    compare: tuple = ()         # several checkpoints instead, side by side
+    compare: tuple = ()         # instead: several checkpoints, side by side
     prompt: str = ""            # text to continue, under the causal mask
-    fill: str = ""              # text whose [MASK]s are to be filled, under the bidirectional mask
+    fill: str = ""              # text whose [MASK]s to fill, under the bidirectional mask
     max_new_tokens: int = 100   # the longest continuation
     num_samples: int = 1        # how many continuations
     temperature: float = 0.8    # 0: always the likeliest token
-    top_k: int = 200            # choose among so many likeliest tokens; 0: among all
+    top_k: int = 200            # draw from so many likeliest tokens; 0: from all
     show: int = 5               # candidates for each [MASK]
     seed: int = 1337            # same seed, same text
     device: str = "auto"        # cuda where there is a GPU, else cpu
@@ -42,10 +42,10 @@ class Config:
 def generate(model, tok, prompt, c, device):
     """Return c.num_samples texts that continue the prompt, each up to eos or c.max_new_tokens.
 
-    Every token is a whole forward pass. A cache of keys and values would be more code than the rest
-    of this file.
+    Every token takes a whole forward pass. A cache of keys and values would be more code than the
+    rest of this file.
     """
-    is_never_written = unwritable(model, tok, device)
+    is_never_written = find_unwritable(model, tok, device)
     generator = torch.Generator(device).manual_seed(c.seed)
     start = tok.encode(prompt) or [tok.eos_id]      # a new document begins after an eos
     tokens = torch.tensor([start] * c.num_samples, device=device)           # [S, L]
@@ -58,13 +58,13 @@ def generate(model, tok, prompt, c, device):
         hidden = model(context.flatten(), cu_seqlens, True, last_positions)                 # [S, C]
         logits = model.logits(hidden).float().masked_fill(is_never_written, float("-inf"))  # [S, V]
 
-        next_tokens = choose(logits, c.temperature, c.top_k, generator)                     # [S, 1]
+        next_tokens = draw_tokens(logits, c.temperature, c.top_k, generator)                # [S, 1]
         tokens = torch.cat([tokens, next_tokens], dim=1)
         is_finished = (tokens[:, len(start):] == tok.eos_id).any(1)                         # [S]
         if is_finished.all():
             break
 
-    # a text ends before its eos
+    # each text ends before its eos
     texts = []
     for ids in tokens[:, len(start):].tolist():
         if tok.eos_id in ids:
@@ -73,8 +73,8 @@ def generate(model, tok, prompt, c, device):
     return texts
 
 
-def unwritable(model, tok, device):
-    """Return which ids must not be written: the mask, and ids that stand for nothing. [V] bool"""
+def find_unwritable(model, tok, device):
+    """Return which ids must not be written: the mask, and ids without a token. -> [V] bool"""
     V = model.config.vocab_size
     is_never_written = torch.ones(V, dtype=torch.bool, device=device)
     writable = [i for i in tok.known_ids if i < V and i != tok.mask_id]
@@ -82,7 +82,7 @@ def unwritable(model, tok, device):
     return is_never_written
 
 
-def choose(logits, temperature, top_k, generator):
+def draw_tokens(logits, temperature, top_k, generator):
     """Draw a token for each row of logits [S, V]. -> ids [S, 1]"""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -96,8 +96,8 @@ def choose(logits, temperature, top_k, generator):
 def fill(model, tok, text, show, device):
     """Return, for each [MASK] of the text, the `show` likeliest tokens as (token, probability).
 
-    The probability is over the whole vocabulary. A mask stands for one token, and a token begins
-    with the space before its word, so the space before [MASK] belongs to the mask.
+    The probability is over the whole vocabulary. A [MASK] stands for a single token. A token
+    includes the space before its word, so the space before [MASK] is removed.
     """
     mask_text = tok.encoding.decode([tok.mask_id])
     pieces = re.split(rf"\s*(?:\[MASK\]|{re.escape(mask_text)})", text)
@@ -114,13 +114,13 @@ def fill(model, tok, text, show, device):
 
     gaps = []
     for gap_ids, probabilities in zip(best.indices.tolist(), best.values.tolist()):
-        candidates = [tok.decode([i]) or f"(row {i})" for i in gap_ids]
+        candidates = [tok.decode([i]) or f"(id {i})" for i in gap_ids]
         gaps.append(list(zip(candidates, probabilities)))
     return gaps
 
 
-def answers(c, path, device):
-    """Return a checkpoint's answers: a text for each gap of --fill, or for each sample."""
+def answer(c, path, device):
+    """Return what a checkpoint answers: a text for each gap of --fill, or for each sample."""
     tok = checkpoint.tokenizer_of(path)
     config = checkpoint.config_of(path)
     pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here
@@ -150,7 +150,7 @@ def print_side_by_side(names, texts):
             lines += textwrap.wrap(paragraph, width) or [""]
         columns.append(lines)
 
-    # print line by line; short columns end in blanks
+    # print line by line, with blanks below the end of a short column
     for i in range(max(len(lines) for lines in columns)):
         cells = []
         for lines in columns:
@@ -161,7 +161,7 @@ def print_side_by_side(names, texts):
 
 
 def check_settings(c):
-    """Raises UserError for settings that contradict each other or make no sense."""
+    """Raise UserError for settings that contradict each other or make no sense."""
     if bool(c.ckpt) == bool(c.compare):
         raise UserError("which checkpoint? --ckpt=RUN/step_NNNNNNN, or --compare A B to see "
                         "several side by side")
@@ -177,9 +177,9 @@ def main(c):
     check_settings(c)
     device = pick_device(c.device)
     paths = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)]
-    texts_of_checkpoint = [answers(c, path, device) for path in paths]
+    texts_of_checkpoint = [answer(c, path, device) for path in paths]
 
-    # first every checkpoint's answer to the first gap, or its first sample, then the second, ...
+    # for the first gap or sample the texts of all checkpoints, then for the second, ...
     noun = "mask" if c.fill else "sample"
     for i, texts in enumerate(zip(*texts_of_checkpoint)):
         if len(texts_of_checkpoint[0]) > 1:

@@ -1,11 +1,12 @@
-"""Does everything run on this machine? The most basic check comes first.
+"""Does everything run on this machine?
 
     python bench.py alive
     python bench.py alive --compile=false
 
-On a GPU, the trial calls of the attention kernels. Then a training step beside the same step by the
-reference, eager and compiled. Then 30 steps of train.py. Each result is printed and written the
-moment it is known, so a run that is cut short leaves what it has.
+On a GPU it makes the trial calls of the attention kernels. Then it compares the gradient of a
+training step, eager and compiled, with that of the reference. Then it runs 30 steps of train.py.
+Each result is printed and written the moment it is known, so a run that is cut short leaves the
+results it has.
 """
 import math
 import os
@@ -19,17 +20,17 @@ import torch
 import kernels
 from benchmarks import runs
 from benchmarks.contestants import batches, write_corpus
-from benchmarks.rows import describe, log, record, versions
+from benchmarks.rows import describe, error_in_words, log, record, versions
 from benchmarks.settings import StepSettings, as_flags
 from core.device import pick_device, why_not_compile
 from core.files import ROOT
-from kernels.dispatch import FAST_ON_GPU, objection
+from kernels.dispatch import FAST_ON_GPU, try_out
 from model import Encoder, ModelConfig
 
-# Query heads, KV heads and head dim: those of 210m, 610m and 1b, and one with the third head dim
-# that the Triton kernels know.
+# Query heads, KV heads and head dim: those of 210m, 610m and 1b, and a case with the third head dim
+# that the Triton kernels support.
 HEADS = ((12, 12, 64), (18, 6, 64), (18, 6, 96), (16, 8, 128))
-MOST_GRADIENT_ERROR = 3e-2      # of a step in bf16 beside one in fp32, relative
+MAX_GRADIENT_ERROR = 3e-2       # of a step in bf16 beside one in fp32, relative
 TRAINING_STEPS = 30             # of train.py
 
 
@@ -52,11 +53,13 @@ def alive(c):
     on_gpu = device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(settings, folder)
-        # Compiling takes most of the time and one core each, so the trial calls and a run of
-        # train.py have processes of their own.
+        # Compiling takes most of the time, and uses one core. So the trial calls and train.py run
+        # at the same time, in processes of their own.
         trials = [start_trial(c, heads) for heads in HEADS] if on_gpu else []
-        model = replace(settings, size="demo") if on_gpu else settings
-        training = runs.start(model, folder, "train", TRAINING_STEPS, is_compiled=c.compile)
+        # On a GPU: a size with head dim 64, which the Triton kernels support.
+        train_settings = replace(settings, size="demo") if on_gpu else settings
+        training = runs.start(train_settings, folder, "train", TRAINING_STEPS,
+                              is_compiled=c.compile)
         check_steps(c, settings, folder, device)
         for process in trials:
             process.wait()
@@ -69,12 +72,6 @@ def alive(c):
         name = kernels.resolve("auto", "cuda", torch.bfloat16, head_dim, n_head, n_kv_head)
         row = {"bench": "auto", "heads": [n_head, n_kv_head, head_dim], "name": name}
         record(c.to, row, device)
-
-
-def first_line(problem):
-    """An exception in one line."""
-    lines = str(problem).splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,10 +98,10 @@ def trial(c):
     n_head, n_kv_head, head_dim = (int(word) for word in c.args)
     for name in FAST_ON_GPU:
         try:
-            problem, error = objection(name, kind, torch.bfloat16, head_dim, n_head, n_kv_head)
+            problem, error = try_out(name, kind, torch.bfloat16, head_dim, n_head, n_kv_head)
         except Exception as crash:
-            # A compiler's or a driver's: this process is here to find out.
-            problem = first_line(crash)
+            # A compiler or a driver may raise anything. This process is here to find out.
+            problem = error_in_words(crash)
             error = None
         verdict = problem or f"agrees with the reference, error {error:.1e}"
         log(f"trial call of {name}, {n_head}/{n_kv_head} heads of {head_dim}: {verdict}")
@@ -123,7 +120,7 @@ def trial(c):
 # one training step beside the reference
 
 def check_steps(c, settings, folder, device):
-    """Is a training step's gradient the reference's? CLM and MLM, eager and compiled."""
+    """Compare a training step's gradient with the reference's. CLM and MLM, eager and compiled."""
     on_gpu = device.startswith("cuda")
     attention = "triton" if on_gpu else "sdpa"
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=256, n_ffn=512,      # head dim 64
@@ -142,18 +139,18 @@ def check_steps(c, settings, folder, device):
                 gradient = gradient_of_step(config, batch, device, attention, is_compiled,
                                             is_bf16=on_gpu)
                 error = ((gradient - exact).norm() / exact.norm()).item()
-                ok = error < MOST_GRADIENT_ERROR
+                ok = error < MAX_GRADIENT_ERROR
                 verdict = "agrees" if ok else "WRONG"
                 log(f"{name}: its gradient is {error:.1e} from the reference's: {verdict}")
             except Exception as crash:
                 error = None
                 ok = False
-                log(f"{name}: FAILED: {first_line(crash)}")
+                log(f"{name}: FAILED: {error_in_words(crash)}")
             record(c.to, {"bench": "alive", "name": name, "ok": ok, "error": error}, device)
 
 
 def gradient_of_step(config, batch, device, attention, is_compiled, is_bf16):
-    """The gradient of the mean loss in all parameters, end to end. -> fp32 [parameters]"""
+    """Return the gradient of the mean loss by all parameters, laid end to end. -> [n_params]"""
     torch.manual_seed(0)
     with torch.device(device):
         model = Encoder(config, attention)
@@ -169,10 +166,10 @@ def gradient_of_step(config, batch, device, attention, is_compiled, is_bf16):
 
 
 # --------------------------------------------------------------------------------------------------
-# train.py
+# train.py, started as a user starts it
 
 def check_training(c, process, folder, device):
-    """train.py as a user starts it, on random words: is the loss finite, and does it fall?"""
+    """Check the loss of train.py on random tokens: is it finite, and does it fall?"""
     try:
         losses = [row["loss"] for row in runs.finish(process, folder, "train")]
         is_complete = len(losses) == TRAINING_STEPS and all(math.isfinite(loss) for loss in losses)

@@ -1,10 +1,10 @@
 """Who takes part in `bench.py train`: ours, ours with one feature switched off at a time, and the
 peers.
 
-A contestant is built from StepSettings and a corpus on disk. It then makes whole training steps:
+A contestant is built from StepSettings and a corpus on disk. Then it runs whole training steps:
 data, forward, backward, clip, optimizer. All read the same random tokens, which a background thread
-cuts, masks and lays out as train.py does it. A contestant that needs padding gets each sequence
-padded to block_size, so that a compiler sees one static shape.
+cuts, masks and lays out as in train.py. A contestant that needs padding gets each sequence padded
+to block_size, so that a compiler sees a single static shape.
 """
 import importlib.util
 import os
@@ -26,8 +26,9 @@ from kernels import linear_cross_entropy
 from model import SIZES, Encoder
 from pretraining import data
 
-# Times the rows of a step. After that a step sees a row again, with another cut and mask.
-ROWS_ON_DISK = 64
+# The corpus holds the rows of so many steps. After that a step sees a row again, with another cut
+# and mask.
+STEPS_ON_DISK = 64
 
 NAMES = {
     "ours": "ours, MLM",
@@ -37,7 +38,7 @@ NAMES = {
     "ours-loss": "ours, MLM, without the fused loss: all logits at once",
     "ours-eager": "ours, MLM, without torch.compile",
     "ours-padded": "ours, MLM, padded",
-    "ours-malloc": "ours, MLM, without system.keep_freed_memory",
+    "ours-malloc": "ours, MLM, without device.keep_freed_memory",
     "eurobert": "Hugging Face EuroBERT, MLM, compiled",
     "eurobert-eager": "Hugging Face EuroBERT, MLM, eager",
     "nanogpt": "nanoGPT, CLM, compiled",
@@ -61,24 +62,24 @@ class Contestant:
 
 
 def contestants(settings, nanogpt_dir=""):
-    """Every contestant, in the order of NAMES. -> {key: Contestant}
+    """Return every contestant, in the order of NAMES. -> {key: Contestant}
 
     settings: StepSettings; nanogpt_dir: the folder of a clone of karpathy/nanoGPT, or "".
     """
     device = pick_device(settings.device)
     on_gpu = device.startswith("cuda")
 
-    # Why a contestant cannot take part, or None: the first reason that applies.
+    # Reasons, each None where it does not apply. A contestant gets the first one that does.
     no_compile = why_not_compile(device)
     no_kernel = None if on_gpu else "a CPU has no such kernel"
     no_padding = None if settings.random_length else "nothing to pad"
-    no_malloc = "a GPU has no part in it" if on_gpu else None
+    no_malloc = "it concerns CPUs only" if on_gpu else None
     no_peer = None if importlib.util.find_spec("transformers") else "transformers is not installed"
     has_clone = bool(nanogpt_dir) and os.path.isfile(os.path.join(nanogpt_dir, "model.py"))
     no_clone = None if has_clone else "no --nanogpt=CLONE was given"
     # nanoGPT's only 6 x 384 model, config/train_shakespeare_char.py, has dropout 0.2; its README
     # asks for --compile=False on a CPU.
-    no_dropout = None if settings.size == "small" else "not that model"
+    no_dropout = None if settings.size == "small" else "nanoGPT's model of this size has none"
     no_eager = "its README asks for that on a CPU" if on_gpu else None
 
     clone = partial(nanogpt, nanogpt_dir=nanogpt_dir)
@@ -106,7 +107,7 @@ def contestants(settings, nanogpt_dir=""):
 # data
 
 def write_corpus(settings, folder):
-    """Write a corpus that train.py can read: random tokens, as frequent as words are."""
+    """Write a corpus that train.py can read: random tokens, some as frequent as common words."""
     # a tokenizer of made-up tokens, whose last two ids are eos and mask
     n_ordinary = settings.vocab_size - 2
     ranks = {}
@@ -118,7 +119,7 @@ def write_corpus(settings, folder):
                           settings.vocab_size)
     tokenizer.save(tok, folder)
 
-    n_tokens = (ROWS_ON_DISK + 1) * max(settings.rows, 8) * settings.block_size
+    n_tokens = (STEPS_ON_DISK + 1) * max(settings.rows, 8) * settings.block_size
     drawn = np.random.default_rng(0).zipf(1.1, n_tokens)
     tokens = (drawn.astype(np.uint64) % np.uint64(n_ordinary)).astype(np.int64)
     splits = {"val": tokens[:8 * settings.block_size], "train": tokens}
@@ -130,7 +131,7 @@ def write_corpus(settings, folder):
 
 
 def batches(corpus_dir, data_settings, objective, device, layout=None):
-    """The batches that train.py would get on one device, without end, made in the background.
+    """Return an endless iterator over train.py's batches, which are made in the background.
 
     layout: (batch) -> the batch as a contestant needs it.
     """
@@ -147,7 +148,7 @@ def batches(corpus_dir, data_settings, objective, device, layout=None):
 
 
 def padded(batch, length):
-    """The same sequences, each filled up to `length` at its end. -> Batch of S * length tokens"""
+    """Fill up each sequence to `length`, at its end. -> Batch of S * length tokens"""
     S = len(batch.lengths)
     lengths = torch.from_numpy(batch.lengths)
     sequence = torch.arange(S).repeat_interleave(lengths)                                  # [T]
@@ -160,7 +161,7 @@ def padded(batch, length):
 
 
 def labels_of(batch):
-    """The targets at their places among all tokens, -100 elsewhere. -> [T]"""
+    """Return the targets at their places among all tokens, -100 elsewhere. -> [T]"""
     labels = torch.full_like(batch.tokens, -100)
     has_target = batch.targets >= 0
     labels[batch.positions[has_target]] = batch.targets[has_target]
@@ -170,8 +171,8 @@ def labels_of(batch):
 # --------------------------------------------------------------------------------------------------
 # what the contestants have in common
 
-def training_step(model, optimizer, stream, loss_of, precision=nullcontext):
-    """A function that takes the next batch of `stream`, trains on it, and returns it."""
+def make_step(model, optimizer, stream, loss_of, precision=nullcontext):
+    """Return a function that takes the next batch of `stream`, trains on it, and returns it."""
 
     def run():
         batch = next(stream)
@@ -192,16 +193,16 @@ def adamw(model):
 
 
 def autocast(settings, device):
-    """A function that returns the context of a forward pass: autocast to bf16, or nothing."""
+    """Return a function that makes the context of a forward pass: autocast to bf16, or nothing."""
     if pick_dtype(settings.dtype, device) != "bfloat16":
         return nullcontext
     return partial(torch.autocast, device.partition(":")[0], torch.bfloat16)
 
 
 def structural_flops(settings):
-    """(batch) -> the FLOPs of a step by model.Encoder.flops: no padding, logits only at targets.
+    """Return a function (batch) -> the FLOPs of a step, by model.Encoder.flops.
 
-    The same count for ours and for EuroBERT.
+    It counts no padding, and logits only at targets, for ours and for EuroBERT alike.
     """
     with torch.device("meta"):
         model = Encoder(settings.model_config())
@@ -216,7 +217,7 @@ def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywher
     """Our training step, with features switched on or off. -> TrainingStep"""
     device = pick_device(settings.device)
     torch.manual_seed(0)
-    # Making the weights of 1b takes no time on a GPU and ten seconds on a CPU.
+    # Make the weights on the device: those of 1b take no time on a GPU and ten seconds on a CPU.
     with torch.device(device):
         model = Encoder(settings.model_config(), attention, settings.checkpoint_activations)
     if compiled:
@@ -239,7 +240,7 @@ def ours(settings, corpus_dir, objective="mlm", attention="auto", head_everywher
         return F.cross_entropy(model.logits(hidden).float(), batch.targets, ignore_index=-100)
 
     stream = batches(corpus_dir, settings.data_settings(), objective, device, layout)
-    run = training_step(model, adamw(model), stream, loss_of, autocast(settings, device))
+    run = make_step(model, adamw(model), stream, loss_of, autocast(settings, device))
     return TrainingStep(run, structural_flops(settings))
 
 
@@ -272,19 +273,19 @@ def eurobert(settings, corpus_dir, compiled=True):
         batch = batch.to(device)
         mask = batch.positions
         if not settings.random_length:
-            # Nothing is padded. Without a mask SDPA takes its flash kernel.
+            # Nothing is padded, and without a mask SDPA takes its flash kernel.
             mask = None
         return forward(input_ids=batch.tokens, labels=batch.targets, attention_mask=mask).loss
 
     stream = batches(corpus_dir, settings.data_settings(), "mlm", device, layout)
-    run = training_step(model, adamw(model), stream, loss_of, autocast(settings, device))
+    run = make_step(model, adamw(model), stream, loss_of, autocast(settings, device))
     return TrainingStep(run, structural_flops(settings))
 
 
 def nanogpt(settings, corpus_dir, nanogpt_dir, dropout=0.0, compiled=True):
     """The GPT of a nanoGPT clone, as deep and wide as ours. -> TrainingStep
 
-    It trains as it ships: whole rows, fp32 on a CPU, bf16 on a GPU, its own AdamW.
+    It trains as nanoGPT does: whole rows, fp32 on a CPU, bf16 on a GPU, its own AdamW.
     """
     path = os.path.join(nanogpt_dir, "model.py")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
@@ -312,13 +313,13 @@ def nanogpt(settings, corpus_dir, nanogpt_dir, dropout=0.0, compiled=True):
         _, loss = forward(batch.tokens, batch.targets)
         return loss
 
-    # Its own count, the same for every batch: 6 FLOPs a weight and token, and attention's pairs
-    # under the causal mask.
+    # Its FLOPs, the same for every batch. Each token has 6 per weight, and in each layer's
+    # attention 12 n_embd per visible token, of which there are (block_size + 1) / 2 on average.
     n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    pairs = size["n_layer"] * size["n_embd"] * (settings.block_size + 1)
-    flops = 6 * settings.rows * settings.block_size * (n_weights + pairs)
+    attention = size["n_layer"] * size["n_embd"] * (settings.block_size + 1)
+    flops = 6 * settings.rows * settings.block_size * (n_weights + attention)
 
     precision = nullcontext if kind == "cpu" else partial(torch.autocast, kind, torch.bfloat16)
     stream = batches(corpus_dir, settings.data_settings(), "clm", device, layout)
-    run = training_step(model, optimizer, stream, loss_of, precision)
+    run = make_step(model, optimizer, stream, loss_of, precision)
     return TrainingStep(run, lambda _batch: flops)

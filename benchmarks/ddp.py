@@ -1,10 +1,9 @@
-"""train.py by two processes under DDP, beside one process, and beside two that do not talk to each
-other.
+"""train.py on two processes under DDP, beside one process, and beside two separate runs at a time.
 
     python bench.py ddp
     python bench.py ddp --size=small --rows=2 --run_steps=40 --rounds=3
 
-Each process has a core or a GPU of its own, and the same rows a step.
+Each process has a core or a GPU of its own, and the same number of rows in a step.
 """
 import tempfile
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ WARMUP = 20       # steps before the ones that count
 class Config(StepSettings):
     # the runs
     run_steps: int = 1000        # of each run
-    processes: int = 2           # under DDP, and side by side
-    rounds: int = 5              # each has a run of every kind
+    processes: int = 2           # under DDP, and of separate runs at a time
+    rounds: int = 5              # each has a run alone, the separate runs, and a run under DDP
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
@@ -37,7 +36,7 @@ def ddp(c):
                         f"{WARMUP} steps and at least 2 processes")
     rates = measure(c, device)
 
-    # the table, and efficiencies as medians of the ratios within a round
+    # the table, and efficiencies: medians of the ratios within a round
     alone = np.array(rates["alone"])
     apart = np.array(rates["apart"])
     together = np.array(rates["together"])
@@ -50,7 +49,7 @@ def ddp(c):
     efficiency = np.median(together / (c.processes * alone))
     efficiency_apart = np.median(together / apart)
     print(f"\nscaling efficiency: {efficiency:.1%} of {c.processes} times one process, "
-          f"{efficiency_apart:.1%} of as many that do not talk to each other")
+          f"{efficiency_apart:.1%} of {c.processes} separate runs")
     row = {
         "bench": "ddp",
         "size": c.size,
@@ -65,8 +64,8 @@ def ddp(c):
 
 
 def measure(c, device):
-    """-> {"alone" | "apart" | "together": tokens/s of each round}"""
-    # (kind, number of runs, processes of each)
+    """Race the three kinds. -> {"alone" | "apart" | "together": tokens/s of each round}"""
+    # (kind, runs at a time, processes of each)
     kinds = (("alone", 1, 1), ("apart", c.processes, 1), ("together", 1, c.processes))
     rates = {"alone": [], "apart": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +78,7 @@ def measure(c, device):
 
 
 def rate_of_runs(c, device, folder, name, n_runs, processes):
-    """Start n_runs runs of `processes` processes each, all at once. -> tokens/s of all together"""
+    """Run train.py n_runs times at a time, with `processes` processes each. -> tokens/s in all"""
     names = [f"{name}-{j}" for j in range(n_runs)]
     started = []
     for j in range(n_runs):

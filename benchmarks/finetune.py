@@ -1,16 +1,16 @@
-"""A grid of fine-tuning trials by finetune.py, by one worker and by several, beside a Hugging Face
-Trainer loop.
+"""A grid of fine-tuning trials: finetune.py with one worker and with several, beside a loop around
+Hugging Face's Trainer.
 
     python bench.py finetune
     python bench.py finetune --task=sst2 --task_dir=FOLDER_OF_THE_DATA
 
-All start as a user starts them, in a process of their own, and are timed from there to the last
-row: imports, tokenizing and loading included. The loop is what upstream does for each trial:
+Each is started as a user starts it, in a process of its own, and timed from its start to its end:
+imports, tokenizing and loading included. The loop does for each trial what the paper's code does:
 from_pretrained, a Trainer that pads each batch to its longest sequence, evaluation of the
-validation and test set. It has three favours: tokens come from our tokenizer ready made, evaluation
-takes batches as large as training, and one process runs all trials. Several loops side by side are
-not measured. Compare one worker with the loop for what a process does, several workers for what a
-user of either gets without more work.
+validation and the test set. It is favoured in three ways: our tokenizer makes its tokens,
+evaluation takes batches as large as in training, and one process runs all trials. Several loops
+side by side are not measured. So one worker beside the loop compares the two programs, and several
+workers beside the loop compare what a user gets from either without more work.
 """
 import importlib.util
 import os
@@ -40,13 +40,13 @@ BATCH = 32
 @dataclass
 class Config:
     # the model, from random weights
-    size: str = "small"          # a row of model.SIZES
-    vocab_size: int = 8192       # of its tokenizer
+    size: str = "small"          # a key of model.SIZES
+    vocab_size: int = 8192       # of the tokenizer
     # the grid
     task: str = "sotu_era"       # a sequence classification task of tasks/registry.py
     task_dir: str = ""           # local data for it, as finetune.py's data_dir
-    trials: int = 8              # two learning rates, half as many seeds
-    trial_steps: int = 50        # of each
+    trials: int = 8              # at two learning rates, half of them at each
+    trial_steps: int = 50        # steps of a trial
     # how
     device: str = "auto"         # cuda where there is one, else cpu
     dtype: str = "auto"          # bfloat16 or float32
@@ -63,7 +63,7 @@ def finetune(c):
     names = {
         "one": "finetune.py, one worker",
         "several": f"finetune.py, {n_workers} workers (torchrun)",
-        "trainer": "Hugging Face Trainer loop: pads, loads the model anew for each trial",
+        "trainer": "Hugging Face Trainer loop: pads, loads the model again for each trial",
     }
     print(f"\n{describe(device)}; {c.size}, {dtype}; {c.task}: {c.trials} trials of "
           f"{c.trial_steps} steps of {BATCH}, and evaluation\n\n"
@@ -92,12 +92,12 @@ def check_settings(c):
 
 
 def count_workers(c):
-    """How many share the grid: one a core, four at most, and no more than there are seeds."""
+    """Return how many workers share the grid: one per core, but at most four, and one per seed."""
     return min(4, os.cpu_count() or 1, c.trials // 2)
 
 
 def measure(c, device, dtype, folder):
-    """-> {"one" worker | "several" | "trainer": seconds of the whole grid}"""
+    """Time each program on the whole grid. -> {"one" worker | "several" | "trainer": seconds}"""
     path = new_run(c, os.path.join(folder, "run"))
     rates = ",".join(f"{lr:g}" for lr in LEARNING_RATES)
     seeds = ",".join(str(seed) for seed in range(c.trials // 2))
@@ -132,10 +132,7 @@ def measure(c, device, dtype, folder):
 
 
 def new_run(c, folder):
-    """Save a model of c's size and vocabulary. -> its checkpoint
-
-    Its weights are random, which are as fast as trained ones.
-    """
+    """Save a model of c's size and vocabulary, with random weights. -> its checkpoint"""
     os.makedirs(folder)
     texts = (sentence for *_, sentence in demo.sentences())
     tok = tokenizer.get(f"train:{c.vocab_size}", texts)
@@ -158,7 +155,7 @@ class TrainerConfig(Config):
 
 
 def run_trainer(c):
-    """bench.py trainer CHECKPOINT: every trial loads the model anew and pads."""
+    """bench.py trainer CHECKPOINT: run the grid. Each trial loads the model and pads batches."""
     from transformers import (
         EuroBertConfig,
         EuroBertForSequenceClassification,
@@ -176,14 +173,14 @@ def run_trainer(c):
     # A model of the checkpoint's size, with random weights, as Hugging Face saves one.
     folder = os.path.join(run_dir, "hugging_face")
     dimensions = hf_weights.write_config(model_config(c), causal=False)
-    details = {
+    ids_and_pooling = {
         "bos_token_id": 0,
         "eos_token_id": tok.eos_id,
         "pad_token_id": tok.eos_id,
         "mask_token_id": tok.mask_id,
         "classifier_pooling": "mean",
     }
-    config = EuroBertConfig.from_dict(dimensions | details, num_labels=len(task.labels))
+    config = EuroBertConfig.from_dict(dimensions | ids_and_pooling, num_labels=len(task.labels))
     EuroBertForSequenceClassification(config).save_pretrained(folder)
 
     # The grid: each trial trains and then evaluates the validation and the test set.
@@ -217,7 +214,7 @@ def run_trainer(c):
 
 
 def encode_split(task, examples, tok):
-    """A split as the Trainer takes it. -> [{"ids": token ids, "label": label id}]"""
+    """Encode the examples of a split for the Trainer. -> [{"ids": token ids, "label": label id}]"""
     encoded = packing.encode(registry.family_of(task), examples, tok, MAX_LENGTH)
     items = []
     for i, label in enumerate(encoded["target"]):
@@ -227,7 +224,7 @@ def encode_split(task, examples, tok):
 
 
 def pad(items, pad_id):
-    """The items of a batch as rectangles, each filled up to the longest. -> what the model takes"""
+    """Pad the items of a batch to the longest. -> the arguments of the model"""
     longest = max(len(item["ids"]) for item in items)
     ids = []
     mask = []

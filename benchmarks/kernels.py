@@ -4,11 +4,11 @@ GPU.
     python bench.py kernels
     python bench.py kernels --device=cpu --tokens=2048 --sizes="('small',)"      # a CPU's kernels
 
-In one process the contestants take turns, so that a device whose clock drifts does not decide. The
-data are random, and a buffer larger than any cache is overwritten before each timed call. A row is
-the median over the rounds, its ratio the median of the ratios to ours within a round. What a
-contestant cannot do here is a row that says why. A row also names the GPU kernel that the forward
-pass spends most time in, which shows the backend that a library took.
+The contestants take turns in one process, so it does not matter if the clock of the device drifts.
+The data are random, and a buffer larger than any cache is overwritten before each timed call. A row
+has the median over the rounds, and as its ratio the median of the ratios to ours within a round. If
+a contestant cannot compute a case here, its row says why. A row also names the GPU kernel that the
+forward pass spends most time in, which shows the backend that a library took.
 """
 import importlib.util
 import statistics
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import kernels
-from benchmarks.rows import describe, record, versions
+from benchmarks.rows import describe, error_in_words, record, versions
 from benchmarks.settings import check_sizes
 from core.configurator import UserError
 from core.device import keep_freed_memory, pick_device
@@ -35,20 +35,20 @@ from pretraining.data import MIN_LENGTH
 @dataclass
 class Config:
     # the cases
-    sizes: tuple = ("210m", "610m", "1b")   # whose heads and widths
+    sizes: tuple = ("210m", "610m", "1b")   # keys of model.SIZES, for their heads and widths
     packings: tuple = ("cuts", "equal")     # rows cut once at random, or whole
-    shares: tuple = (0.4, 1.0)   # of the tokens that the loss has a target for
+    shares: tuple = (0.4, 1.0)   # shares of the tokens for which the loss has a target
     tokens: int = 24_576         # in a call: 12 rows of 2,048
     head_vocab: int = 128_256    # vocabulary size of the loss
     # how
-    rounds: int = 5              # after one that is not timed
+    rounds: int = 5              # after a round that is not timed
     seconds: float = 0.0         # begin nothing new after so long; 0: do all
     device: str = "auto"         # cuda where there is one, else cpu
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
 def kernel_bench(c):
-    """One row a case, contestant and pass; the table shows forward + backward."""
+    """Write a row for each case, contestant and pass, and print those of forward + backward."""
     device = pick_device(c.device).partition(":")[0]
     if device == "cpu" and c.device != "cpu":
         raise UserError("this needs a CUDA GPU (a CPU has other kernels; to see them: "
@@ -61,13 +61,13 @@ def kernel_bench(c):
           f"median of {c.rounds} rounds; ratio: theirs / ours\n\n"
           "| case | contestant | ms | TFLOP/s | ratio | peak MiB | kernel |\n"
           "|---|---|---|---|---|---|---|")
+    facts = versions(device)
 
     def emit(row):
         record(c.to, facts | row, device)
         if row["pass"] == "both":
             tqdm.write(table_line(row))
 
-    facts = versions(device)
     began = time.monotonic()
     for run_case in tqdm(cases(c), desc="kernels", disable=None):
         if c.seconds and time.monotonic() - began > c.seconds:
@@ -92,8 +92,10 @@ def table_line(row):
 
 
 def cases(c):
-    """A function (c, device, emit) for each case. What a training step is made of comes first, so
-    that a run that is cut short has measured that."""
+    """Return a function (c, device, emit) for each case.
+
+    Those of a usual training step come first, so that a run that is cut short has measured them.
+    """
     functions = []
     for packing in c.packings:
         for causal in (False, True):
@@ -111,11 +113,11 @@ def cases(c):
 # timing
 
 def compete(contestants, inputs, flops, scale, c, device, row, emit):
-    """Time forward, backward and both of {name: function without arguments -> output}; emit a row
-    of each.
+    """Time the forward pass, the backward pass and both, and emit a row of each.
 
-    flops: of one forward pass; the backward pass counts as `scale` times that. Some losses, ours
-    too, make their gradients in the forward pass: for them only "both" compares.
+    contestants: {name: function () -> output}. flops: of a forward pass; the backward pass counts
+    `scale` times as many. Some losses, ours too, make their gradients in the forward pass: compare
+    these by "both" only.
     """
     outputs, grads, refusals = first_calls(contestants, inputs, device)
 
@@ -130,32 +132,31 @@ def compete(contestants, inputs, flops, scale, c, device, row, emit):
         "backward": (scale, {name: partial(backward, name) for name in outputs}),
         "both": (1.0 + scale, {name: partial(both, name) for name in outputs}),
     }
-    for kind, (factor, calls) in passes.items():
+    for pass_name, (factor, calls) in passes.items():
         times = take_turns(calls, c.rounds, device)
         for name in contestants:
             if name in refusals:
-                if kind == "both":
-                    emit(row | {"pass": kind, "name": name, "not_run": refusals[name]})
+                if pass_name == "both":
+                    emit(row | {"pass": pass_name, "name": name, "not_run": refusals[name]})
                 continue
             seconds = statistics.median(times[name])
-            ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"])]
+            ratios = [t / t_ours for t, t_ours in zip(times[name], times["ours"])]
             facts = {
-                "pass": kind,
+                "pass": pass_name,
                 "name": name,
                 "ms": 1e3 * seconds,
                 "tflops": factor * flops / seconds / 1e12,
                 "ratio": statistics.median(ratios),
                 "peak_mib": None,
             }
-            if kind == "both":
+            if pass_name == "both":
                 facts["peak_mib"] = peak_memory(calls[name], device)
                 facts["kernel"] = busiest_kernel(contestants[name], device)
             emit(row | facts)
 
 
 def first_calls(contestants, inputs, device):
-    """Forward and backward once, untimed: what compiles does so now, and what cannot run here says
-    why.
+    """Run forward and backward once, untimed: to compile, and to find out what cannot run here.
 
     -> {name: output}, {name: a gradient for it}, {name: why it cannot run}
     """
@@ -169,10 +170,9 @@ def first_calls(contestants, inputs, device):
             torch.autograd.grad(output, inputs, grad, retain_graph=True)
             if device == "cuda":
                 torch.cuda.synchronize()
-        except Exception as problem:
+        except Exception as error:
             # Another library's limit is a result, not our failure.
-            lines = str(problem).splitlines() or [""]
-            refusals[name] = f"{type(problem).__name__}: {lines[0][:160]}"
+            refusals[name] = error_in_words(error)[:180]
             continue
         outputs[name] = output
         grads[name] = grad
@@ -180,9 +180,9 @@ def first_calls(contestants, inputs, device):
 
 
 def take_turns(calls, rounds, device):
-    """{name: function} -> {name: [seconds in each round]}; after one untimed call each."""
+    """Time {name: function} by turns, after an untimed call of each. -> {name: seconds by round}"""
     times = {name: [] for name in calls}
-    # larger than any cache: 256 MiB
+    # 256 MiB, more than any cache holds
     flush = torch.empty(64 << 20 if device == "cuda" else 1, dtype=torch.int32, device=device)
     for i in range(rounds + 1):
         for name, call in calls.items():
@@ -208,7 +208,7 @@ def seconds_of(call, device):
 
 
 def peak_memory(call, device):
-    """MiB above what is allocated before the call; None where nobody counts."""
+    """Return the MiB that a call allocates at its peak, or None on a CPU."""
     if device != "cuda":
         return None
     before = torch.cuda.memory_allocated()
@@ -219,7 +219,7 @@ def peak_memory(call, device):
 
 
 def busiest_kernel(call, device):
-    """The GPU kernel that a call spends most time in, which tells the backend. None on a CPU."""
+    """Return the name of the GPU kernel that a call spends most time in, or None on a CPU."""
     if device != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -235,7 +235,7 @@ def busiest_kernel(call, device):
 # attention
 
 def attention(size, packing, causal, c, device, emit):
-    """One case: the heads of a size, rows whole ("equal") or cut at random ("cuts"), one mask."""
+    """One case: the heads of a size, a packing (see `sequences`), and a mask."""
     impl = "triton" if device == "cuda" else "auto"
     H = SIZES[size]["n_head"]
     Hkv = SIZES[size]["n_kv_head"]
@@ -247,13 +247,14 @@ def attention(size, packing, causal, c, device, emit):
     contestants = {
         "ours": partial(kernels.attention, q, k, v, cu, causal, impl),
         "varlen_attn": partial(kernels.attention, q, k, v, cu, causal, "varlen"),
-        "SDPA flash": later(sdpa, q, k, v, cu, causal, SDPBackend.FLASH_ATTENTION),
-        "FlexAttention": later(flex, q, k, v, cu, causal),
+        "SDPA flash": make_at_first_call(sdpa, q, k, v, cu, causal, SDPBackend.FLASH_ATTENTION),
+        "FlexAttention": make_at_first_call(flex, q, k, v, cu, causal),
     }
-    # cuDNN makes a plan for each length, so it does not take part where lengths are random.
+    # cuDNN makes a plan for each length, so it takes part only if lengths are equal. So does FA3.
     if packing == "equal":
-        contestants["SDPA cuDNN"] = later(sdpa, q, k, v, cu, causal, SDPBackend.CUDNN_ATTENTION)
-        contestants["FA3"] = later(fa3, q, k, v, cu, causal)
+        backend = SDPBackend.CUDNN_ATTENTION
+        contestants["SDPA cuDNN"] = make_at_first_call(sdpa, q, k, v, cu, causal, backend)
+        contestants["FA3"] = make_at_first_call(fa3, q, k, v, cu, causal)
     row = {
         "bench": "attention",
         "size": size,
@@ -262,15 +263,17 @@ def attention(size, packing, causal, c, device, emit):
         "packing": packing,
         "causal": causal,
     }
-    # Two products, q times k and weights times v, of 2 FLOPs a number and pair; five of them
-    # backward.
+    # Forward two products, q k^T and weights v, each 2 D FLOPs for a head and a pair of tokens.
+    # Backward five.
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in cu.diff().tolist())
     compete(contestants, (q, k, v), 4 * H * D * pairs, 2.5, c, device, row, emit)
 
 
 def sequences(packing, n_tokens):
-    """cu_seqlens of n_tokens tokens: "equal" rows of 2,048, or "cuts", those rows cut at random as
-    train.py cuts them."""
+    """Return the cu_seqlens of n_tokens tokens. [S+1]
+
+    packing: "equal" for rows of 2,048, "cuts" for such rows cut at random, as train.py cuts them.
+    """
     block = min(2048, n_tokens)
     cu = np.arange(0, n_tokens + 1, block, dtype=np.int32)
     if packing == "cuts":
@@ -282,8 +285,8 @@ def sequences(packing, n_tokens):
     return cu
 
 
-def later(make, *args):
-    """A contestant that is made at its first call, so that what it cannot do becomes its row."""
+def make_at_first_call(make, *args):
+    """Return a contestant that is made at its first call, where first_calls() sees if it fails."""
     made = []
 
     def call():
@@ -295,9 +298,9 @@ def later(make, *args):
 
 
 def sdpa(q, k, v, cu, causal, backend):
-    """PyTorch's scaled_dot_product_attention by one backend.
+    """PyTorch's scaled_dot_product_attention by a given backend.
 
-    A batch where lengths are equal, else a call a sequence.
+    One call for a batch where lengths are equal, else a call for each sequence.
     """
     bounds = cu.tolist()
     S = len(bounds) - 1
@@ -310,7 +313,7 @@ def sdpa(q, k, v, cu, causal, backend):
             out = run(*batch)
         return out.transpose(1, 2).flatten(0, 1)                                      # [T, H, D]
 
-    def a_call_a_sequence():
+    def call_per_sequence():
         outs = []
         with sdpa_kernel(backend):
             for start, end in zip(bounds, bounds[1:]):
@@ -319,35 +322,35 @@ def sdpa(q, k, v, cu, causal, backend):
             return torch.cat(outs)                                                    # [T, H, D]
 
     is_equal = len(set(np.diff(bounds))) == 1
-    return one_call if is_equal else a_call_a_sequence
+    return one_call if is_equal else call_per_sequence
 
 
 def flex(q, k, v, cu, causal):
-    """FlexAttention, compiled, with a block mask of the sequences; making the mask is not timed."""
+    """FlexAttention, compiled, with a block mask of the sequences. Making the mask is not timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     T = q.shape[0]
     sequence = torch.searchsorted(cu.long(), torch.arange(T, device=q.device), right=True)  # [T]
 
-    def visible(_batch, _head, i, j):
-        same = sequence[i] == sequence[j]
-        return same & (i >= j) if causal else same
+    def is_visible(_batch, _head, i, j):
+        is_same = sequence[i] == sequence[j]
+        return is_same & (i >= j) if causal else is_same
 
-    mask = create_block_mask(visible, None, None, T, T, device=q.device)
+    mask = create_block_mask(is_visible, None, None, T, T, device=q.device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = q.shape[1] != k.shape[1]
+    is_gqa = q.shape[1] != k.shape[1]
 
     def call():
         batch = [x.transpose(0, 1)[None] for x in (q, k, v)]                          # [1, H, T, D]
-        return compiled(*batch, block_mask=mask, enable_gqa=gqa)[0].transpose(0, 1)   # [T, H, D]
+        return compiled(*batch, block_mask=mask, enable_gqa=is_gqa)[0].transpose(0, 1)   # [T, H, D]
 
     return call
 
 
 def fa3(q, k, v, cu, causal):
-    """FlashAttention-3 where torch can activate it: a prototype that needs its wheel.
+    """FlashAttention-3, where its package is installed. In torch this is a prototype.
 
-    It takes the place of SDPA's flash kernel for the call.
+    For the time of a call it takes the place of SDPA's flash kernel.
     """
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
@@ -367,7 +370,7 @@ def fa3(q, k, v, cu, causal):
 # the loss
 
 def loss(size, share, c, device, emit):
-    """One case: the width of a size, and a share of the tokens that have a target."""
+    """One case: the width of a size, and the share of the tokens that have a target."""
     C = SIZES[size]["n_embd"]
     N = int(share * c.tokens)
     V = c.head_vocab
@@ -402,7 +405,7 @@ def torch_loss(hidden, weight, targets):
 
 
 def liger_loss(hidden, weight, targets):
-    """Liger's, where it is installed."""
+    """The loss of Liger Kernel, where it is installed."""
     from liger_kernel.ops import fused_linear_cross_entropy as liger
 
     loss_function = liger.LigerFusedLinearCrossEntropyFunction

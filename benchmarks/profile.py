@@ -5,8 +5,8 @@
     python bench.py profile --to=table.txt                 # keep the table of operators
     python bench.py profile --to=rows.jsonl                # keep a row with the largest GPU kernels
 
-Prints the 40 operators with most time of their own. On a GPU also: the ten kernels with most time,
-and for how much of a step the GPU waits.
+Prints the 40 operators that take most time themselves. On a GPU it also prints the ten kernels that
+take most time, and the share of a step in which the GPU computes.
 """
 import os
 import tempfile
@@ -47,7 +47,6 @@ def profile(c):
     profiled = run_profiler(c, contestant, device)
 
     # the table of operators
-
     own_time = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
     averages = profiled.key_averages()
     operators = averages.table(sort_by=own_time, row_limit=40, max_name_column_width=70)
@@ -64,7 +63,7 @@ def profile(c):
 
 
 def run_profiler(c, contestant, device):
-    """Profile STEPS steps of a Contestant, after three that do not count. -> the profile"""
+    """Profile STEPS steps of a Contestant, after three that do not count. -> torch's profile"""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -83,9 +82,9 @@ def run_profiler(c, contestant, device):
 
 
 def row_of_kernels(c, spans):
-    """Print the GPU kernels with most time. -> a row of them"""
+    """Print the GPU kernels that take most time. -> a row of them"""
     if not spans:
-        log("no GPU kernels here; above are a CPU's operators")
+        log("no GPU kernels here; the operators above ran on a CPU")
         return {"bench": "profile", "size": c.size, "kernels": []}
     largest, busy, total = largest_kernels(spans)
     step_ms = total / STEPS / 1000
@@ -107,7 +106,7 @@ def row_of_kernels(c, spans):
 
 
 def gpu_spans(profiled):
-    """Everything that ran on the GPU. -> [(start, end, name)] in microseconds"""
+    """Return everything that ran on the GPU. -> [(start, end, name)], times in microseconds"""
     spans = []
     for event in profiled.events():
         # A user annotation, such as the optimizer's, spans the kernels inside it and their gaps.
@@ -118,16 +117,16 @@ def gpu_spans(profiled):
 
 
 def largest_kernels(spans, n=10):
-    """spans: [(start, end, name)] in microseconds, in any order, which may overlap.
+    """Add up spans [(start, end, name)], in any order. They may overlap.
 
-    -> [(name, (microseconds, calls))] of the n names with most time; microseconds in which at least
-    one kernel runs; microseconds from the first start to the last end
+    -> [(name, (microseconds, calls))] of the n names that take most time; microseconds in which at
+    least one kernel runs; microseconds from the first start to the last end
     """
     times = {}
     for start, end, name in spans:
         microseconds, calls = times.get(name, (0, 0))
         times[name] = (microseconds + end - start, calls + 1)
-    # Walk through time: what begins before `reached` was counted already.
+    # Walk through time: everything before `reached` has been counted.
     first = min(start for start, _, _ in spans)
     reached = first
     busy = 0

@@ -1,9 +1,9 @@
 """Contestants of `bench.py train` as processes that take turns.
 
 Each contestant is a process of its own, as a user would run it, with an empty compiler cache. It
-makes one round of steps whenever a line arrives on its stdin, and answers with a line of JSON. On a
-CPU the contestants take turns, up to five at a time and the first always among them. On a GPU,
-whose memory they would have to share, they run one by one.
+runs one round of steps whenever a line arrives on its stdin, and answers with a line of JSON. On a
+CPU groups of up to five contestants take turns, and the first contestant is in every group. On a
+GPU, whose memory they would have to share, they run one after the other.
 """
 import json
 import os
@@ -23,7 +23,7 @@ from benchmarks.settings import StepSettings, as_flags, settings_for
 from core.device import keep_freed_memory, limit_memory, peak_memory, pick_device, synchronize
 from core.files import ROOT
 
-AT_ONCE = 4            # contestants beside the first, on a CPU: each keeps 2 to 4 GiB
+AT_ONCE = 4            # contestants in a group beside the first: each needs 2 to 4 GiB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -34,13 +34,12 @@ class ContestantConfig(StepSettings):
     args: tuple = ()             # the contestant's key in NAMES
     data_dir: str = "data/demo"  # the corpus
     nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
-    memory_gib: float = 0.0      # of a device that is larger; 0: all it has
+    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
     steps: int = 4               # in a round
 
 
 def run_contestant(c):
-    """bench.py contestant KEY: each line on stdin asks for c.steps steps, each answer is a line of
-    JSON."""
+    """bench.py contestant KEY: for each line on stdin, run c.steps steps, and answer with JSON."""
     key = c.args[0]
     device = pick_device(c.device)
     if key.startswith("ours") and key != "ours-malloc":
@@ -59,15 +58,16 @@ def run_contestant(c):
             race_one_round(training_step, c.steps, device)
         answer(peak=peak_memory(device))
     except (RuntimeError, MemoryError) as error:
-        # A GPU's and a CPU's allocator each have their own words for it.
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_memory and "can't allocate memory" not in str(error):
+        # A CPU that runs out of memory may raise a mere RuntimeError.
+        is_out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_out_of_memory and "can't allocate memory" not in str(error):
             raise
         answer(failed="out of memory")
 
 
 def race_one_round(training_step, n_steps, device):
-    # One untimed step first: until then, caches and clocks are another contestant's.
+    """Run and time n_steps steps, after one that is not timed."""
+    # Another contestant has run before, and has left its data in the caches.
     training_step.run()
     synchronize(device)
     began = time.perf_counter()
@@ -78,6 +78,7 @@ def race_one_round(training_step, n_steps, device):
 
 
 def answer(**facts):
+    """Send facts to the Runner of this process."""
     print("answer " + json.dumps(facts), flush=True)
 
 
@@ -88,7 +89,7 @@ class Runner:
     """Starts a contestant's process and waits for its first two steps.
 
     seconds: of each round; flops: of all rounds; first: seconds from the start of the process to
-    the end of its first step; peak: bytes; failed: why there is no further answer, or None.
+    the end of its first step; peak: bytes of memory; failed: why it has stopped, in words, or None.
     """
 
     def __init__(self, settings, key, folder):
@@ -98,7 +99,7 @@ class Runner:
         self.flops = 0
         self.failed = None
         self.peak = None
-        self.reference = None      # (key, Runner) of the one it is compared with
+        self.reference = None      # (key, Runner) that it is compared with
         self.errors = open(os.path.join(folder, key), "w+")
         empty_caches = {}
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -111,11 +112,11 @@ class Runner:
                                         env=os.environ | empty_caches)
         self.read_answer()
         self.first = time.time() - began
-        # Wait for the second step, too, else it would run into another contestant's first round.
+        # Wait for the second step, too, or it would run during another contestant's first round.
         self.read_answer()
 
     def read_answer(self):
-        """The next answer, or {}: then `failed` says why there is none."""
+        """Return the next answer. Without one return {}, and let `failed` say why."""
         for line in self.process.stdout:
             # The peers may print lines of their own.
             if line.startswith("answer "):
@@ -132,7 +133,7 @@ class Runner:
         """Run one round."""
         if self.failed:
             return
-        # A pipe breaks if the process has died: read_answer() will find out why.
+        # If the process has died, the pipe is broken, and read_answer() finds out why.
         with suppress(BrokenPipeError):
             print(file=self.process.stdin, flush=True)
         facts = self.read_answer()
@@ -140,6 +141,7 @@ class Runner:
         self.flops += facts.get("flops", 0)
 
     def finish(self):
+        """Let the process end, and read its peak memory."""
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         if not self.failed:
@@ -164,11 +166,11 @@ def measure(settings, keys, rounds, device, show):
         write_corpus(settings, folder)
         for group in groups:
             runners = race_group(settings, group, rounds, folder, bar, show)
-            # The first contestant runs in each group. What counts is its first run, which found an
-            # empty cache.
+            # The first contestant runs in each group. Its first run counts, which found an empty
+            # compiler cache.
             for key, runner in runners.items():
                 finished.setdefault(key, runner)
-            # On a CPU ratios hold within a group only, whose members took turns.
+            # On a CPU a ratio is fair within a group only, whose members took turns.
             comparable = runners if device == "cpu" else finished
             working = [(key, runner) for key, runner in comparable.items() if not runner.failed]
             for runner in runners.values():
@@ -177,7 +179,7 @@ def measure(settings, keys, rounds, device, show):
 
 
 def groups_of(keys, device):
-    """Which contestants are in memory at the same time. -> [[key, ...], ...]"""
+    """Decide which contestants are in memory at the same time. -> [[key, ...], ...]"""
     if device != "cpu" or len(keys) == 1:
         return [[key] for key in keys]
     groups = []
@@ -204,10 +206,10 @@ def race_group(settings, keys, rounds, folder, bar, show):
 
 
 def row_of(key, runner, tokens, n_steps):
-    """What a race found out about one contestant, as a row.
+    """Return the result of a contestant as a row.
 
-    tokens: of a step. `seconds` are those of a step in each round, `ratio` is the median of the
-    ratios to the reference within a round.
+    tokens: in a step. The row's `seconds` are those of a step in each round, and its `ratio` is the
+    median of the ratios to the reference within a round.
     """
     if runner.failed:
         return {"key": key, "why": runner.failed}

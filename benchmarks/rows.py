@@ -1,5 +1,5 @@
-"""What every part of bench.py writes: a row of JSON for each fact, with the date, the device and
-the versions beside it."""
+"""What every part of bench.py writes: a row of JSON for each result, with the date, the device and
+the versions."""
 import json
 import os
 import platform
@@ -12,7 +12,7 @@ import kernels
 
 
 def describe(device):
-    """The device in words, and what computes on it."""
+    """Return the name of the device and the version of torch, in words."""
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     model = platform.machine()
@@ -25,7 +25,7 @@ def describe(device):
 
 
 def versions(device):
-    """The versions that decide a kernel's speed and correctness. -> {name: version}"""
+    """Return the versions that a kernel's speed and correctness depend on. -> {name: version}"""
     facts = {"torch": torch.__version__}
     if kernels.triton_kernels is None:
         return facts
@@ -43,7 +43,7 @@ def versions(device):
 
 
 def record(path, row, device):
-    """Append a row to the .jsonl file `path`, unless that is ""."""
+    """Append a row, with date and device, to the .jsonl file `path`. No path: do nothing."""
     if not path:
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -58,5 +58,11 @@ def record(path, row, device):
 
 
 def log(line):
-    """Print a line at once, so that a run that is cut short has shown what it knows."""
+    """Print a line at once, so that a run that is cut short has shown its results so far."""
     print(line, flush=True)
+
+
+def error_in_words(error):
+    """Return an exception in one line: its type, and the first line of its message."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

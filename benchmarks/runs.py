@@ -11,9 +11,9 @@ from core.files import ROOT
 def start(settings, folder, name, steps, processes=1, env=None, is_compiled=True):
     """Start train.py, or torchrun train.py, on the corpus in `folder`. -> its Popen
 
-    It trains with MLM throughout and neither saves nor validates on its way. settings:
-    StepSettings, whose rows are those of one process. Its run is folder/NAME, what it prints
-    folder/NAME.txt.
+    It trains with MLM throughout, and neither saves nor validates before the end. settings:
+    StepSettings, whose rows are those of one process. The run is in folder/NAME, and what it prints
+    in folder/NAME.txt.
     """
     torchrun = []
     if processes > 1:
@@ -63,6 +63,9 @@ def finish(process, folder, name):
 
 
 def seconds_between(rows, first, last):
-    """Seconds of the steps (first, last], both multiples of the log_interval."""
+    """Return the seconds from the end of step `first` to the end of step `last`.
+
+    Both are steps with a row in the log, which has one every 10 steps.
+    """
     seconds_at = {row["step"]: row["seconds"] for row in rows}
     return seconds_at[last] - seconds_at[first]

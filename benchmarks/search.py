@@ -3,11 +3,11 @@ flat index.
 
     python bench.py search              # needs 3 GB of disk; FAISS where it is installed
 
-The corpus is random unit vectors in a file, as an encoder could have left them. retrieval/search.py
+The corpus is a file of random unit vectors, as if an encoder had written them. retrieval/search.py
 reads the file piece by piece. The others need the whole corpus in memory, and their time begins
-when it is there. Each runs in a process of its own, whose memory is counted from the moment when
+when it is loaded. Each runs in a process of its own, whose memory is counted from the moment when
 libraries and queries are loaded. numpy sorts for a few queries only: its time per query does not
-depend on how many.
+depend on their number.
 """
 import importlib.util
 import os
@@ -28,8 +28,8 @@ from core.files import ROOT, read_json, write_json
 from retrieval import search as exact_search
 
 K = 100              # results a query
-PIECE = 10_000       # documents written or read at once
-SORTED = 20          # queries that numpy sorts for, and whose results are compared
+PIECE = 10_000       # documents that are written or read at once
+SORTED = 20          # queries that numpy sorts for; also the queries whose results are compared
 NAMES = {
     "ours": "search.py, from a file piece by piece",
     "numpy": f"numpy, all scores sorted ({SORTED} queries)",
@@ -41,7 +41,7 @@ NAMES = {
 class Config:
     # the corpus
     documents: int = 1_000_000   # random unit vectors
-    queries: int = 1000          # likewise
+    queries: int = 1000          # random unit vectors, too
     width: int = 768             # of an embedding: 210m's
     # how
     device: str = "auto"         # of ours: cuda where there is one, else cpu
@@ -71,13 +71,13 @@ def search(c):
 
 
 def share_of_same_ten(ids, reference):
-    """The share of queries whose first ten documents are the same, in the same order."""
+    """Return the share of queries whose first ten documents are the same, in the same order."""
     n_same = sum(a[:10] == b[:10] for a, b in zip(ids, reference))
     return n_same / len(ids)
 
 
 def measure(c, folder):
-    """Run every search. -> {name: what its process left, see run_searcher}"""
+    """Run every search. -> {name: the results that its process wrote, see run_searcher}"""
     write_embeddings(c, folder)
     names = ["ours", "numpy"]
     if importlib.util.find_spec("faiss"):
@@ -125,18 +125,20 @@ def read_pieces(c, folder, device):
 
 @dataclass
 class SearcherConfig(Config):
-    args: tuple = ()             # who searches, and the folder of the embeddings
+    args: tuple = ()             # a key of NAMES, and the folder of the embeddings
 
 
 def run_searcher(c):
-    """bench.py searcher NAME FOLDER: search, and leave FOLDER/NAME.json.
+    """bench.py searcher NAME FOLDER: search, and write FOLDER/NAME.json.
 
-    {"seconds", "queries", "peak": bytes, "load": seconds before the search, "ids" for some queries}
+    {"seconds": of the search, "queries": their number, "peak": bytes of extra memory,
+     "load": seconds before the search, "ids": results of the first SORTED queries}
     """
     name, folder = c.args
     device = pick_device(c.device)
     queries = np.load(os.path.join(folder, "queries.npy"))
     memory_before = forget_peak()
+    # the others load the corpus
     load = 0.0
     if name != "ours":
         began = time.time()
@@ -151,6 +153,7 @@ def run_searcher(c):
             queries = queries[:SORTED]
         load = time.time() - began
 
+    # the search
     began = time.time()
     if name == "ours":
         pieces = read_pieces(c, folder, device)
@@ -171,7 +174,7 @@ def run_searcher(c):
 
 
 def memory_of_process(field):
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far (Linux)."""
+    """Return the bytes of this process: field "VmRSS" for now, "VmHWM" for the peak (Linux)."""
     with open("/proc/self/status", encoding="utf-8") as f:
         for line in f:
             if line.startswith(field):
@@ -180,7 +183,7 @@ def memory_of_process(field):
 
 
 def forget_peak():
-    """Let VmHWM begin anew at VmRSS. -> bytes of this process now"""
+    """Reset the peak VmHWM to VmRSS. -> bytes of this process now"""
     with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
         f.write("5")
     return memory_of_process("VmRSS")

@@ -10,13 +10,13 @@ from pretraining.data import DataSettings
 class StepSettings:
     """A training step: the model, its data, and the machine."""
     # the model, and one training step of it
-    size: str = "small"          # a row of model.SIZES
+    size: str = "small"          # a key of model.SIZES
     vocab_size: int = 8192       # of embedding and head
     block_size: int = 512        # tokens in a row
     rows: int = 8                # rows in a step
     random_length: bool = True   # cut each row once, as train.py does; false: whole rows
     mask_rate: float = 0.4       # share of the tokens that MLM hides
-    checkpoint_activations: bool = False   # ours with train.py's flag
+    checkpoint_activations: bool = False   # ours with this setting of train.py
     device: str = "auto"         # cuda where there is one, else cpu
     dtype: str = "auto"          # of ours and Hugging Face's; nanoGPT takes what it ships with
 
@@ -28,7 +28,7 @@ class StepSettings:
         return ModelConfig(**dimensions, vocab_size=self.vocab_size, block_size=self.block_size)
 
     def data_settings(self):
-        """What pretraining.data needs to make a step's batch, the whole step in one micro-batch."""
+        """What pretraining.data needs to make a step's batch, as one micro-batch."""
         return DataSettings(self.block_size, batch_rows=self.rows, random_length=self.random_length,
                             mask_rate=self.mask_rate)
 
@@ -38,7 +38,7 @@ class StepSettings:
 
 
 def check_sizes(sizes, setting):
-    """Raises UserError unless every size is one of model.SIZES.
+    """Raise UserError unless every size is a key of model.SIZES.
 
     setting: how the user wrote them, "size=7b".
     """
@@ -48,7 +48,7 @@ def check_sizes(sizes, setting):
 
 
 def settings_for(settings_class, c, **changes):
-    """A `settings_class` that takes the settings it shares with `c` from there."""
+    """Return a `settings_class` with the values that `c` has for the same settings, and changes."""
     shared = {}
     for field in fields(settings_class):
         if hasattr(c, field.name):
@@ -57,7 +57,10 @@ def settings_for(settings_class, c, **changes):
 
 
 def as_flags(c):
-    """The --key=value words that give a child process the settings of `c`, without defaults."""
+    """Return the words --key=value that give a child process the settings of `c`.
+
+    Settings at their default are left out, and so is `args`, which holds words without a key.
+    """
     default = type(c)()
     flags = []
     for key, value in vars(c).items():

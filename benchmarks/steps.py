@@ -1,11 +1,11 @@
-"""The training step of several sizes, one after the other in one process, for a GPU that is at hand
-for minutes only.
+"""The training step of several sizes, one after the other in one process, for when you have a GPU
+for a few minutes only.
 
     python bench.py steps --vocab_size=128256 --block_size=2048 --rows=12 --steps=10
 
 Ours with MLM and CLM at each size, then EuroBERT at the first size: tokens/s, MFU and peak memory.
-Each result is printed and written the moment it is known, so a run that is cut short leaves what it
-has.
+Each result is printed and written the moment it is known, so a run that is cut short leaves the
+results it has.
 """
 import gc
 import importlib.util
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import contestants
-from benchmarks.rows import describe, log, record
+from benchmarks.rows import describe, error_in_words, log, record
 from benchmarks.settings import StepSettings, check_sizes, settings_for
 from benchmarks.summary import step_in_words
 from core.device import (
@@ -34,15 +34,15 @@ from core.device import (
 @dataclass
 class Config:
     # the models, and one training step of them
-    sizes: tuple = ("210m", "610m", "1b")   # rows of model.SIZES
+    sizes: tuple = ("210m", "610m", "1b")   # keys of model.SIZES
     vocab_size: int = 8192       # of embedding and head
     block_size: int = 512        # tokens in a row
     rows: int = 8                # rows in a step
     random_length: bool = True   # cut each row once, as train.py does; false: whole rows
     mask_rate: float = 0.4       # share of the tokens that MLM hides
-    checkpoint_activations: bool = False   # ours with train.py's flag
+    checkpoint_activations: bool = False   # ours with this setting of train.py
     # how
-    steps: int = 4               # timed, of each
+    steps: int = 4               # that are timed, of each
     seconds: float = 0.0         # begin nothing new after so long; 0: do all
     compile: bool = True         # torch.compile where a compiler is installed
     device: str = "auto"         # cuda where there is one, else cpu
@@ -58,10 +58,11 @@ def steps(c):
     log(f"{describe(device)}; {c.rows} x {c.block_size} tokens a step, {cuts}, "
         f"vocabulary {c.vocab_size:,}, MLM at {c.mask_rate:.0%}")
     began = time.monotonic()
-    median_of_ours = {}      # size -> seconds of our MLM step, which the others are compared with
+    # {size: seconds of our MLM step, which the others are compared with}
+    median_of_ours = {}
     with tempfile.TemporaryDirectory() as folder:
         contestants.write_corpus(settings_for(StepSettings, c, size=c.sizes[0]), folder)
-        for size, key in what_to_measure(c.sizes):
+        for size, key in list_steps(c.sizes):
             if c.seconds and time.monotonic() - began > c.seconds:
                 log(f"{c.seconds:g} s are over: the rest is not measured")
                 break
@@ -74,8 +75,8 @@ def steps(c):
             forget_model(device)
 
 
-def what_to_measure(sizes):
-    """-> [(size, key of contestants.NAMES)]"""
+def list_steps(sizes):
+    """Return the steps to measure, in their order. -> [(size, key of contestants.NAMES)]"""
     pairs = []
     for size in sizes:
         pairs.append((size, "ours"))
@@ -85,7 +86,10 @@ def what_to_measure(sizes):
 
 
 def measure_step(c, size, key, folder, device):
-    """A row as bench.py train writes it: `seconds` of each timed step, or `why` there are none."""
+    """Measure a step. -> a row like those of bench.py train
+
+    It has the `seconds` of each timed step, or `why` there are none.
+    """
     settings = settings_for(StepSettings, c, size=size)
     is_compiled = c.compile and why_not_compile(device) is None
     name = contestants.NAMES[key].removesuffix(", compiled")
@@ -128,10 +132,9 @@ def measure_step(c, size, key, folder, device):
         seconds, batches = timed_steps(training_step.run, c.steps, device)
     except torch.OutOfMemoryError:
         return row | {"why": "out of memory"}
-    except Exception as problem:
-        # One size that fails must not cost the others.
-        lines = str(problem).splitlines() or [""]
-        return row | {"why": f"{type(problem).__name__}: {lines[0]}"}
+    except Exception as error:
+        # If a size fails, go on with the others.
+        return row | {"why": error_in_words(error)}
     median = statistics.median(seconds)
     flops_per_s = statistics.mean(training_step.flops_of(batch) for batch in batches) / median
     return row | {
@@ -144,7 +147,7 @@ def measure_step(c, size, key, folder, device):
 
 
 def timed_steps(run, n, device):
-    """Run n steps. -> seconds of each, by events on a GPU, and their batches"""
+    """Run n steps. -> seconds of each, and their batches"""
     batches = []
     if not device.startswith("cuda"):
         seconds = []
@@ -153,7 +156,7 @@ def timed_steps(run, n, device):
             batches.append(run())
             seconds.append(time.perf_counter() - began)
         return seconds, batches
-    # Events on the GPU's own clock: between the steps the host does not wait.
+    # On a GPU events take the time, so that the host need not wait between the steps.
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
     marks[0].record()
     for mark in marks[1:]:

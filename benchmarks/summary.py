@@ -1,8 +1,8 @@
-"""The figures in a rows file that decide something, most important first.
+"""The most important figures of a file of rows, in a few lines.
 
     python -m benchmarks.summary ROWS.jsonl
 
-Runs after every part of runs/gpu.sh, so it needs the standard library only and takes no time.
+runs/gpu.sh runs it after every part, so it needs the standard library only and takes no time.
 """
 import json
 import os
@@ -11,14 +11,14 @@ import sys
 
 
 def main(path):
-    rows = read(path)
-    for in_words in (checks_in_words, steps_in_words, kernels_in_words, profile_in_words):
+    rows = read_rows(path)
+    for in_words in (checks_in_words, steps_in_words, kernels_in_words, profiles_in_words):
         for line in in_words(rows):
             print(line)
 
 
-def read(path):
-    """The rows of a .jsonl file, oldest first, without a last line that was cut off."""
+def read_rows(path):
+    """Return the rows of a .jsonl file, oldest first, without a last line that was cut off."""
     if not os.path.isfile(path):
         return []
     with open(path, encoding="utf-8") as f:
@@ -30,7 +30,7 @@ def rows_of(rows, *benches):
 
 
 def newest(rows, *keys):
-    """The last row of each combination of the keys' values, in the order of their first rows."""
+    """Return the last row for each combination of the keys' values, in the order of the first."""
     rows_by_values = {}
     for row in rows:
         values = str([row.get(key) for key in keys])
@@ -42,7 +42,7 @@ def newest(rows, *keys):
 # lines
 
 def checks_in_words(rows):
-    """What bench.py alive checked, what failed, and the kernels that --attention=auto takes."""
+    """How many checks of bench.py alive agree, which do not, and what --attention=auto takes."""
     # A check may have run several times: its last run counts.
     checks = newest(rows_of(rows, "alive", "trial"), "bench", "name", "heads")
     failed = [row for row in checks if not row["ok"]]
@@ -62,7 +62,7 @@ def steps_in_words(rows):
 
 
 def step_in_words(row):
-    """One measured training step. bench.py steps prints this line, too."""
+    """Return the line of a training step. bench.py steps prints this line, too."""
     name = f"{row['size']}, {row['name']}"
     if "why" in row:
         return f"{name}: not measured: {row['why']}"
@@ -75,8 +75,8 @@ def step_in_words(row):
 
 
 def kernels_in_words(rows):
-    """A line a case: ours in TFLOP/s, and how many times as long the others take."""
-    # one row a case and contestant, forward and backward together
+    """A line for each case: ours in TFLOP/s, and how many times as long the others take."""
+    # {case: {contestant: its row for forward and backward together}}
     cases = {}
     for row in rows_of(rows, "attention", "loss"):
         if row["pass"] == "both" and "ms" in row:
@@ -99,7 +99,7 @@ def case_in_words(row):
     return f"loss {row['size']}, {row['positions']:,} targets"
 
 
-def profile_in_words(rows):
+def profiles_in_words(rows):
     profiles = [row for row in rows_of(rows, "profile") if row["kernels"]]
     for row in newest(profiles, "size"):
         largest = row["kernels"][0]

@@ -1,8 +1,8 @@
-"""The tables of docs/speed.md, a training step's speed and memory, from the rows in results/speed.
+"""The tables of docs/speed.md: speed and memory of a training step, from the rows in results/speed.
 
     python bench.py readme
 
-A cell shows the newest row that was measured for it, and says so if there is none.
+A cell shows the newest row that was measured for it, or "not measured".
 """
 import json
 import os
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from benchmarks.contestants import NAMES
 from core.files import ROOT, find_files, write_whole
 
-PAGE = os.path.join("docs", "speed.md")      # the page with the tables, between these two marks
+# The page with the tables, which stand between these two marks.
+PAGE = os.path.join("docs", "speed.md")
 BEGIN = "<!-- bench.py readme: begin -->\n"
 END = "<!-- bench.py readme: end -->\n"
 
-# The GPU's tables: the paper's sizes, and the step that its column headings describe.
+# The tables for GPUs: the paper's sizes, and the step that the text above the tables describes.
 SIZES = ("210m", "610m", "1b")
 GPU = {
     "vocab_size": 128_256,
@@ -25,28 +26,28 @@ GPU = {
     "dtype": "bfloat16",
     "checkpoint_activations": False,
 }
-# What makes a column of the CPU's table.
+# The table for CPUs has a column for each combination of these values.
 CPU_COLUMN = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "random_length")
 
 
 @dataclass
 class Config:
-    rows: str = "results/speed"  # folder of the .jsonl files that hold them
+    rows: str = "results/speed"  # folder of the .jsonl files with the rows
 
 
 def readme(c):
     path = os.path.join(ROOT, PAGE)
     with open(path, encoding="utf-8") as f:
         text = f.read()
-    new_text = put(text, c.rows)
+    new_text = put_tables(text, c.rows)
     write_whole(path, new_text.encode())
-    news = "the tables are new" if new_text != text else "nothing to change"
-    print(f"{PAGE}: {news}")
+    outcome = "the tables have changed" if new_text != text else "nothing to change"
+    print(f"{PAGE}: {outcome}")
 
 
-def put(text, folder):
-    """A page's text, with the tables between the two marks made anew from the rows in `folder`."""
-    rows = read(folder)
+def put_tables(text, folder):
+    """Return a page's text with new tables between the two marks, from the rows in `folder`."""
+    rows = read_rows(folder)
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     tables = "\n".join((
@@ -63,8 +64,8 @@ def put(text, folder):
 # --------------------------------------------------------------------------------------------------
 # rows
 
-def read(folder):
-    """All rows, older before newer within a file."""
+def read_rows(folder):
+    """Return the rows of all files. Within a file the older ones come first."""
     rows = []
     for path in find_files(folder, "*.jsonl"):
         with open(path, encoding="utf-8") as f:
@@ -72,20 +73,20 @@ def read(folder):
     return rows
 
 
-def fits(row, values):
+def has_values(row, values):
     return all(row.get(key) == value for key, value in values.items())
 
 
 def newest(rows, values):
-    """The last row that has these values, or None."""
+    """Return the last row that has these values, or None."""
     for row in reversed(rows):
-        if fits(row, values):
+        if has_values(row, values):
             return row
     return None
 
 
-def kind(row):
-    """"cuda" or "cpu"; the oldest rows do not say, and are a CPU's."""
+def device_kind(row):
+    """Return "cuda" or "cpu". The oldest rows do not say, but they are from CPUs."""
     return row.get("kind", "cpu")
 
 
@@ -98,9 +99,9 @@ def markdown(head, body):
 
 
 def gpu_table(rows):
-    """The paper's three sizes on every GPU that has rows; on "one H100" if there is none."""
-    rows = [row for row in rows if row["bench"] == "train" and kind(row) != "cpu"]
-    rows = [row for row in rows if row["size"] in SIZES and fits(row, GPU)]
+    """A column for each GPU and size. Without any rows, the GPU is "one H100"."""
+    rows = [row for row in rows if row["bench"] == "train" and device_kind(row) != "cpu"]
+    rows = [row for row in rows if row["size"] in SIZES and has_values(row, GPU)]
     devices = list(dict.fromkeys(row["device"] for row in rows)) or ["one H100"]
     columns = []
     for device in devices:
@@ -108,7 +109,7 @@ def gpu_table(rows):
             columns.append((device, size))
     body = []
     for key, name in NAMES.items():
-        # Of nanoGPT's four variants, three are there for a CPU; so is ours-malloc.
+        # ours-malloc and three of nanoGPT's four variants are measured on CPUs only.
         if key != "ours-malloc" and not key.startswith("nanogpt-"):
             line = [name]
             for device, size in columns:
@@ -130,7 +131,7 @@ def gpu_cell(row):
 
 
 def ratio_to_ours(row):
-    """How many times ours is as fast, within one run; "" for ours itself."""
+    """Return, in words, how many times ours is as fast in the same run; "" for ours itself."""
     if row.get("reference") == "ours" and row["key"] != "ours":
         return f", {row['ratio']:.2f} x"
     return ""
@@ -138,7 +139,7 @@ def ratio_to_ours(row):
 
 def cpu_table(rows):
     """A column for each machine, precision and shape that was measured on a CPU."""
-    rows = [row for row in rows if row["bench"] == "train" and kind(row) == "cpu"]
+    rows = [row for row in rows if row["bench"] == "train" and device_kind(row) == "cpu"]
     columns = []       # {key of CPU_COLUMN: value}
     for row in rows:
         column = {key: row[key] for key in CPU_COLUMN}
@@ -146,6 +147,7 @@ def cpu_table(rows):
             columns.append(column)
     body = []
     for key, name in NAMES.items():
+        # A CPU has no attention kernel that "ours-kernel" could go without.
         if key != "ours-kernel":
             cells = [cpu_cell(newest(rows, column | {"key": key})) for column in columns]
             body.append([name, *cells])
@@ -171,11 +173,12 @@ def cpu_cell(row):
 
 
 def memory_table(rows):
-    """The most rows of 2,048 tokens in a micro-batch."""
-    rows = [row for row in rows if row["bench"] == "memory" and kind(row) != "cpu"]
+    """The most rows of 2,048 tokens in a micro-batch, of each size."""
+    rows = [row for row in rows if row["bench"] == "memory" and device_kind(row) != "cpu"]
     rows = [row for row in rows if row["memory_gib"] in (0, 80)]
+    lines = (("all activations kept", False), ("--checkpoint_activations=true", True))
     body = []
-    for name, is_checkpointed in (("all activations kept", False), ("--checkpoint_activations=true", True)):
+    for name, is_checkpointed in lines:
         cells = [memory_cell(rows, size, is_checkpointed) for size in SIZES]
         body.append([name, *cells])
     return markdown(["most rows of 2,048 tokens that fit", *SIZES], body)

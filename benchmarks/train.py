@@ -6,7 +6,7 @@
 
 The contestants take turns for `rounds` rounds: one untimed step, then `steps` timed ones. A row has
 the median over the rounds. Its ratio to the first row is the median of the ratios within a round,
-so a machine whose speed drifts does not decide.
+so it does not matter if the speed of the machine drifts.
 """
 import time
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from core.device import peak_flops, pick_device, pick_dtype
 class Config(StepSettings):
     # who and how often
     contestants: str = ""        # which, e.g. ours,eurobert; "": all that can run here
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; without, it takes no part
+    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; "": without nanoGPT
     steps: int = 4               # of each contestant in a round
     rounds: int = 5              # each contestant takes two steps before the first
-    memory_gib: float = 0.0      # of a device that is larger; 0: all there is
+    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
     to: str = ""                 # append the rows, with device and versions, to this .jsonl file
 
 
@@ -73,17 +73,20 @@ def train(c):
         if "why" not in row:
             row["mfu"] = row["flops_per_s"] / peak if peak else None
         print(table_line(row, tokens))
-        # "out of memory" is a result; that a peer is not installed is none.
+        # "out of memory" is a result; "not installed" is not.
         if row.get("why") in (None, "out of memory"):
             record(c.to, facts | row, device)
 
     mfu = f"MFU: of {peak / 1e12:,.0f} TFLOP/s" if peak else "No MFU without a published peak"
-    print("\nFLOPs: the products that run in ours, without padding and logits that nobody asks "
-          f"for; EuroBERT's are counted alike, nanoGPT's are its own. {mfu}.")
+    print("\nFLOPs: of the matrix products in our step, without padding, and with logits only at "
+          f"targets. The same count for EuroBERT; nanoGPT counts its own. {mfu}.")
 
 
 def choose_contestants(c):
-    """The contestants that the user named, or all. -> {key: Contestant}. Raises UserError."""
+    """Return the contestants that the user named, or all. -> {key: Contestant}
+
+    Raises UserError for a name that does not exist.
+    """
     everybody = contestants(c, c.nanogpt)
     keys = [key for key in c.contestants.split(",") if key]
     if set(keys) - set(everybody):

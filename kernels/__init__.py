@@ -3,18 +3,16 @@
     attention(q, k, v, cu_seqlens, causal, impl)
     linear_cross_entropy(hidden, weight, targets)
 
-    dispatch           attention(), and which of these computes it:
+    dispatch           attention(), which calls one of the next four:
     triton_attention   our own kernels, for CUDA GPUs
-    blocks             how many rows a program of them works on, for each kind of GPU
     varlen             PyTorch's packed attention, for CUDA GPUs
-    sdpa, sdpa_cpu     PyTorch's scaled_dot_product_attention, one call per sequence: the fast path
-                       of a CPU
-    reference          both definitions, dense and slow
-    cross_entropy      the LM head and its loss, a chunk of logits at a time
+    sdpa               PyTorch's scaled_dot_product_attention, one call per sequence: runs anywhere
+    reference          the definitions of both operations, dense and slow
+    blocks             the block sizes of our own kernels, for each kind of GPU
+    sdpa_cpu           what sdpa calls on a CPU in bf16, and for short sequences
+    cross_entropy      linear_cross_entropy(): LM head and loss, a chunk of logits at a time
 """
 from .cross_entropy import linear_cross_entropy
-
-# `attention` becomes the function here, after dispatch.py has imported the module of that name
 from .dispatch import ATTENTION, attention, resolve, triton_kernels
 
 __all__ = ["ATTENTION", "attention", "linear_cross_entropy", "resolve", "triton_kernels"]

@@ -1,15 +1,15 @@
-"""How many rows a program of the Triton attention kernels works on, for each kind of GPU.
+"""The block sizes of the Triton attention kernels, for each kind of GPU.
 
-A program holds a block of queries and a block of keys. Larger blocks load each key less often,
-until the registers or the shared memory of the GPU run out. Where that is depends on the GPU, the
-kernel and the head dim, so the sizes stand in a table.
+A program works on a block of queries and a block of keys at a time. With larger blocks each key is
+loaded less often, until the registers or the shared memory of the GPU run out. When they do depends
+on the GPU, the kernel and the head dim, so the sizes stand in a table.
 
 The table was chosen by what the compiler makes of a configuration: registers, spills (registers
 that did not fit and go through memory), shared and tensor memory, and so how many programs fit on
-one streaming multiprocessor (SM). docs/log.md, 2026-11-26, lists the candidates, and tests/aot.py prints
-the figures of the table's rows. Their speed is not measured. ATTENTION_AUTOTUNE=1 measures, and may
-find better ones. We prefer two programs of four warps to one of eight, because one of them computes
-its softmax while the other waits for its products.
+one streaming multiprocessor (SM). docs/log.md, 2026-11-26, lists candidates, and tests/aot.py
+prints the figures of the table's rows. Their speed is not measured. ATTENTION_AUTOTUNE=1 measures
+it, and may find better sizes. Where both fit, we prefer two programs of four warps to one of eight:
+one of them computes its softmax while the other waits for its products.
 """
 
 from typing import NamedTuple
@@ -43,15 +43,15 @@ HAS_TMA = (90, 100, 120)
 def architecture(major, minor):
     """Return TABLE's key for a GPU of this compute capability.
 
-    A GPU that is not listed gets the blocks that need least: small ones, loaded by pointers.
+    A GPU that is not listed gets the blocks that need least memory: Ada's, loaded by pointers.
     """
     return ARCHITECTURES.get((major, minor), 89)
 
 
 # {(architecture, kernel, head dim rounded up to a power of two): Blocks}
 TABLE = {
-    # A100. 32 keys in dkdv at 64: with 64 and loads in flight it spills. (32-wide products have
-    # crashed on Hopper, triton-lang/triton#10573; the rows of Hopper and of data-centre Blackwell
+    # A100. dkdv at 64 has 32 keys: with 64, and loads in flight, it spills. (32-wide products have
+    # crashed on Hopper, triton-lang/triton#10573. The rows of Hopper and of data-centre Blackwell
     # have none.)
     (80, "forward", 64): Blocks(128, 64, 4, 3),
     (80, "forward", 128): Blocks(128, 64, 8, 2),
@@ -59,15 +59,15 @@ TABLE = {
     (80, "dkdv", 128): Blocks(64, 64, 8, 2),
     (80, "dq", 64): Blocks(64, 64, 4, 2),
     (80, "dq", 128): Blocks(64, 64, 8, 2),
-    # Ada and consumer Ampere: A100's, which fit into 99 KB, but with one block less in flight in
-    # forward at 64, so that two programs share the 100 KB of an SM.
+    # Ada and consumer Ampere. A100's blocks fit into their 99 KB. But forward at 64 has one stage
+    # less, so that two programs share the 100 KB of an SM.
     (89, "forward", 64): Blocks(128, 64, 4, 2),
     (89, "forward", 128): Blocks(128, 64, 8, 2),
     (89, "dkdv", 64): Blocks(64, 32, 4, 2),
     (89, "dkdv", 128): Blocks(64, 64, 8, 2),
     (89, "dq", 64): Blocks(64, 64, 4, 2),
     (89, "dq", 128): Blocks(64, 64, 8, 2),
-    # Hopper. dkdv at 96 and 128 spills: 9 instructions.
+    # Hopper. dkdv at 96 and 128 spills 9 instructions.
     (90, "forward", 64): Blocks(128, 128, 8, 3, True),
     (90, "forward", 128): Blocks(128, 128, 8, 2, True),
     (90, "dkdv", 64): Blocks(64, 128, 8, 2, True),
@@ -84,11 +84,11 @@ TABLE = {
     (100, "dkdv", 128): Blocks(64, 128, 8, 2, True),
     (100, "dq", 64): Blocks(128, 64, 8, 3, True),
     (100, "dq", 128): Blocks(128, 64, 8, 3, True),
-    # Consumer Blackwell: Ada's, but for dq at 64, where 64 keys spill. dkdv at 96 spills 12
-    # instructions, none in its inner loop. This GPU has TMA, with which nothing spills and a thread
-    # needs 8 to 60 registers less. We still use pointers: others have measured TMA at 0.3 to 0.8 of
-    # their bandwidth here (kekzl/imp#169), and the form of it that Triton 3.6 emits makes the
-    # driver set aside 3.5 GB (tile-ai/tilelang#2052).
+    # Consumer Blackwell: Ada's blocks, but 32 keys in dq at 64, where 64 spill. dkdv at 96 spills
+    # 12 instructions, none in its inner loop. This GPU has TMA, with which nothing spills and a
+    # thread needs 8 to 60 registers less. We still use pointers: others have measured TMA at 0.3 to
+    # 0.8 of their bandwidth here (kekzl/imp#169), and the form of it that Triton 3.6 emits makes
+    # the driver set aside 3.5 GB (tile-ai/tilelang#2052).
     (120, "forward", 64): Blocks(128, 64, 4, 2),
     (120, "forward", 128): Blocks(128, 64, 8, 2),
     (120, "dkdv", 64): Blocks(64, 32, 4, 2),
@@ -116,7 +116,7 @@ SIZES_TO_TRY = [
 def candidates(table_key):
     """Return the Blocks that a search tries for a key of TABLE.
 
-    The table's own blocks come first: a search must not end with slower ones.
+    The table's own blocks are among them, so a search never ends with slower ones.
     """
     blocks_to_try = [TABLE[table_key]]
     for tma in (True, False):

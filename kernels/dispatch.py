@@ -6,9 +6,9 @@
                 everywhere, and is the fast path of a CPU
     reference   the definition, dense and slow (reference.py)
 
-"auto" is sdpa wherever there is no CUDA GPU. On a GPU, Triton and varlen first compute a small
-batch that is compared with the reference. Those that agree are timed on the shape of a training
-step, and the faster one is taken.
+"auto" is sdpa wherever there is no CUDA GPU. On a GPU, triton and varlen are tried: each computes a
+small batch, which is compared with the reference. Those that agree with it are timed on one layer
+of a training step, and the faster one is taken.
 """
 
 import functools
@@ -42,11 +42,11 @@ FAST_ON_GPU = ("triton", "varlen")
 
 # The largest relative error that a trial may have. Rounding to bf16 makes 4e-3, a miscompiled
 # kernel makes far more than this.
-MOST_ERROR = 2e-2
+MAX_TRIAL_ERROR = 2e-2
 
-# varlen must take less than this share of Triton's time to be chosen, because only Triton gives the
-# same bits in every run.
-PREFERENCE = 0.95
+# varlen is taken only if it needs less than this share of triton's time: triton is preferred,
+# because it alone gives the same bits in every run.
+CLEARLY_FASTER = 0.95
 
 
 def why_not(name, device_type, dtype, head_dim):
@@ -61,66 +61,62 @@ def why_not(name, device_type, dtype, head_dim):
 
 
 def resolve(impl, device_type=None, dtype=None, head_dim=None, n_head=3, n_kv_head=1):
-    """Check the name of an implementation. If the kind of input is given, also turn "auto" into the
-    name of what runs.
+    """Return the name of the implementation that runs: `impl`, or what "auto" means here.
 
-    Prints one line when "auto" chooses on a GPU, once a process and kind of input: what, why, and
-    both times. Raises ValueError for an unknown name, and for an implementation that cannot run
-    here.
+    Without a device_type only the spelling is checked, and "auto" stays "auto". On a GPU, "auto"
+    prints one line for each kind of input: what it takes, why, and both times. Raises ValueError
+    for an unknown name, and for an implementation that cannot run here.
     """
     if impl != "auto" and impl not in ATTENTION:
         raise ValueError(f"attention={impl}: expected auto or one of {', '.join(ATTENTION)}")
     if device_type is None:
         return impl
     if impl == "auto":
-        return choose(device_type, dtype, head_dim, n_head, n_kv_head)
+        return resolve_auto(device_type, dtype, head_dim, n_head, n_kv_head)
     reason = why_not(impl, device_type, dtype, head_dim)
     if reason:
         raise ValueError(f"attention={impl}: {reason}")
     return impl
 
 
-def choose(device_type, dtype, head_dim, n_head, n_kv_head):
-    return chosen(device_type, dtype, head_dim, n_head, n_kv_head)
+def resolve_auto(device_type, dtype, head_dim, n_head, n_kv_head):
+    return resolve_auto_once(device_type, dtype, head_dim, n_head, n_kv_head)
 
 
-# torch.compile calls it while it traces and keeps the answer in the graph. This is what
-# torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would cost
-# every process a second at its start; a test holds it.
-choose._dynamo_marked_constant = True
+# torch.compile calls this function while it traces, and keeps the answer in the graph. This is what
+# torch.compiler.assume_constant_result does, but that imports torch._dynamo, which would cost every
+# process a second at its start (a test checks that).
+resolve_auto._dynamo_marked_constant = True
 
 
 @functools.cache
-def chosen(device_type, dtype, head_dim, n_head, n_kv_head):
-    """What "auto" means for this kind of input, decided once a process."""
+def resolve_auto_once(device_type, dtype, head_dim, n_head, n_kv_head):
+    """Return what "auto" means for this kind of input. It is decided once per process."""
     if device_type != "cuda":
         return "sdpa"
-    name, explanation = decide(FAST_ON_GPU, device_type, dtype, head_dim, n_head, n_kv_head)
+    name, explanation = pick_fastest(FAST_ON_GPU, device_type, dtype, head_dim, n_head, n_kv_head)
     if os.environ.get("RANK", "0") == "0":
         print(f"attention: {explanation}", flush=True)
     return name
 
 
-def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
-    """Choose among implementations by trial and time. -> (name, explanation in one line)
+def pick_fastest(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
+    """Try and time implementations, and pick one. -> (name, explanation in one line)
 
-    names: the first is preferred unless another is clearly faster; n_rows: rows of 2,048 tokens to
-    time with.
+    names: the first that agrees with the reference is preferred, unless another is clearly faster.
+    n_rows: rows of 2,048 tokens in the layer that is timed.
     """
+    kind = (device_type, dtype, head_dim, n_head, n_kv_head)
     errors = {}
     seconds = {}
     problems = {}
     for name in names:
         try:
-            problems[name], errors[name] = objection(
-                name, device_type, dtype, head_dim, n_head, n_kv_head
-            )
+            problems[name], errors[name] = try_out(name, *kind)
             if problems[name] is None:
-                seconds[name] = layer_seconds(
-                    name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows
-                )
-        # A compiler or a driver may raise anything. Train with another implementation, and say why.
+                seconds[name] = time_layer(name, *kind, n_rows)
         except Exception as error:
+            # A compiler or a driver may raise anything: try the next implementation.
             lines = str(error).splitlines()
             first_line = lines[0] if lines else ""
             problems[name] = f"a trial call of {name} failed: {type(error).__name__}: {first_line}"
@@ -130,7 +126,7 @@ def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
 
     best = next(iter(seconds))
     for name in seconds:
-        if seconds[name] < PREFERENCE * seconds[best]:
+        if seconds[name] < CLEARLY_FASTER * seconds[best]:
             best = name
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
     dtype_name = str(dtype).removeprefix("torch.")
@@ -142,96 +138,99 @@ def decide(names, device_type, dtype, head_dim, n_head, n_kv_head, n_rows=12):
     return best, f"{explanation}; {refusals}" if refusals else explanation
 
 
-def objection(name, device_type, dtype, head_dim, n_head, n_kv_head):
+def try_out(name, device_type, dtype, head_dim, n_head, n_kv_head):
     """Try an implementation on a small batch, if it can run here at all.
 
-    -> (why it must not be used here, in words, or None; the error of the trial call, or None)
+    -> (why it must not be used here, in words, or None; the error of the trial, or None)
     """
     reason = why_not(name, device_type, dtype, head_dim)
     if reason:
         return reason, None
-    error = trial(name, device_type, dtype, head_dim, n_head // n_kv_head)
-    if error < MOST_ERROR:
+    error = trial_error(name, device_type, dtype, head_dim, n_head // n_kv_head)
+    if error < MAX_TRIAL_ERROR:
         return None, error
     return f"a trial call of {name} was off by {error:.1e}", error
 
 
-def trial(name, device_type, dtype, head_dim, group):
+def trial_error(name, device_type, dtype, head_dim, group):
     """Compare an implementation with the reference on a small packed batch under both masks.
 
-    group: query heads a KV head. -> the largest relative error of the output and of the gradients
+    group: query heads per KV head. -> the largest relative error of the output and of the gradients
     of q, k and v
     """
-    # What Triton compiles for this batch then serves a training step as well: it makes other
-    # kernels for a single head, and for a number of tokens that is no multiple of 16.
+    # Triton compiles other kernels for a single head, and for a number of tokens that is not a
+    # multiple of 16. With two KV heads and 304 tokens it compiles those of a training step.
     n_tokens = 304
     n_kv_head = 2
     n_head = group * n_kv_head
     cu_seqlens = torch.tensor([0, 130, 131, n_tokens], dtype=torch.int32, device=device_type)
     generator = torch.Generator(device_type).manual_seed(0)
-
-    def random(heads):
-        x = torch.randn(n_tokens, heads, head_dim, device=device_type, generator=generator)
-        return x.to(dtype)
-
-    worst = 0.0
+    max_error = 0.0
     for causal in (False, True):
-        inputs = [random(n_head), random(n_kv_head), random(n_kv_head), random(n_head)]
+        inputs = random_inputs(n_tokens, n_head, n_kv_head, head_dim, dtype, generator)
         results = output_and_gradients(ATTENTION[name], *inputs, cu_seqlens, causal)
         in_fp32 = [x.float() for x in inputs]
-        expected = output_and_gradients(reference.attention, *in_fp32, cu_seqlens, causal)
-        for result, right in zip(results, expected):
-            error = (result.float() - right).norm() / right.norm()
-            worst = max(worst, error.nan_to_num(float("inf")).item())
-    return worst
+        exact_results = output_and_gradients(reference.attention, *in_fp32, cu_seqlens, causal)
+        for result, exact in zip(results, exact_results):
+            error = (result.float() - exact).norm() / exact.norm()
+            max_error = max(max_error, error.nan_to_num(float("inf")).item())
+    return max_error
+
+
+def random_inputs(n_tokens, n_head, n_kv_head, head_dim, dtype, generator):
+    """Return random q [T, H, D], k and v [T, Hkv, D], and a gradient of the output [T, H, D]."""
+    inputs = []
+    for heads in (n_head, n_kv_head, n_kv_head, n_head):
+        x = torch.randn(n_tokens, heads, head_dim, device=generator.device, generator=generator)
+        inputs.append(x.to(dtype))
+    return inputs
 
 
 def output_and_gradients(implementation, q, k, v, grad, cu_seqlens, causal):
-    """-> output [T, H, D] and the gradients of q, k and v for a gradient `grad` of the output"""
+    """Return the output [T, H, D] and the gradients of q, k and v.
+
+    grad: the gradient of the output.
+    """
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         out = implementation(q, k, v, cu_seqlens, causal)
         return [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def layer_seconds(name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows):
-    """Median time of attention in one layer of a training step: forward and backward, under both
-    masks, each row of 2,048 cut once."""
-    generator = torch.Generator(device_type).manual_seed(0)
+def time_layer(name, device_type, dtype, head_dim, n_head, n_kv_head, n_rows):
+    """Return the seconds of attention in one layer of a training step, as a median of five.
+
+    That is forward and backward, under both masks, over n_rows rows of 2,048 that are cut once.
+    """
     starts = 2048 * torch.arange(n_rows)
     cuts = starts + torch.randint(12, 2037, (n_rows,), generator=torch.Generator().manual_seed(0))
     bounds = torch.cat([starts, cuts, torch.tensor([2048 * n_rows])])  # [2 n_rows + 1]
     cu_seqlens = bounds.sort().values.int().to(device_type)
-    q, k, v, grad = (
-        torch.randn(2048 * n_rows, heads, head_dim, device=device_type, generator=generator).to(
-            dtype
-        )
-        for heads in (n_head, n_kv_head, n_kv_head, n_head)
-    )
+    generator = torch.Generator(device_type).manual_seed(0)
+    inputs = random_inputs(2048 * n_rows, n_head, n_kv_head, head_dim, dtype, generator)
 
-    def both_masks():
+    def run_both_masks():
         for causal in (False, True):
-            output_and_gradients(ATTENTION[name], q, k, v, grad, cu_seqlens, causal)
+            output_and_gradients(ATTENTION[name], *inputs, cu_seqlens, causal)
 
-    def wait():
+    def wait_for_device():
         if device_type == "cuda":
             torch.cuda.synchronize()
 
     for _ in range(2):  # compile, and fill the caches
-        both_masks()
+        run_both_masks()
     times = []
     for _ in range(5):
-        wait()
+        wait_for_device()
         began = time.perf_counter()
-        both_masks()
-        wait()
+        run_both_masks()
+        wait_for_device()
         times.append(time.perf_counter() - began)
     return sorted(times)[2]
 
 
-def check(q, k, v, cu_seqlens):
-    """Raise ValueError, with a message of one line, if no implementation could compute these
-    inputs.
+def check_inputs(q, k, v, cu_seqlens):
+    """Raise ValueError, with a message of one line, for inputs that do not fit together.
 
     The values of cu_seqlens are checked on a CPU only. On a GPU reading them would make the host
     wait for the device in every layer, so bad values are not noticed there. A compiled function
@@ -263,8 +262,8 @@ def check(q, k, v, cu_seqlens):
         return
     T = q.shape[0]
     bounds = cu_seqlens.tolist()
-    falls = any(a > b for a, b in zip(bounds, bounds[1:]))
-    if bounds[0] != 0 or bounds[-1] != T or falls:
+    is_falling = any(a > b for a, b in zip(bounds, bounds[1:]))
+    if bounds[0] != 0 or bounds[-1] != T or is_falling:
         raise ValueError(
             f"attention: cu_seqlens goes from {bounds[0]} to {bounds[-1]}: "
             f"expected 0 to T = {T}, never falling"
@@ -272,7 +271,7 @@ def check(q, k, v, cu_seqlens):
 
 
 def attention(q, k, v, cu_seqlens, causal: bool, impl: str = "auto") -> torch.Tensor:
-    """Softmax attention within each packed sequence, scale 1/sqrt(D), differentiable.
+    """Return softmax attention within each packed sequence, with scale 1/sqrt(D). Differentiable.
 
     q [T, H, D]; k, v [T, Hkv, D], any strides -> [T, H, D]. H is a multiple of Hkv: query head h
     reads KV head h // (H // Hkv) (grouped-query attention).
@@ -280,14 +279,15 @@ def attention(q, k, v, cu_seqlens, causal: bool, impl: str = "auto") -> torch.Te
     [cu_seqlens[s], cu_seqlens[s+1]).
     causal: a token sees itself and the tokens before it in its sequence; otherwise it sees the
     whole sequence.
+    impl: a key of ATTENTION, or "auto".
 
     Under autocast the inputs are cast first. Raises ValueError for shapes, dtypes, devices or, on a
-    CPU, values of cu_seqlens that do not fit together.
+    CPU, values of cu_seqlens that do not fit together, and for an impl that cannot run here.
     """
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type):
         q, k, v = (x.to(torch.get_autocast_dtype(device_type)) for x in (q, k, v))
-    check(q, k, v, cu_seqlens)
+    check_inputs(q, k, v, cu_seqlens)
     n_head, head_dim = q.shape[1:]
     name = resolve(impl, device_type, q.dtype, head_dim, n_head, k.shape[1])
     return ATTENTION[name](q, k, v, cu_seqlens, causal)

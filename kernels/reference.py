@@ -1,4 +1,4 @@
-"""The definitions, dense and slow, in whatever precision they are given.
+"""The definitions of both operations, dense and slow, in the precision of their inputs.
 
 Every kernel is tested against these two functions.
 """
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, cu_seqlens, causal):
-    """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]; see kernels.attention.
+    """See kernels.attention. q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]
 
-    Takes O(T^2) memory, and any dtype, fp64 included.
+    It needs O(T^2) memory, and takes any dtype, fp64 included.
     """
     T, H, D = q.shape
     group = H // k.shape[1]
@@ -27,8 +27,8 @@ def attention(q, k, v, cu_seqlens, causal):
 
 
 def linear_cross_entropy(hidden, weight, targets):
-    """hidden [N, C], weight [V, C], targets [N] (-100: no target) -> the sum of the N losses.
+    """Return the sum of the N losses, in the dtype of the inputs.
 
-    The sum has the dtype of the inputs.
+    hidden [N, C], weight [V, C], targets [N], -100 where there is none
     """
     return F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")

@@ -2,11 +2,11 @@
 
 The loop over sequences is hidden in one custom operator with its own backward pass, so
 torch.compile sees a single node however many sequences there are. The loop reads cu_seqlens on the
-host. On a GPU the host then waits for the device in every layer: this is the portable path, not the
-fast one.
+host. On a GPU the host then waits for the device in every layer: there this is the portable path,
+not the fast one.
 
-On a CPU one call costs more than the arithmetic of a sentence. So short sequences of about the same
-length are computed together, as one batch (docs/log.md).
+On a CPU a call costs more than the arithmetic of a short sequence. So short sequences of about the
+same length are computed together, as one batch (docs/log.md).
 """
 
 import functools
@@ -25,10 +25,10 @@ GRAIN = 16
 
 
 def kernel_for(q):
-    """Return which kernel computes a sequence.
+    """Return the kernel that computes a sequence which is not part of a Batch.
 
     "matmul": matrix products, sdpa_cpu.py (CPU, bf16). "flash": PyTorch's flash kernel for CPUs
-    (CPU, other dtypes). "device": whatever PyTorch has for another device.
+    (CPU, other dtypes). "device": what PyTorch chooses on any other device.
     """
     if q.device.type != "cpu":
         return "device"
@@ -39,25 +39,26 @@ def kernel_for(q):
 
 
 class Batch(NamedTuple):
-    """n sequences that are computed by one call, as tensors [n * H, L, D].
+    """n short sequences, m tokens in all, that one call computes as tensors [n * H, L, D].
 
     L is the length of the longest one. The others repeat their last token up to L: as keys the
-    repetitions are hidden, and as queries their results are dropped. "Row" below means a row of a
-    tensor seen as a matrix with D columns.
+    repetitions are hidden, and as queries their results are dropped. "Rows" are those of a tensor
+    seen as a matrix with D columns.
     """
 
     length: int  # L
-    q_rows: torch.Tensor  # [n * H * L] the rows of q [T * H, D]
-    kv_rows: torch.Tensor  # [n * H * L] those of k and v: for each query head its KV head
+    q_rows: torch.Tensor  # [n * H * L] where the queries are in q [T * H, D]
+    kv_rows: torch.Tensor  # [n * H * L] where their KV heads are in k and v [T * Hkv, D]
     is_hidden: torch.Tensor  # bool [n * H, 1, L] keys that are repetitions
     tokens: torch.Tensor  # [m] the tokens of these sequences
-    q_results: torch.Tensor  # [m * H] their rows in a result [n * H * L, D] ...
-    kv_results: torch.Tensor  # [m * Hkv] ... and in a gradient of k or v [n * Hkv * L, D]
+    q_result_rows: torch.Tensor  # [m * H] where they are in a result [n * H * L, D]
+    kv_result_rows: torch.Tensor  # [m * Hkv] and in a gradient of k or v [n * Hkv * L, D]
 
 
-@functools.lru_cache(maxsize=8)  # all layers ask about the same batch, forward and backward
+# The cache is for the layers: all of them ask about the same cu_seqlens, forward and backward.
+@functools.lru_cache(maxsize=8)
 def plan(bounds, n_head, n_kv_head, is_cpu):
-    """Decide how to compute the sequences of a packed batch; bounds is cu_seqlens as a tuple.
+    """Decide how to compute packed sequences. bounds: their cu_seqlens, as a tuple.
 
     -> [(start, end)] of the sequences that are computed alone, [Batch] of those computed together
     """
@@ -77,17 +78,23 @@ def plan(bounds, n_head, n_kv_head, is_cpu):
         if len(spans) == 1:
             alone.append(spans[0])
         else:
-            batches.append(batch_of(spans, n_head, n_kv_head))
+            batches.append(make_batch(spans, n_head, n_kv_head))
     return alone, batches
 
 
-def batch_of(spans, n_head, n_kv_head):
+def plan_for(q, k, cu_seqlens):
+    """Return the plan for inputs of attention."""
+    bounds = tuple(cu_seqlens.tolist())
+    return plan(bounds, q.shape[1], k.shape[1], q.device.type == "cpu")
+
+
+def make_batch(spans, n_head, n_kv_head):
     """Return the Batch of the sequences with these (start, end)."""
     start, end = (x[:, None] for x in torch.tensor(spans).unbind(1))  # [n, 1] each
     L = int((end - start).max())
-    position = start + torch.arange(L)  # [n, L]
-    is_real = position < end
-    token = position.minimum(end - 1)  # the last one repeated
+    token = start + torch.arange(L)  # [n, L]
+    is_real = token < end
+    token = token.minimum(end - 1)  # beyond its end, a sequence repeats its last token
 
     def input_rows(heads_per_token, head):
         """Rows of [T * heads_per_token, D], in the order [n, H, L]."""
@@ -107,20 +114,21 @@ def batch_of(spans, n_head, n_kv_head):
         kv_rows=input_rows(n_kv_head, kv_head),
         is_hidden=(~is_real).repeat_interleave(n_head, dim=0)[:, None],
         tokens=token[is_real],
-        q_results=result_rows(n_head),
-        kv_results=result_rows(n_kv_head),
+        q_result_rows=result_rows(n_head),
+        kv_result_rows=result_rows(n_kv_head),
     )
 
 
 def gather(x, rows, batch):
-    """x [T, heads, D] -> the sequences of a batch [n * H, L, D]"""
+    """Copy the sequences of a batch out of x [T, heads, D]. -> [n * H, L, D]"""
     D = x.shape[2]
     return x.reshape(-1, D).index_select(0, rows).view(-1, batch.length, D)
 
 
-def scatter(out, y, rows, tokens):
-    """Write the real tokens of a batch's result y [n * heads, L, D] into out [T, heads, D]."""
-    real = y.reshape(-1, y.shape[2]).index_select(0, rows)  # [m * heads, D]
+def scatter(out, result, rows, tokens):
+    """Write the real tokens of a batch's result [n * heads, L, D] into out [T, heads, D]."""
+    D = result.shape[2]
+    real = result.reshape(-1, D).index_select(0, rows)  # [m * heads, D]
     out.flatten(1).index_copy_(0, tokens, real.view(len(tokens), -1))
 
 
@@ -137,7 +145,10 @@ def heads_first(x, start, end, group=1):
 
 
 def sum_over_groups(grad, group):
-    """Add up the gradients that a KV head gets from its query heads. [H, L, D] -> [Hkv, L, D]"""
+    """Add up the gradients of a KV head by the query heads of its group.
+
+    [H, L, D] -> [Hkv, L, D]
+    """
     return grad.unflatten(0, (-1, group)).sum(1) if group > 1 else grad
 
 
@@ -145,11 +156,11 @@ def sum_over_groups(grad, group):
 
 
 def memory_for_backward(q, training):
-    """Return one tensor for all that the kernel's backward pass needs of its forward pass.
+    """Return a tensor for what a kernel's backward pass needs of its forward pass.
 
-    "flash": the log-sum-exps of the scores [H, T]; sequences computed together leave zeros there.
-    "matmul": softmax weights [T * H * KEEP]. "device": nothing, [0]. The size depends on shapes
-    alone, which torch.compile needs.
+    "flash": the log-sum-exps of the scores [H, T]; sequences that are computed together leave zeros
+    there. "matmul": softmax weights [T * H * KEEP], if training. "device": nothing, [0]. The size
+    depends on shapes alone, which torch.compile needs.
     """
     T, H, _ = q.shape
     if kernel_for(q) == "flash":
@@ -160,9 +171,9 @@ def memory_for_backward(q, training):
 
 
 class Saved:
-    """The memory that memory_for_backward made, and which part of it belongs to which sequence.
+    """Hands out the memory of memory_for_backward, a piece for each sequence or batch.
 
-    The backward pass asks for the parts in the order of the forward pass, so it gets the same ones.
+    The backward pass asks in the same order as the forward pass, so it gets the same pieces.
     """
 
     def __init__(self, memory):
@@ -170,14 +181,14 @@ class Saved:
         self.used = 0
 
     def lse(self, start, end):
-        """The log-sum-exps of one sequence, for the flash kernel. -> [H, L]"""
+        """Return the log-sum-exps of one sequence, for the flash kernel. -> [H, L]"""
         return self.memory[:, start:end]
 
     def weights(self, heads, length):
-        """The next heads * length^2 softmax weights; an empty tensor if none are saved.
+        """Return the next heads * length^2 softmax weights; an empty tensor if none are saved.
 
-        The memory of a batch is never too small. The shortest sequence whose length rounds up to L
-        has L - GRAIN + 1 tokens, and L^2 <= KEEP * (L - GRAIN + 1) for all L <= SHORT.
+        The memory is large enough for a batch, too. Lengths that round up to R are R - GRAIN + 1 or
+        more, and R^2 <= KEEP * (R - GRAIN + 1) for all R <= SHORT.
         """
         has_weights = self.memory.ndim == 1 and self.memory.numel() > 0
         if not has_weights or length > sdpa_cpu.KEEP:
@@ -191,7 +202,7 @@ class Saved:
 
 
 def forward_alone(q, k, v, start, end, causal, saved):
-    """q, k, v [H, L, D] of the sequence [start, end) -> its output [H, L, D]"""
+    """Return the output of the sequence [start, end). q, k, v [H, L, D] -> [H, L, D]"""
     kernel = kernel_for(q)
     if kernel == "matmul":
         heads, length, _ = q.shape
@@ -206,7 +217,7 @@ def forward_alone(q, k, v, start, end, causal, saved):
 
 
 def backward_alone(grad, q, k, v, out, start, end, causal, saved):
-    """-> gradients of q, k, v [H, L, D] for a gradient of the output [H, L, D]"""
+    """Return the gradients of q, k, v [H, L, D] for a gradient of the output [H, L, D]."""
     kernel = kernel_for(q)
     if kernel == "matmul":
         heads, length, _ = q.shape
@@ -218,8 +229,8 @@ def backward_alone(grad, q, k, v, out, start, end, causal, saved):
             grad[None], *batched, heads_first(out, start, end)[None], lse[None], 0.0, causal
         )
     else:
-        # The kernels of other devices keep state of their own between forward and backward, which
-        # this operator cannot keep for them. So run the forward pass again.
+        # The kernels of other devices need state from their forward pass, which this operator
+        # cannot keep for them. So run the forward pass again.
         with torch.enable_grad():
             batched = [x.detach().requires_grad_() for x in batched]
             again = F.scaled_dot_product_attention(*batched, is_causal=causal)
@@ -230,70 +241,59 @@ def backward_alone(grad, q, k, v, out, start, end, causal, saved):
 # ---- the operator that PyTorch sees: one node for torch.compile, with its own backward pass
 
 
+def empty_gradients(q, k, v):
+    """Return memory for the gradients of q [T, H, D], k and v [T, Hkv, D]."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
 @torch.library.custom_op("nanoencoder::sdpa", mutates_args=())
 def sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    causal: bool,
-    training: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool,
+    training: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [T, H, D], what the backward pass needs besides (memory_for_backward)"""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     memory = memory_for_backward(q, training)
     saved = Saved(memory)
-    n_head = q.shape[1]
-    n_kv_head = k.shape[1]
-    group = n_head // n_kv_head
-    bounds = tuple(cu_seqlens.tolist())
-    alone, batches = plan(bounds, n_head, n_kv_head, q.device.type == "cpu")
+    group = q.shape[1] // k.shape[1]
+    alone, batches = plan_for(q, k, cu_seqlens)
 
     if batches:
-        # v is strided. Copy it once here, not in each gather.
+        # Copy a strided tensor (the model's v is one) once here, not in each gather.
         q, k, v = (x.contiguous() for x in (q, k, v))
     for batch in batches:
         q_batch = gather(q, batch.q_rows, batch)  # [n * H, L, D], as the next two
         k_batch = gather(k, batch.kv_rows, batch)
         v_batch = gather(v, batch.kv_rows, batch)
         weights = saved.weights(q_batch.shape[0], batch.length)
-        y = sdpa_cpu.forward(q_batch, k_batch, v_batch, weights, causal, batch.is_hidden)
-        scatter(out, y, batch.q_results, batch.tokens)
+        result = sdpa_cpu.forward(q_batch, k_batch, v_batch, weights, causal, batch.is_hidden)
+        scatter(out, result, batch.q_result_rows, batch.tokens)
 
     for start, end in alone:
         q_heads = heads_first(q, start, end)  # [H, L, D], as the next two
         k_heads = heads_first(k, start, end, group)
         v_heads = heads_first(v, start, end, group)
-        y = forward_alone(q_heads, k_heads, v_heads, start, end, causal, saved)
-        out[start:end] = y.transpose(0, 1)  # [H, L, D] -> [L, H, D]
+        result = forward_alone(q_heads, k_heads, v_heads, start, end, causal, saved)
+        out[start:end] = result.transpose(0, 1)  # [H, L, D] -> [L, H, D]
     return out, memory
 
 
 @sdpa.register_fake
-def _(q, _k, _v, _cu_seqlens, _causal, training):
+def fake(q, _k, _v, _cu_seqlens, _causal, training):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, memory_for_backward(q, training)
 
 
 @torch.library.custom_op("nanoencoder::sdpa_backward", mutates_args=())
 def sdpa_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    memory: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    causal: bool,
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    memory: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
     dq, dk, dv = empty_gradients(q, k, v)
     saved = Saved(memory)
-    n_head = q.shape[1]
-    n_kv_head = k.shape[1]
-    group = n_head // n_kv_head
-    bounds = tuple(cu_seqlens.tolist())
-    alone, batches = plan(bounds, n_head, n_kv_head, q.device.type == "cpu")
+    group = q.shape[1] // k.shape[1]
+    alone, batches = plan_for(q, k, cu_seqlens)
 
     if batches:
         grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
@@ -302,15 +302,15 @@ def sdpa_backward(
         q_batch = gather(q, batch.q_rows, batch)
         k_batch = gather(k, batch.kv_rows, batch)
         v_batch = gather(v, batch.kv_rows, batch)
-        # Repeated queries must not add anything to the gradients.
+        # Repetitions, as queries, must not add anything to the gradients.
         grad_batch.masked_fill_(batch.is_hidden.transpose(1, 2), 0.0)
         weights = saved.weights(grad_batch.shape[0], batch.length)
         dq_batch, dk_batch, dv_batch = sdpa_cpu.backward(
             grad_batch, q_batch, k_batch, v_batch, weights, causal, batch.is_hidden
         )
-        scatter(dq, dq_batch, batch.q_results, batch.tokens)
-        scatter(dk, sum_over_groups(dk_batch, group), batch.kv_results, batch.tokens)
-        scatter(dv, sum_over_groups(dv_batch, group), batch.kv_results, batch.tokens)
+        scatter(dq, dq_batch, batch.q_result_rows, batch.tokens)
+        scatter(dk, sum_over_groups(dk_batch, group), batch.kv_result_rows, batch.tokens)
+        scatter(dv, sum_over_groups(dv_batch, group), batch.kv_result_rows, batch.tokens)
 
     for start, end in alone:
         q_heads = heads_first(q, start, end)  # [H, L, D], as the next three
@@ -327,21 +327,16 @@ def sdpa_backward(
 
 
 @sdpa_backward.register_fake
-def _(_grad, q, k, v, _out, _memory, _cu_seqlens, _causal):
+def fake_backward(_grad, q, k, v, _out, _memory, _cu_seqlens, _causal):
     return empty_gradients(q, k, v)
 
 
-def empty_gradients(q, k, v):
-    """-> memory for the gradients of q [T, H, D], k and v [T, Hkv, D]"""
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
 def setup_context(ctx, inputs, output):
-    """Keep for the backward pass what it needs of the forward pass."""
+    """Save what the backward pass needs of the forward pass."""
     q, k, v, cu_seqlens, ctx.causal, _ = inputs
     out, memory = output
     ctx.save_for_backward(q, k, v, out, memory, cu_seqlens)
-    # Otherwise `memory` would get a gradient of zeros, as large as itself.
+    # Otherwise PyTorch would make a gradient of zeros for `memory`, as large as it is.
     ctx.set_materialize_grads(False)
 
 

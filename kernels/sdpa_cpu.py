@@ -3,13 +3,9 @@
 PyTorch's flash kernel for CPUs works in tiles that are too small for a CPU's bf16 units: 6 heads x
 512 tokens x 64 took it 3.0 ms forward and 7.4 backward on two Zen cores with avx512_bf16. The
 products here took 1.8 and 4.4. The price is precision and memory: scores are rounded to bf16
-(relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of them is alive
-at a time. A long fp32 sequence stays with the flash kernel, which is faster there. Several short
-ones come here in any dtype, as one batch (sdpa.py).
-
-Sequences of up to KEEP tokens save their softmax weights for the backward pass (docs/log.md). Longer
-ones compute them again. That bounds the memory at KEEP bf16 numbers per token and head for all
-lengths.
+(relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of scores is in
+memory at a time. A long fp32 sequence stays with the flash kernel, which is faster there. Several
+short ones come here in any dtype, as one batch (sdpa.py).
 
 Inputs are contiguous with heads first, [H, L, D]: oneDNN's batched product reads that, and its
 transpose, without a copy.
@@ -17,14 +13,16 @@ transpose, without a copy.
 
 import torch
 
+# Sequences of up to KEEP tokens save their softmax weights for the backward pass (docs/log.md).
+# Longer ones compute them again. So no more than KEEP numbers are saved per token and head.
 KEEP = 512
 
 
-def blocks(length, causal):
+def query_blocks(length, causal):
     """Yield (first query, end of the queries, end of the keys they see) for each block of queries.
 
-    Small blocks skip more of what a causal mask hides. Large ones make faster products, and a
-    single block has no gradients to sum. The sizes were measured: docs/log.md.
+    Small blocks skip more of what a causal mask hides. Large blocks make faster products, and a
+    single one has no gradients to sum. The sizes were measured: docs/log.md.
     """
     size = 256 if causal else 512
     for start in range(0, length, size):
@@ -34,9 +32,9 @@ def blocks(length, causal):
 
 
 def saved_block(saved, q, start, end, end_of_keys):
-    """Return the view of `saved` [H * L * L] that holds a block's weights [H, n, m], or None.
+    """Return the view [H, n, m] of `saved` [H * L * L] that holds a block's weights.
 
-    None if the weights of this sequence are not saved.
+    Return None if the weights of this sequence are not saved.
     """
     heads, length, _ = q.shape
     if length > KEEP or saved.numel() == 0:
@@ -47,7 +45,7 @@ def saved_block(saved, q, start, end, end_of_keys):
 
 
 def softmax_weights(q, k, causal, is_hidden=None, out=None):
-    """Compute the softmax of q k^T for a block of queries and the keys up to its end.
+    """Compute the softmax of q k^T for a block of queries and the keys they see.
 
     q [H, n, D], k [H, m, D] -> [H, n, m], written into `out` if given. is_hidden [H, 1, L]: keys
     that no query sees.
@@ -56,7 +54,7 @@ def softmax_weights(q, k, causal, is_hidden=None, out=None):
     if is_hidden is not None:
         scores.masked_fill_(is_hidden[:, :, : k.shape[1]], float("-inf"))
     if causal:
-        # Only the last n keys, those of the block's own tokens, are partly hidden.
+        # Only the last n keys, which are the block's own tokens, are hidden from some queries.
         n = q.shape[1]
         is_later = torch.ones(n, n, dtype=torch.bool).triu(1)
         scores[:, :, -n:].masked_fill_(is_later, float("-inf"))
@@ -71,7 +69,7 @@ def forward(q, k, v, saved, causal, is_hidden=None):
     """
     out = torch.empty_like(q)
     q = q * q.shape[-1] ** -0.5
-    for start, end, end_of_keys in blocks(q.shape[1], causal):
+    for start, end, end_of_keys in query_blocks(q.shape[1], causal):
         keys = k[:, :end_of_keys]
         block = saved_block(saved, q, start, end, end_of_keys)
         p = softmax_weights(q[:, start:end], keys, causal, is_hidden, block)  # [H, n, m]
@@ -80,14 +78,14 @@ def forward(q, k, v, saved, causal, is_hidden=None):
 
 
 def backward(grad, q, k, v, saved, causal, is_hidden=None):
-    """-> gradients of q, k, v [H, L, D]; those of k and v are summed over the blocks in fp32"""
+    """Return the gradients of q, k, v [H, L, D]. Those of k and v are summed in fp32."""
     length = q.shape[1]
     scale = q.shape[-1] ** -0.5
     q = q * scale
     dq = torch.empty_like(q)
     dk = None
     dv = None
-    for start, end, end_of_keys in blocks(length, causal):
+    for start, end, end_of_keys in query_blocks(length, causal):
         # The softmax weights: saved by the forward pass, or computed again.
         queries = q[:, start:end]  # [H, n, D]
         keys = k[:, :end_of_keys]  # [H, m, D]

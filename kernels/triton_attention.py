@@ -14,7 +14,7 @@ maximum). After the last block, acc / row_sum is the output, exactly. Besides th
 program stores one number for each query, the log-sum-exp of its scores: lse = row_max +
 log(row_sum). The backward pass gets every softmax weight back from it: p = exp(score - lse).
 
-Exponentials are powers of two, because that is what the hardware computes: the scores are
+The hardware computes powers of two, so exp(x) is computed as 2^(x log2(e)): the scores are
 multiplied by log2(e), and lse is a logarithm to base 2.
 
 Packed sequences. Nothing is padded: S sequences lie end to end in T tokens. The grid has a program
@@ -26,18 +26,22 @@ For three sequences a, b and c, in blocks of four tokens:
 
                        full                                 causal
     queries   keys  aaaa  abbb  bbbb  bbcc                  aaaa  abbb  bbbb  bbcc
-    aaaa              #     /     .     .                     /     .     .     .     . skipped
-    abbb              /     /     /     /                     /     /     .     .     / masked
-    bbbb              .     /     #     /                     .     /     /     .     # no mask
+    aaaa              #     /     .     .                     /     .     .     .
+    abbb              /     /     /     /                     /     /     .     .
+    bbbb              .     /     #     /                     .     /     /     .
     bbcc              .     /     /     /                     .     /     /     /
 
-A block of keys that no query sees is skipped and never loaded. One that all queries see needs no
-mask. The others are masked element by element. Each kernel has one loop over all the blocks it
-needs, with a branch that masks those outside an inner range. All threads take this branch together.
-Three loops (edge, inside, edge) would drain the loads in flight twice, and need more registers
-(docs/log.md).
+    .  no query sees any of these keys: the block is skipped and never loaded
+    /  some queries see some of these keys: the block is masked element by element
+    #  all queries see all of these keys: the block needs no mask
 
-The backward pass. With scale = 1 / sqrt(D), and do for the gradient of the output:
+(The forward pass shifts its blocks of keys: the first one begins at the first key that is seen.)
+
+Each kernel has one loop over all the blocks it needs, with a branch that masks those outside an
+inner range. All threads take this branch together. Three loops (edge, inside, edge) would let the
+loads in flight run dry twice, and need more registers (docs/log.md).
+
+The backward pass. With scale = 1 / sqrt(D), and do for the gradient of the output ("d out"):
 
     p  = exp(scale * q k^T - lse)            softmax weights, computed again
     dv = p^T do
@@ -57,9 +61,10 @@ Loading. On Hopper and data-centre Blackwell a block is loaded through a TMA des
 hardware computes the addresses and fills what lies outside the tensor with zeros, which frees 20 to
 80 registers a thread. Other GPUs load by pointers and masks. Block sizes come from blocks.py.
 
-Names in the kernels: capital letters are pointers, sizes and compile-time constants. T tokens, H
-query heads, D head dim, BD the same rounded up to a power of two, BM rows of queries, BN rows of
-keys, GROUP query heads per KV head.
+Names in the kernels. Capital letters are tensors in memory (pointers, or TMA descriptors), sizes
+and compile-time constants: T tokens, H query heads, D head dim, BD the same rounded up to a power
+of two, BM queries in a block, BN keys in a block, GROUP query heads per KV head. s are scores, p
+the softmax weights.
 """
 
 import functools
@@ -82,43 +87,44 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def bounds_kernel(CU_SEQLENS, START, END, S, T, steps, B: tl.constexpr):
+def bounds_kernel(CU_SEQLENS, START, END, S, T, n_steps, B: tl.constexpr):
     """Write the bounds [start, end) of the sequence that each token is in.
 
-    A binary search of `steps` steps in cu_seqlens [S + 1]. A token after the last sequence gets an
-    empty range. So its output is zero, its lse is +inf, which makes all its weights zero in the
-    backward pass, and it has no gradient.
+    A binary search in cu_seqlens [S + 1] finds it in `n_steps` steps. A token after the last
+    sequence gets an empty range: its output is zero, and its lse is +inf, which makes all its
+    weights and gradients zero in the backward pass.
     """
-    token = tl.program_id(0) * B + tl.arange(0, B)
-    # The sequence looked for is the first one that ends after the token; it is in [low, high].
+    tokens = tl.program_id(0) * B + tl.arange(0, B)
+    # A token's sequence is the first one that ends after it. Its index lies in [low, high].
     low = tl.zeros([B], tl.int32)
     high = tl.zeros([B], tl.int32) + S
-    for _ in range(steps):
+    for _ in range(n_steps):
         middle = (low + high) // 2
-        ends_before = tl.load(CU_SEQLENS + middle + 1, mask=low < high, other=T + 1) <= token
+        ends_before = tl.load(CU_SEQLENS + middle + 1, mask=low < high, other=T + 1) <= tokens
         low = tl.where(ends_before, middle + 1, low)
         high = tl.where(ends_before, high, middle)
-    tl.store(START + token, tl.minimum(tl.load(CU_SEQLENS + low), T), mask=token < T)
+    tl.store(START + tokens, tl.minimum(tl.load(CU_SEQLENS + low), T), mask=tokens < T)
     next_start = tl.load(CU_SEQLENS + tl.minimum(low + 1, S))
-    tl.store(END + token, tl.minimum(next_start, T), mask=token < T)
+    tl.store(END + tokens, tl.minimum(next_start, T), mask=tokens < T)
 
 
 @triton.jit
 def key_range(START, END, first_query, T, CAUSAL: tl.constexpr, BM: tl.constexpr):
     """Find the keys that the queries [first_query, first_query + BM) see.
 
-    start, end [BM]: each query sees the keys [start, end). any_start, any_end: at least one of the
-    queries sees these keys. all_start, all_end: every one of them does, so no mask is needed there.
+    Return start, end [BM]: each query sees the keys [start, end). any_start, any_end: only keys in
+    this range are seen by any of the queries. all_start, all_end: keys in this range are seen by
+    all of them, so no mask is needed there.
     """
-    query = first_query + tl.arange(0, BM)
+    queries = first_query + tl.arange(0, BM)
     last_query = tl.minimum(first_query + BM, T) - 1
-    start = tl.load(START + query, mask=query < T, other=0)
-    end = tl.load(END + query, mask=query < T, other=0)
+    start = tl.load(START + queries, mask=queries < T, other=0)
+    end = tl.load(END + queries, mask=queries < T, other=0)
     # Bounds never decrease along T: the last query has the largest, the first one the smallest.
     any_end = tl.load(END + last_query)
     all_end = tl.load(END + first_query)
     if CAUSAL:  # a query sees nothing after itself
-        end = tl.minimum(end, query + 1)
+        end = tl.minimum(end, queries + 1)
         any_end = tl.minimum(any_end, last_query + 1)
         all_end = tl.minimum(all_end, first_query + 1)
     any_start = tl.load(START + first_query)
@@ -137,33 +143,34 @@ def is_visible(columns, start, end):
 
 @triton.jit
 def load(X, first_row, head, row_stride, head_stride, T, D: tl.constexpr, B: tl.constexpr,
-         BD: tl.constexpr, TMA: tl.constexpr, ONCE: tl.constexpr):
+         BD: tl.constexpr, TMA: tl.constexpr, HELD: tl.constexpr = False):
     """Load the rows [first_row, first_row + B) of one head of X [T, heads, D] -> [B, BD].
 
-    Rows past T and columns past D are zeros. ONCE: this block is loaded once, before the loop;
-    `descriptor` says what its columns past D hold then.
+    X is a pointer, or with TMA a descriptor. HELD: the program holds this block, so it is loaded
+    once, before the loop. Rows past T and columns past D are zeros, with one exception: a block
+    that is held and loaded by TMA has columns of the next head there (see `descriptor`).
     """
-    if TMA and ONCE:
+    if TMA and HELD:
         x = X.load([first_row, head * D])
     elif TMA:
         x = X.load([first_row, head, 0]).reshape([B, BD])
     else:
-        row = first_row + tl.arange(0, B)
-        column = tl.arange(0, BD)
+        rows = first_row + tl.arange(0, B)
+        columns = tl.arange(0, BD)
         # Offsets are 64 bits wide: X may have more than 2^31 elements.
         head_start = X + tl.cast(head, tl.int64) * head_stride
-        pointers = head_start + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-        x = tl.load(pointers, mask=(row < T)[:, None] & (column < D)[None, :], other=0.0)
+        pointers = head_start + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+        x = tl.load(pointers, mask=(rows < T)[:, None] & (columns < D)[None, :], other=0.0)
     return x
 
 
 @triton.jit
 def store(X, x, first_row, head, heads, T, D: tl.constexpr, B: tl.constexpr, BD: tl.constexpr):
     """Store x [B, BD] in the rows [first_row, first_row + B) of one head of X [T, heads, D]."""
-    row = first_row + tl.arange(0, B)
-    column = tl.arange(0, BD)
-    pointers = X + (row.to(tl.int64)[:, None] * heads + head) * D + column[None, :]
-    mask = (row < T)[:, None] & (column < D)[None, :]
+    rows = first_row + tl.arange(0, B)
+    columns = tl.arange(0, BD)
+    pointers = X + (rows.to(tl.int64)[:, None] * heads + head) * D + columns[None, :]
+    mask = (rows < T)[:, None] & (columns < D)[None, :]
     tl.store(pointers, x.to(X.dtype.element_ty), mask=mask)
 
 
@@ -171,43 +178,44 @@ def store(X, x, first_row, head, heads, T, D: tl.constexpr, B: tl.constexpr, BD:
 
 
 @triton.jit
-def forward_kernel(Q, K, V, O, LSE, START, END, sm_scale, T, H,
+def forward_kernel(Q, K, V, O, LSE, START, END, scale, T, H,
                    q_row_stride, q_head_stride, k_row_stride, k_head_stride,
                    v_row_stride, v_head_stride,
                    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
     """Compute BM rows of the output of one head, and their log-sum-exp."""
-    # Programs that start together differ in their head: the heads of a group find the keys they
-    # share in the L2 cache.
+    # Programs that start together differ in their head, so the heads of a group find their common
+    # keys in the L2 cache.
     head = tl.program_id(0)
     first_query = tl.program_id(1) * BM
     kv_head = head // GROUP
-    scale = sm_scale * LOG2_E
+    log2_scale = scale * LOG2_E
     start, end, any_start, any_end, all_start, all_end = key_range(
         START, END, first_query, T, CAUSAL, BM)
-    q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA, True)  # [BM, BD]
+    # [BM, BD]
+    q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA, HELD=True)
     acc = tl.zeros([BM, BD], tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     row_max = tl.full([BM], float("-inf"), tl.float32)
 
-    # The blocks begin where the sequence begins, not at a multiple of BN: one edge less to mask.
+    # Begin at the first key that is seen, not at a multiple of BN: half a block less on average.
     for first_key in tl.range(any_start, any_end, BN):
         # Scores. At an edge, hide the keys of other sequences and, if causal, later ones.
-        k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA, False)
+        k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
         if first_key < all_start or first_key + BN > all_end:
             s = tl.where(is_visible(first_key + tl.arange(0, BN), start, end), s, float("-inf"))
 
         # Weights under the new maximum. A row that has seen no key yet has the maximum -inf: shift
         # it by 0 instead, because -inf - -inf is not a number.
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+        new_max = tl.maximum(row_max, tl.max(s, 1) * log2_scale)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.math.exp2(s * scale - shift[:, None])  # [BM, BN]
+        p = tl.math.exp2(s * log2_scale - shift[:, None])  # [BM, BN]
 
-        # Bring what was summed so far under the new maximum, and add this block.
+        # Scale down what was summed under the old maximum, and add this block.
         shrink = tl.math.exp2(row_max - shift)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA, False)
+        v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BM, BD]
         row_max = new_max
 
@@ -215,10 +223,10 @@ def forward_kernel(Q, K, V, O, LSE, START, END, sm_scale, T, H,
     is_empty = row_sum == 0.0
     row_sum = tl.where(is_empty, 1.0, row_sum)
     store(O, acc / row_sum[:, None], first_query, head, H, T, D, BM, BD)
-    query = first_query + tl.arange(0, BM)
-    pointers = LSE + tl.cast(head, tl.int64) * T + query
+    queries = first_query + tl.arange(0, BM)
+    pointers = LSE + tl.cast(head, tl.int64) * T + queries
     lse = tl.where(is_empty, float("inf"), row_max + tl.math.log2(row_sum))
-    tl.store(pointers, lse, mask=query < T)
+    tl.store(pointers, lse, mask=queries < T)
 
 
 # ---- the backward pass
@@ -229,122 +237,124 @@ def delta_kernel(O, DO, DELTA, T, H, D: tl.constexpr, BD: tl.constexpr, B: tl.co
     """Compute delta [H, T]: for each query the sum of do * out over the head dim."""
     head = tl.program_id(0)
     first_row = tl.program_id(1) * B
-    o = load(O, first_row, head, H * D, D, T, D, B, BD, False, False).to(tl.float32)
-    do = load(DO, first_row, head, H * D, D, T, D, B, BD, False, False).to(tl.float32)
-    row = first_row + tl.arange(0, B)
-    tl.store(DELTA + tl.cast(head, tl.int64) * T + row, tl.sum(o * do, 1), mask=row < T)
+    o = load(O, first_row, head, H * D, D, T, D, B, BD, TMA=False).to(tl.float32)
+    do = load(DO, first_row, head, H * D, D, T, D, B, BD, TMA=False).to(tl.float32)
+    rows = first_row + tl.arange(0, B)
+    tl.store(DELTA + tl.cast(head, tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
 
 
 @triton.jit
-def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, START, END, sm_scale, T, H,
+def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, START, END, scale, T, H,
                 q_row_stride, q_head_stride, k_row_stride, k_head_stride,
                 v_row_stride, v_head_stride,
                 GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
-    """Compute BN rows of the gradients of one KV head: a block of keys stays, queries pass by."""
+    """Compute BN rows of the gradients of a KV head: hold a block of keys, walk over queries."""
     kv_head = tl.program_id(0)
     first_key = tl.program_id(1) * BN
-    key = first_key + tl.arange(0, BN)
+    keys = first_key + tl.arange(0, BN)
     last_key = tl.minimum(first_key + BN, T) - 1
     # k and v: [BN, BD]
-    k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA, True)
-    v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA, True)
+    k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA, HELD=True)
+    v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA, HELD=True)
 
-    # The queries that see these keys, as in key_range: each key is seen by [start, end), at least
-    # one of them by [any_start, any_end), and all of them by [all_start, all_end).
-    start = tl.load(START + key, mask=key < T, other=0)
-    end = tl.load(END + key, mask=key < T, other=0)
+    # The queries that see these keys, as in key_range. Each key is seen by the queries
+    # [start, end). Only queries in [any_start, any_end) see any of the keys, and those in
+    # [all_start, all_end) see all of them.
+    start = tl.load(START + keys, mask=keys < T, other=0)
+    end = tl.load(END + keys, mask=keys < T, other=0)
     any_start = tl.load(START + first_key)
     all_start = tl.load(START + last_key)
     if CAUSAL:  # no query before a key sees it
-        start = tl.maximum(start, key)
+        start = tl.maximum(start, keys)
         any_start = tl.maximum(any_start, first_key)
         all_start = tl.maximum(all_start, last_key)
     any_end = tl.load(END + last_key)
     all_end = tl.load(END + first_key)
 
-    scale = sm_scale * LOG2_E
+    log2_scale = scale * LOG2_E
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     for head_in_group in tl.range(0, GROUP):
         head = kv_head * GROUP + head_in_group
-        offset = tl.cast(head, tl.int64) * T
-        # From a multiple of BM: then 16 bytes of LSE and DELTA are loaded at a time.
+        head_start = tl.cast(head, tl.int64) * T
+        # Begin at a multiple of BM, so that LSE and DELTA are loaded 16 bytes at a time.
         for first_query in tl.range(any_start // BM * BM, any_end, BM):
-            # The weights again, transposed: a row is a key, a column is a query.
-            query = first_query + tl.arange(0, BM)
-            q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA, False)
-            lse = tl.load(LSE + offset + query, mask=query < T, other=float("inf"))
+            # Compute the weights again, transposed: a row is a key, a column is a query.
+            queries = first_query + tl.arange(0, BM)
+            q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA)
+            lse = tl.load(LSE + head_start + queries, mask=queries < T, other=float("inf"))
             s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BN, BM]
-            p = tl.math.exp2(s * scale - lse[None, :])  # [BN, BM]
+            p = tl.math.exp2(s * log2_scale - lse[None, :])  # [BN, BM]
             if first_query < all_start or first_query + BM > all_end:
-                p = tl.where(is_visible(query, start, end), p, 0.0)
+                p = tl.where(is_visible(queries, start, end), p, 0.0)
 
             # dv = p^T do
-            do = load(DO, first_query, head, H * D, D, T, D, BM, BD, TMA, False)  # [BM, BD]
+            do = load(DO, first_query, head, H * D, D, T, D, BM, BD, TMA)  # [BM, BD]
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BN, BD]
 
             # ds = p * (do v^T - delta), dk = ds^T q
-            delta = tl.load(DELTA + offset + query, mask=query < T, other=0.0)
+            delta = tl.load(DELTA + head_start + queries, mask=queries < T, other=0.0)
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BN, BM]
             ds = p * (dp - delta[None, :])  # [BN, BM]
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BN, BD]
-    store(DK, dk * sm_scale, first_key, kv_head, H // GROUP, T, D, BN, BD)
+    store(DK, dk * scale, first_key, kv_head, H // GROUP, T, D, BN, BD)
     store(DV, dv, first_key, kv_head, H // GROUP, T, D, BN, BD)
 
 
 @triton.jit
-def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, START, END, sm_scale, T, H,
+def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, START, END, scale, T, H,
               q_row_stride, q_head_stride, k_row_stride, k_head_stride,
               v_row_stride, v_head_stride,
               GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
-    """Compute BM rows of the gradient of one query head: a block of queries stays, keys pass by."""
+    """Compute BM rows of the gradient of a query head: hold a block of queries, walk over keys."""
     head = tl.program_id(0)
     first_query = tl.program_id(1) * BM
     kv_head = head // GROUP
-    scale = sm_scale * LOG2_E
+    log2_scale = scale * LOG2_E
     start, end, any_start, any_end, all_start, all_end = key_range(
         START, END, first_query, T, CAUSAL, BM)
-    q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA, True)  # [BM, BD]
-    do = load(DO, first_query, head, H * D, D, T, D, BM, BD, TMA, True)  # [BM, BD]
-    query = first_query + tl.arange(0, BM)
-    offset = tl.cast(head, tl.int64) * T + query
-    lse = tl.load(LSE + offset, mask=query < T, other=float("inf"))
-    delta = tl.load(DELTA + offset, mask=query < T, other=0.0)
+    # q and do: [BM, BD]
+    q = load(Q, first_query, head, q_row_stride, q_head_stride, T, D, BM, BD, TMA, HELD=True)
+    do = load(DO, first_query, head, H * D, D, T, D, BM, BD, TMA, HELD=True)
+    queries = first_query + tl.arange(0, BM)
+    offsets = tl.cast(head, tl.int64) * T + queries
+    lse = tl.load(LSE + offsets, mask=queries < T, other=float("inf"))
+    delta = tl.load(DELTA + offsets, mask=queries < T, other=0.0)
     dq = tl.zeros([BM, BD], tl.float32)
 
-    # From a multiple of BN: this saves registers, so that two programs fit on an SM.
+    # Begin at a multiple of BN: this saves registers, so that two programs fit on a multiprocessor.
     for first_key in tl.range(any_start // BN * BN, any_end, BN):
-        # The weights again.
-        k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA, False)
+        # Compute the weights again.
+        k = load(K, first_key, kv_head, k_row_stride, k_head_stride, T, D, BN, BD, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
-        p = tl.math.exp2(s * scale - lse[:, None])  # [BM, BN]
+        p = tl.math.exp2(s * log2_scale - lse[:, None])  # [BM, BN]
         if first_key < all_start or first_key + BN > all_end:
             p = tl.where(is_visible(first_key + tl.arange(0, BN), start, end), p, 0.0)
 
         # ds = p * (do v^T - delta), dq = ds k
-        v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA, False)
+        v = load(V, first_key, kv_head, v_row_stride, v_head_stride, T, D, BN, BD, TMA)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BM, BN]
         ds = p * (dp - delta[:, None])  # [BM, BN]
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BM, BD]
-    store(DQ, dq * sm_scale, first_query, head, H, T, D, BM, BD)
+    store(DQ, dq * scale, first_query, head, H, T, D, BM, BD)
 
 
 # ---- running a kernel
 
 
-def descriptor(x, n_rows, is_loaded_once, width):
+def descriptor(x, n_rows, width, is_held):
     """Return a TMA descriptor of x [T, heads, D] that loads a box of n_rows x width at a time.
 
-    What a loop loads has three dimensions, [T, heads, D], so that a head of 96 comes with 32
-    columns of zeros. What is loaded once, before the loop, has two, [T, heads * D]: the compiler
-    then leaves it in shared memory, where three dimensions would keep it in registers (dq at head
-    dim 128: 160 a thread instead of 215). Its 32 extra columns belong to the next head. They do no
-    harm, because they only meet zeros in a product.
+    A block that is loaded in the loop is described with three dimensions, [T, heads, D]: then a
+    head of 96 comes with 32 columns of zeros. A block that the program holds is described with two,
+    [T, heads * D]: then the compiler leaves it in shared memory, instead of in registers (dq at
+    head dim 128: 163 registers a thread instead of 215). Its 32 extra columns belong to the next
+    head. They do no harm: every product multiplies them by the zeros of a block of the loop.
     """
     T, heads, D = x.shape
-    if is_loaded_once:
+    if is_held:
         return TensorDescriptor(x, [T, heads * D], [x.stride(0), 1], [n_rows, width])
     return TensorDescriptor(x, [T, heads, D], list(x.stride()), [n_rows, 1, width])
 
@@ -355,46 +365,49 @@ def fits_tma(x):
     return is_aligned and x.stride(1) == x.shape[2]
 
 
-# {(architecture, kernel, width, causal): the Blocks that ATTENTION_AUTOTUNE=1 found}
+# {(architecture, kernel, width, causal): the Blocks that a search with ATTENTION_AUTOTUNE=1 chose}
 tuned = {}
 
 
-def launch(name, kernel, outer, operands, rest, q, k, v, causal):
+def launch(name, kernel, held, operands, other_tensors, q, k, v, causal):
     """Run one of the three kernels that walk over blocks.
 
-    name: the kernel's name in TABLE. outer: "BM" if a program holds queries, "BN" if it holds keys.
-    operands: [(tensor, "BM" or "BN")], what TMA may load, in blocks of so many rows. rest: the
-    kernel's other tensors.
+    name: the kernel's name in TABLE. held: "queries" or "keys", whichever of them a program holds
+    while it walks over the others. operands: [(tensor, "queries" or "keys")], the tensors that TMA
+    may load, and what their rows are. other_tensors: the kernel's other tensors.
     """
     T, H, D = q.shape
     n_kv_head = k.shape[1]
     width = triton.next_power_of_2(D)
-    n_heads = H if outer == "BM" else n_kv_head
+    n_heads = H if held == "queries" else n_kv_head
     strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]
     can_use_tma = all(fits_tma(x) for x, _ in operands)
 
     def run(blocks: Blocks):
+        n_rows = {"queries": blocks.BM, "keys": blocks.BN}
         use_tma = blocks.tma and can_use_tma
         inputs = []
-        for x, size_name in operands:
+        for x, kind in operands:
             if use_tma:
-                x = descriptor(x, getattr(blocks, size_name), size_name == outer, width)
+                x = descriptor(x, n_rows[kind], width, is_held=kind == held)
             inputs.append(x)
-        grid = (n_heads, triton.cdiv(T, getattr(blocks, outer)))
-        kernel[grid](*inputs, *rest, D**-0.5, T, H, *strides, GROUP=H // n_kv_head, D=D, BD=width,
-                     CAUSAL=causal, BM=blocks.BM, BN=blocks.BN, TMA=use_tma,
+        grid = (n_heads, triton.cdiv(T, n_rows[held]))
+        kernel[grid](*inputs, *other_tensors, D**-0.5, T, H, *strides,
+                     GROUP=H // n_kv_head, D=D, BD=width, CAUSAL=causal,
+                     BM=blocks.BM, BN=blocks.BN, TMA=use_tma,
                      num_warps=blocks.num_warps, num_stages=blocks.num_stages)
 
     # The interpreter runs on a CPU, which has no compute capability: any blocks will do.
     arch = architecture(*torch.cuda.get_device_capability(q.device)) if q.is_cuda else 80
     table_key = (arch, name, width)
-    key = (*table_key, causal)
-    if os.environ.get("ATTENTION_AUTOTUNE") == "1" and not INTERPRETED and key not in tuned:
-        tuned[key] = search(run, candidates(table_key), key)
-    run(tuned.get(key) or TABLE[table_key])
+    tuned_key = (*table_key, causal)
+    may_search = os.environ.get("ATTENTION_AUTOTUNE") == "1" and not INTERPRETED
+    if may_search and tuned_key not in tuned:
+        tuned[tuned_key] = search(run, candidates(table_key), tuned_key)
+    run(tuned.get(tuned_key) or TABLE[table_key])
 
 
-def search(run, blocks_to_try, key):
+def search(run, blocks_to_try, tuned_key):
     """Return the fastest Blocks of those that compile and fit, and print them for blocks.TABLE."""
     times = {}
     for blocks in blocks_to_try:
@@ -404,7 +417,7 @@ def search(run, blocks_to_try, key):
             continue
     best = min(times, key=times.get)
     counts = f"{len(times)} of {len(blocks_to_try)} ran"
-    print(f"attention autotune {key}: {best}, {times[best]:.3f} ms ({counts})", flush=True)
+    print(f"attention autotune {tuned_key}: {best}, {times[best]:.3f} ms ({counts})", flush=True)
     return best
 
 
@@ -422,7 +435,7 @@ def with_dense_rows(*tensors):
 
 
 def empty_outputs(q):
-    """-> memory for out [T, H, D], lse [H, T] and the bounds of each token's sequence [2, T]"""
+    """Return memory for out [T, H, D], lse [H, T] and bounds of each token's sequence [2, T]."""
     T, H, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((H, T), dtype=torch.float32)
@@ -431,7 +444,7 @@ def empty_outputs(q):
 
 
 def empty_gradients(q, k, v):
-    """-> memory for the gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    """Return memory for the gradients of q [T, H, D], k and v [T, Hkv, D]."""
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -448,10 +461,11 @@ def triton_attention(
     S = cu_seqlens.numel() - 1
     start, end = bounds
     with on_device_of(q):
-        bounds_kernel[(triton.cdiv(T, 256),)](cu_seqlens, start, end, S, T, S.bit_length(), B=256)
-        operands = [(q, "BM"), (k, "BN"), (v, "BN")]
-        rest = [out, lse, start, end]
-        launch("forward", forward_kernel, "BM", operands, rest, q, k, v, causal)
+        n_steps = S.bit_length()  # of a binary search among S + 1 numbers
+        bounds_kernel[(triton.cdiv(T, 256),)](cu_seqlens, start, end, S, T, n_steps, B=256)
+        operands = [(q, "queries"), (k, "keys"), (v, "keys")]
+        other_tensors = [out, lse, start, end]
+        launch("forward", forward_kernel, "queries", operands, other_tensors, q, k, v, causal)
     return out, lse, bounds
 
 
@@ -477,11 +491,11 @@ def triton_attention_backward(
     start, end = bounds
     with on_device_of(q):
         delta_kernel[(H, triton.cdiv(T, 64))](out, grad, delta, T, H, D=D, BD=width, B=64)
-        operands = [(q, "BM"), (k, "BN"), (v, "BN"), (grad, "BM")]
-        rest = [dk, dv, lse, delta, start, end]
-        launch("dkdv", dkdv_kernel, "BN", operands, rest, q, k, v, causal)
-        rest = [dq, lse, delta, start, end]
-        launch("dq", dq_kernel, "BM", operands, rest, q, k, v, causal)
+        operands = [(q, "queries"), (k, "keys"), (v, "keys"), (grad, "queries")]
+        other_tensors = [dk, dv, lse, delta, start, end]
+        launch("dkdv", dkdv_kernel, "keys", operands, other_tensors, q, k, v, causal)
+        other_tensors = [dq, lse, delta, start, end]
+        launch("dq", dq_kernel, "queries", operands, other_tensors, q, k, v, causal)
     return dq, dk, dv
 
 
@@ -491,7 +505,7 @@ def fake_backward(_grad, q, k, v, _out, _lse, _bounds, _causal):
 
 
 def setup_context(ctx, inputs, output):
-    """Keep for the backward pass what it needs of the forward pass."""
+    """Save what the backward pass needs of the forward pass."""
     q, k, v, _, ctx.causal = inputs
     out, lse, bounds = output
     ctx.save_for_backward(q, k, v, out, lse, bounds)
@@ -526,7 +540,8 @@ def why_not(device_type, dtype, head_dim):
         )
     if not INTERPRETED and dtype not in (torch.bfloat16, torch.float16):
         return f"the Triton kernels take bfloat16 and float16 on a GPU, not {dtype}"
-    # What Triton 3.6 makes of some loops has a race between warps there (also triton#9235).
+    # On data-centre Blackwell, warps race each other in some loops that Triton 3.6 compiles, and
+    # some of its TMA descriptors are wrong (triton#9235).
     is_data_centre_blackwell = not INTERPRETED and torch.cuda.get_device_capability()[0] == 10
     if is_data_centre_blackwell and triton_version() < (3, 7):
         return (

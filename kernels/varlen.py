@@ -1,10 +1,11 @@
 """Packed attention by PyTorch's own kernel for it: torch.nn.attention.varlen, which is
 FlashAttention-2 over cu_seqlens.
 
-This is what `--attention=auto` takes on a GPU when our Triton kernels cannot run there (a head dim
-they do not have, an old Triton, a compiler fault) or are slower. It is one call for all sequences.
-Two drawbacks: the gradient of q is summed with atomic additions, so two runs of a training differ
-in their last bits; and the host waits for the device once per batch, see longest_sequence.
+This is what `--attention=auto` takes on a GPU where our Triton kernels cannot run (a head dim they
+do not have, an old Triton, a compiler's fault) or are clearly slower. It is one call for all
+sequences. It has two drawbacks. The gradient of q is summed with atomic additions, so two runs of
+the same training differ in their last bits. And the host waits for the device once per batch, see
+longest_sequence.
 
 varlen_attn takes the length of the longest sequence as a Python int. Inside torch.compile that
 would be a constant, and every batch would compile again. So the call is hidden in a custom operator
@@ -22,8 +23,8 @@ except ImportError:  # a PyTorch built without it
     torch_varlen = None
 
 PARAMETERS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
-# torch 2.13 reads a KV head for each group of query heads; 2.11 needs as many heads in k and v as
-# in q
+# torch 2.13 lets a group of query heads read one KV head; 2.11 needs as many heads in k and v as in
+# q.
 TAKES_GROUPS = "enable_gqa" in PARAMETERS
 
 # {cu_seqlens: tokens in its longest sequence}. An entry disappears together with its tensor.
@@ -53,9 +54,9 @@ def why_not(device_type, dtype, head_dim):
 def longest_sequence(cu_seqlens):
     """Return how many tokens the longest sequence has.
 
-    On a GPU the host waits for the device to read this number. It does so once per batch: the
-    answer is remembered for as long as the tensor lives, and the other layers and the backward
-    pass find it again. So do not write into a cu_seqlens that attention has seen.
+    On a GPU the host waits for the device to read this number, but only once per batch: the answer
+    is remembered for as long as the tensor lives, for the other layers and the backward pass. So do
+    not write into a cu_seqlens that attention has seen.
     """
     if cu_seqlens not in LONGEST:
         LONGEST[cu_seqlens] = int(cu_seqlens.diff().max())
@@ -73,7 +74,7 @@ def repeat_heads(x, n_head):
 
 
 def forward(q, k, v, cu_seqlens, causal):
-    """-> out [T, H, D], log-sum-exp of the scores [H, T]"""
+    """Return out [T, H, D] and the log-sum-exp of the scores [H, T]."""
     longest = longest_sequence(cu_seqlens)
     options = {"window_size": window(causal), "return_aux": torch_varlen.AuxRequest(lse=True)}
     if TAKES_GROUPS:
@@ -85,7 +86,7 @@ def forward(q, k, v, cu_seqlens, causal):
 
 
 def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
-    """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    """Return the gradients of q [T, H, D], k and v [T, Hkv, D]."""
     longest = longest_sequence(cu_seqlens)
     n_head = q.shape[1]
     n_kv_head = k.shape[1]
@@ -94,23 +95,11 @@ def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
         v = repeat_heads(v, n_head)
     # There is no dropout, but the operator needs a seed for it.
     dropout_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    # This is varlen_attn's own backward pass. PyTorch has no public name for it. Its arguments are
-    # the same in torch 2.11 and 2.13.
+    # varlen_attn's own backward pass, for which PyTorch has no public name. Its arguments are the
+    # same in torch 2.11 and 2.13.
     dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        causal,
-        dropout_state,
-        None,
-        list(window(causal)),
+        grad, q, k, v, out, lse, cu_seqlens, cu_seqlens, longest, longest, causal,
+        dropout_state, None, list(window(causal)),
     )
     # A repeated KV head gets the sum of its copies' gradients.
     # [T, H, D] -> [T, Hkv, group, D] -> [T, Hkv, D]
@@ -124,13 +113,13 @@ def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
 
 
 def empty_outputs(q):
-    """-> memory for out [T, H, D] and the log-sum-exp of the scores [H, T]"""
+    """Return memory for out [T, H, D] and the log-sum-exp of the scores [H, T]."""
     T, H, D = q.shape
     return q.new_empty((T, H, D)), q.new_empty((H, T), dtype=torch.float32)
 
 
 def empty_gradients(q, k, v):
-    """-> memory for the gradients of q [T, H, D], k and v [T, Hkv, D]"""
+    """Return memory for the gradients of q [T, H, D], k and v [T, Hkv, D]."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -152,14 +141,8 @@ def fake(q, _k, _v, _cu_seqlens, _causal):
 
 @torch.library.custom_op("nanoencoder::varlen_backward", mutates_args=())
 def varlen_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    causal: bool,
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of q [T, H, D], k and v [T, Hkv, D]"""
     if q.shape[0] == 0:
@@ -174,7 +157,7 @@ def fake_backward(_grad, q, k, v, _out, _lse, _cu_seqlens, _causal):
 
 
 def setup_context(ctx, inputs, output):
-    """Keep for the backward pass what it needs of the forward pass."""
+    """Save what the backward pass needs of the forward pass."""
     q, k, v, cu_seqlens, ctx.causal = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)

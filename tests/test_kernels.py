@@ -236,18 +236,18 @@ CPU_TRIAL = ("cpu", torch.float16, 64, 2, 1)      # what the interpreter compute
 @interpreted
 def test_auto_takes_what_agrees_with_the_reference_in_a_trial_and_says_why_it_refuses_the_rest(monkeypatch):
     ATTENTION = kernels.dispatch.ATTENTION
-    reason, error = kernels.dispatch.objection("triton", *CPU_TRIAL)
+    reason, error = kernels.dispatch.try_out("triton", *CPU_TRIAL)
     assert reason is None and 0 < error < 2e-3
 
     monkeypatch.setitem(ATTENTION, "no mask", lambda q, k, v, cu, causal: sdpa(q, k, v, cu, False))
     monkeypatch.setitem(ATTENTION, "no gradient of v", lambda q, k, v, cu, causal: sdpa(q, k, v.detach(), cu, causal) + 0 * v.sum())
     monkeypatch.setitem(ATTENTION, "crash", lambda *args: 1 // 0)
     names = ("triton", "no mask", "no gradient of v", "crash")
-    name, explanation = kernels.dispatch.decide(names[1:], *CPU_TRIAL, n_rows=1)
+    name, explanation = kernels.dispatch.pick_fastest(names[1:], *CPU_TRIAL, n_rows=1)
     assert name == "sdpa" and "\n" not in explanation
     assert "a trial call of no mask was off by" in explanation and "a trial call of no gradient of v was off by" in explanation
     assert "a trial call of crash failed: ZeroDivisionError: integer division or modulo by zero" in explanation
-    assert "head dim 16 is not supported" in kernels.dispatch.objection("triton", "cpu", torch.float16, 16, 2, 1)[0]
+    assert "head dim 16 is not supported" in kernels.dispatch.try_out("triton", "cpu", torch.float16, 16, 2, 1)[0]
 
 
 @pytest.mark.parametrize("names", [("sdpa", "slow"), ("slow", "sdpa")])
@@ -256,7 +256,7 @@ def test_of_those_that_agree_auto_takes_the_faster_and_prints_both_times(monkeyp
         time.sleep(0.2)      # far more than a busy machine adds
         return sdpa(*args)
     monkeypatch.setitem(kernels.dispatch.ATTENTION, "slow", slow)
-    name, explanation = kernels.dispatch.decide(names, DEVICE, torch.float32, 16, 1, 1, n_rows=1)
+    name, explanation = kernels.dispatch.pick_fastest(names, DEVICE, torch.float32, 16, 1, 1, n_rows=1)
     assert name == "sdpa" and explanation.startswith("sdpa; a layer of 1 x 2,048 tokens")
     found = {name: float(ms) for name, ms in re.findall(r"(sdpa|slow) ([\d.]+) ms", explanation)}
     assert found["slow"] > 100 and found["slow"] > found["sdpa"]
@@ -268,10 +268,10 @@ def test_the_trial_runs_for_real_while_torch_compile_traces(monkeypatch, recwarn
     q, k, v, cu, grad = problem([40, 24], 4, 2, 64)
     asked = []
 
-    def chosen(*kind):
-        asked.append(kernels.dispatch.objection("triton", *kind))
+    def resolve_auto_once(*kind):
+        asked.append(kernels.dispatch.try_out("triton", *kind))
         return "triton" if asked[-1][0] is None else "sdpa"
-    monkeypatch.setattr(kernels.dispatch, "chosen", chosen)
+    monkeypatch.setattr(kernels.dispatch, "resolve_auto_once", resolve_auto_once)
     compiled = torch.compile(lambda: kernels.attention(q, k, v, cu, True), fullgraph=True, backend="aot_eager")
     found = [compiled(), compiled()]
     assert len(asked) == 1 and asked[0][0] is None and asked[0][1] < 1e-5

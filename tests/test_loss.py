@@ -21,7 +21,7 @@ def problem(n=150, width=32, rows=257, ignored=0.3, dtype=torch.float32):
 def test_chunked_equals_dense_values_and_gradients(monkeypatch, chunk_rows, ignored):
     hidden, weight, targets = problem(ignored=ignored)
     monkeypatch.setitem(ce.CHUNK_ELEMENTS, "cpu", chunk_rows * 257)
-    monkeypatch.setattr(ce, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(ce, "MIN_CHUNK_ROWS", 1)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     reference = dense(*exact, targets)
     (reference * 0.37).backward()

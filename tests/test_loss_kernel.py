@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2e-3)])
 def test_the_loss_kernel_equals_fp64_values_and_gradients(poisoned, monkeypatch, n, rows, ignored, dtype, bound):
     monkeypatch.setitem(kernels.cross_entropy.CHUNK_ELEMENTS, DEVICE, 12 * rows)      # several chunks, the last one shorter
-    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(kernels.cross_entropy, "MIN_CHUNK_ROWS", 1)
     torch.manual_seed(0)
     targets = torch.randint(0, rows, (n,))
     targets[torch.rand(n) < ignored] = -100
@@ -59,7 +59,7 @@ class LargeTensors(TorchDispatchMode):
 def test_never_more_than_two_chunks_of_logits_are_alive(monkeypatch, impl):
     rows, vocabulary = 128, 500
     monkeypatch.setitem(kernels.cross_entropy.CHUNK_ELEMENTS, DEVICE, rows * vocabulary)
-    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(kernels.cross_entropy, "MIN_CHUNK_ROWS", 1)
     hidden = torch.randn(4 * rows, 4, device=DEVICE, requires_grad=True)
     weight = torch.randn(vocabulary, 4, device=DEVICE, requires_grad=True)
     targets = torch.randint(0, vocabulary, (len(hidden),), device=DEVICE)

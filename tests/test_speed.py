@@ -236,16 +236,16 @@ def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
 def test_the_tables_of_the_docs_follow_from_the_rows():
     with open(os.path.join(ROOT, bench_tables.PAGE), encoding="utf-8") as f:
         text = f.read()
-    assert bench_tables.put(text, os.path.join(ROOT, "results", "speed")) == text
+    assert bench_tables.put_tables(text, os.path.join(ROOT, "results", "speed")) == text
 
 
 def test_a_cell_nobody_measured_says_so_and_the_newest_row_counts(tmp_path):
     row = {"bench": "train", "kind": "cuda", "device": "NVIDIA H100, torch 2.11", "size": "610m", "key": "ours", "tok_per_s": 1e5, "mfu": 0.44, "peak": 2 ** 35,
            "first": 40.0, "reference": "ours", "ratio": 1.0, "peak_flops": 989e12, **bench_tables.GPU}
     text = "before\n" + bench_tables.BEGIN + "old\n" + bench_tables.END + "after\n"
-    empty = bench_tables.put(text, str(tmp_path))
+    empty = bench_tables.put_tables(text, str(tmp_path))
     assert "| ours, MLM | not measured | not measured | not measured |" in empty and empty.startswith("before\n") and empty.endswith("after\n")
     with open(tmp_path / "h100.jsonl", "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in (row | {"tok_per_s": 1.0}, row, row | {"key": "eurobert", "tok_per_s": 5e4, "ratio": 2.0}))
-    full = bench_tables.put(empty, str(tmp_path))
+    full = bench_tables.put_tables(empty, str(tmp_path))
     assert "| ours, MLM | not measured | 100,000, 44.0%, 32 GiB, 40 s | not measured |" in full and "50,000, 44.0%, 32 GiB, 40 s, 2.00 x" in full
