@@ -1,7 +1,7 @@
 """What a checkpoint's state.json records about its training.
 
 An export asks here, and never parses the name of an objective. So an objective that a fork adds is
-exported rightly, also by a version that does not know it.
+exported correctly, even by a version that does not know it.
 """
 
 from core.configurator import UserError
@@ -11,8 +11,8 @@ from objectives import facts_of, objective_at
 def recorded_objectives(state):
     """Return the facts of a run's objectives: {name: {"is_causal", "hides_tokens", "rate"}}.
 
-    state: the state.json of a checkpoint of train.py. Checkpoints of an earlier version did not
-    record these facts: then objectives.py is asked. Raises UserError if it does not know a name.
+    state: the state.json of a checkpoint of train.py. Checkpoints of an earlier version do not have
+    these facts. For them objectives.py is asked; raises UserError if it does not know a name.
     """
     if "objectives" in state:
         return state["objectives"]
@@ -28,7 +28,7 @@ def recorded_objectives(state):
 def was_causal(state):
     """True if a checkpoint was last trained under the causal mask.
 
-    Raises UserError if its state does not tell.
+    Raises UserError if its state does not say.
     """
     if "fine_tuned" in state:
         return bool(state["fine_tuned"].get("causal"))
