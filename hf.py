@@ -1,17 +1,18 @@
 """Import models from Hugging Face, and export checkpoints for it.
 
-    python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2   # a model -> a run folder
+    python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2    # a model -> a run folder
     python hf.py import path/to/folder out/model                  # from config.json and safetensors
     python hf.py export runs/demo/clm_then_mlm out/model          # a run's newest checkpoint
     python hf.py export RUN/step_0042000 out/mean --average=5     # the mean of the five up to it
     python hf.py export STEP/trials/sst2/lr5e-05_sd0.encoder out/sst2       # kept by --keep=true
 
-Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model)
-without their remote code. What it does not know - a tensor, a config key, a tokenizer that is not a
-byte-level BPE - it refuses by name. train.py --init_from=hf:ORG/NAME imports by itself.
+Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model),
+without their remote code. It refuses, by name, what it does not know: a tensor, a key of
+config.json, a tokenizer that is not a byte-level BPE. train.py --init_from=hf:ORG/NAME imports a
+model by itself.
 
-Export writes safetensors, a tokenizer.json with our ids, and a model card with the facts of the
-training.
+Export writes safetensors, a tokenizer.json that gives our ids, and a model card with the facts of
+the training.
 """
 import json
 import shlex
@@ -23,11 +24,11 @@ from core.configurator import UserError, run
 @dataclass
 class Config:
     # import
-    weights_only: bool = False      # leave the tokenizer out (e.g. a Llama 2's): it reads ids only
+    weights_only: bool = False      # import no tokenizer, e.g. of a Llama 2: the model reads ids only
     ignore: str = ""                # keys of config.json that change nothing, with commas between
     # export
     average: int = 1                # export the mean of so many checkpoints of the run
-    causal: str = "auto"            # auto: as it was trained last; true: decoder; false: encoder
+    causal: str = "auto"            # auto: as it was last trained; true: decoder; false: encoder
     args: tuple = ()
 
 
@@ -45,7 +46,7 @@ def main(c):
 
 def import_model(c, source, out):
     """Import `source` as the run folder `out`, and print what to do with it."""
-    # imported here, so that an export does not load it
+    # Imported here, so that an export does not load it.
     from huggingface import importing
     ignore = c.ignore.replace(" ", "").split(",")
     imported, path = importing.write(source, out, c.weights_only, [key for key in ignore if key])
@@ -54,8 +55,8 @@ def import_model(c, source, out):
     print(f"written to {path}")
     if imported.tokenizer:
         name = shlex.quote("hf:" + source.removeprefix("hf:"))
-        print("a corpus for it:     python prepare_fineweb.py --source=FILES --out=DATA "
-              f"--tokenizer={name}")
+        prepare = f"python prepare_fineweb.py --source=FILES --out=DATA --tokenizer={name}"
+        print(f"a corpus for it:     {prepare}")
         words = ["python", "train.py", f"--init_from={out}", "--data_dir=DATA", "--out_dir=RUN",
                  '--phases=[("mlm", 400)]']
         print(f"to train it further: {shlex.join(words)}")
@@ -63,17 +64,17 @@ def import_model(c, source, out):
 
 def export_model(c, source, out):
     """Export the checkpoint `source` as the folder `out`, and print how to load it."""
-    # imported here, so that an import does not load it
+    # Imported here, so that an import does not load it.
     from huggingface import exporting
     from huggingface.model_card import auto_class
-    about, steps = exporting.export(source, out, c.average, c.causal)
-    architecture = about["architectures"][0]
+    hub_config, steps = exporting.export(source, out, c.average, c.causal)
+    architecture = hub_config["architectures"][0]
     folder = json.dumps(out, ensure_ascii=False)
     weights = f"step {steps[0]}"
     if len(steps) > 1:
         weights = f"mean of steps {', '.join(str(step) for step in steps)}"
     ways_to_load = [f"{auto_class(architecture)}.from_pretrained({folder})"]
-    if about["model_type"] == "eurobert":
+    if hub_config["model_type"] == "eurobert":
         ways_to_load.append(f"SentenceTransformer({folder})")
     print(f"{architecture}, {weights}, in {out}: {', '.join(ways_to_load)}")
 

@@ -13,15 +13,15 @@ r"""Text -> tokens -> shards: prepares the corpus that train.py reads.
 .jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet files with a `text` column. Documents are kept in order
 and end with eos. The hash of a document's text decides whether it is held out for validation.
 
-Everything is written under temporary names first. After an interruption, run the same command to
-resume after the last complete shard; a complete corpus is left alone.
+Everything is written under temporary names first. After an interruption, run the same command: it
+resumes after the last complete shard. A complete corpus is left alone.
 
-At scale: hf:ORG/NAME:CONFIG is a data set of the Hugging Face hub, streamed; parquet:FOLDER is a
-folder with its parquet files. Both need the columns `text` and `id`. Processes share the files,
-documents whose id came before are dropped, and --tokens=100e9 stops at the document that reaches
-it. On n machines, each runs the command with --shard=0/n, --shard=1/n, ...; then one runs it
-without --shard, which puts the corpus together. They share --out, or their OUT/files/* are copied
-into one folder first.
+At scale: hf:ORG/NAME:CONFIG streams a data set of the Hugging Face hub; parquet:FOLDER reads a
+folder of its parquet files. Both need the columns `text` and `id`. Several processes share the
+files. A document whose id came before is dropped. --tokens=100e9 stops at the document that reaches
+so many training tokens. On n machines, each runs the command with its own --shard=0/n, --shard=1/n,
+...; then one machine runs it without --shard, which puts the corpus together. The machines share
+--out, or you copy OUT/files/* of all into one folder first.
 """
 import math
 import os
@@ -40,9 +40,10 @@ from corpus.documents import assign_splits, batches, documents, files_of, take_t
 from corpus.shards import SplitWriter, read_header, shard_facts
 from huggingface import tokenizer as hf_tokenizer
 
-# Not gated, and the paper's vocabulary: the merges and ids of Llama 3.
+# --tokenizer=llama3: EuroBERT has the merges and ids of Llama 3, as the paper's models do, and needs
+# no login.
 LLAMA3 = "hf:EuroBERT/EuroBERT-210m"
-PARQUET_SOURCES = ("hf:", "parquet:")     # prepared file by file, in parallel
+PARQUET_SOURCES = ("hf:", "parquet:")     # sources that are prepared file by file, in parallel
 
 
 @dataclass
@@ -58,9 +59,9 @@ class Config:
     tokens: float = 0.0                # stop at the document that reaches so many training tokens; 0: all
     # how
     threads: int = 0                   # tokenizer threads; 0: one per core
-    processes: int = 0                 # that share the files of hf: or parquet:; 0: one per core
+    processes: int = 0                 # processes that share the files of hf: or parquet:; 0: one per core
     shard: str = ""                    # i/n: only every n-th of these files, from the i-th on, for n machines
-    retries: int = 8                   # after a network error, 1, 2, 4, ... 60 seconds apart; then it stops
+    retries: int = 8                   # tries after a network error, 1, 2, 4, ... 60 seconds apart
 
 
 def prepare(c):
@@ -79,15 +80,16 @@ def prepare(c):
     manifest = {"settings": settings, "complete": False}
 
     if c.source.startswith(PARQUET_SOURCES):
-        # Find the files. The manifest pins them before anything is read.
+        # Find the files. The manifest records them before any is read.
         listing = list_files(c, old_manifest)
         manifest |= {"commit": listing.commit, "files": listing.files}
         write_manifest(c.out, manifest)
-        # Somebody deleted these shards, most likely damaged ones: prepare their files again.
+        # Somebody deleted these shards, most likely damaged ones: prepare their files again. The
+        # shard train_00007_000.bin comes from file 7.
         for name in missing:
             parallel.forget(c.out, index=int(name.split("_")[1]))
-        # The tokenizer, and the shards: of this machine's share of the files, or of all of them.
         tok = load_or_make_tokenizer(c, hub.texts(listing.urls(c.source), c.retries))
+        # Prepare this machine's share of the files, or all files and the corpus.
         job = parquet_job(c, listing, tok)
         if c.shard:
             prepare_share(c, job)
@@ -149,7 +151,10 @@ def machine_and_count(shard):
 
 
 def settings_to_record(c):
-    """What must not change while a corpus is made, as the manifest records it. Raises UserError."""
+    """The settings that must not change while a corpus is made, as the manifest records them.
+
+    Raises UserError if a local source does not exist.
+    """
     settings = {
         "source": c.source,
         "tokenizer": c.tokenizer,
@@ -247,8 +252,8 @@ def tokenize(c, files, tok):
     """
     shards_done, documents_done, train_tokens = complete_shards(c.out)
     if shards_done:
-        shards = "shard" if shards_done == 1 else "shards"
-        print(f"resuming after {shards_done} complete {shards}, {documents_done:,} documents")
+        noun = "shard" if shards_done == 1 else "shards"
+        print(f"resuming after {shards_done} complete {noun}, {documents_done:,} documents")
     train = SplitWriter(lambda i: train_path(c.out, i), tok, c.shard_tokens, first=shards_done)
     val = SplitWriter(lambda i: os.path.join(c.out, "val_00000.bin"), tok, math.inf)
     val.open()      # the shard exists even if no document is held out
@@ -257,14 +262,14 @@ def tokenize(c, files, tok):
     characters = {"train": 0, "val": 0}
     stream = assign_splits(documents(files), c.val_fraction)
 
-    # The documents of complete shards are read again, but only those held out are written.
+    # Read the documents of complete shards again, and write only those that are held out.
     for batch in batches(take_training(stream, documents_done)):
         for document in batch:
             characters[document.split] += len(document.text)
         held_out = [document.text for document in batch if document.split == "val"]
         val.write(tok.encode_to_arrays(held_out, threads))
 
-    # All documents after them are written, up to the one that reaches the limit.
+    # Write all documents after them, up to the one that reaches the limit.
     remaining = batches(stream)
     new_tokens = 0
     started = time.time()
@@ -280,7 +285,7 @@ def tokenize(c, files, tok):
                     break
                 ids_of[document.split].append(ids)
                 characters[document.split] += len(document.text)
-                new_tokens += len(ids) + 1      # and eos
+                new_tokens += len(ids) + 1      # 1 for eos
                 if document.split == "train":
                     train_tokens += len(ids) + 1
             train.write(ids_of["train"])
@@ -319,20 +324,20 @@ def totals_of_shards(out, characters):
         shards[os.path.basename(path)] = shard_facts(path)
     totals = {}
     for split in ("train", "val"):
-        of_split = [facts for name, facts in shards.items() if name.startswith(split)]
-        totals[f"{split}_tokens"] = sum(facts["tokens"] for facts in of_split)
-        totals[f"{split}_documents"] = sum(facts["documents"] for facts in of_split)
+        split_shards = [facts for name, facts in shards.items() if name.startswith(split)]
+        totals[f"{split}_tokens"] = sum(facts["tokens"] for facts in split_shards)
+        totals[f"{split}_documents"] = sum(facts["documents"] for facts in split_shards)
     for split, count in characters.items():
         totals[f"{split}_characters"] = count
     return totals | {"shards": shards}
 
 
 # -------------------------------------------------------------------------------------------------
-# parquet files: see corpus/parallel.py and corpus/assemble.py
+# parquet files, which corpus/parallel.py and corpus/assemble.py prepare
 def list_files(c, old_manifest):
-    """The parquet files of the source. A hub source keeps the commit that the manifest pins.
+    """The Listing of the source's parquet files. A hub source keeps the commit of its manifest.
 
-    Raises UserError if the files of a folder are not those of the manifest.
+    Raises UserError if a folder's files are not those that the manifest records.
     """
     pinned = None
     if "files" in old_manifest:
@@ -349,7 +354,7 @@ def list_files(c, old_manifest):
 
 
 def parquet_job(c, listing, tok):
-    """The settings and files, as the worker processes need them."""
+    """What the worker processes need to know: settings, files and tokenizer."""
     return parallel.Job(
         out=c.out,
         source=c.source,

@@ -1,11 +1,12 @@
-# 210M, CLM for all 42k steps; also the trunk that two-stage runs branch from (--branch_from).
+# 210M, CLM for all 42,000 steps. It is also the trunk that two-stage runs branch from
+# (--branch_from).
 #   torchrun --nproc_per_node=8 train.py config/210m_clm.py
-# 12 rows x 8 GPUs x 12 micro-steps = 1,152 rows x 2,048 tokens = 2,359,296 tokens a step; x
-# 42,000 = 99.1 B tokens.
-# 1.35 GFLOP a token (model.flops, sequences of 12 to 2,036 tokens): about 94 GPU-hours on an
-# H100 at 40 % MFU. Not measured.
+# A step is 12 rows x 8 GPUs x 12 micro-batches = 1,152 rows of 2,048 tokens = 2,359,296 tokens.
+# 42,000 steps are 99.1 B tokens. At 1.35 GFLOP a token (Encoder.flops, for sequences of 12 to 2,036
+# tokens) that is about 94 GPU-hours on an H100 at 40 % MFU: an estimate, not measured.
 size = "210m"
-data_dir, out_dir = "data/fineweb-edu", "out/210m-clm-42k"      # the paper's name for this model
+data_dir = "data/fineweb-edu"
+out_dir = "out/210m-clm-42k"      # the paper's name for this model
 phases = [("clm", 42_000)]
 batch_rows, micro_rows, block_size = 1152, 12, 2048
 learning_rate, warmup_steps, decay_steps = 5e-4, 2_000, 2_000

@@ -1,7 +1,7 @@
-# CLM alone at a small size: a starting point for a corpus and a budget of your own.
-#   python train.py config/clm.py --size=small --data_dir=data/mine --out_dir=out/mine-clm
-# 16 rows x 512 tokens = 8,192 tokens a step; 2,000 steps = 16.4 M tokens: 1.4 hours at the
-# 3,200 tokens/s of two CPU cores.
+# CLM alone at a small size: a starting point for your own corpus and budget.
+#   python train.py config/clm.py --data_dir=data/mine --out_dir=out/mine-clm
+# A step is 16 rows of 512 tokens = 8,192 tokens. 2,000 steps are 16.4 M tokens: 1.4 hours at the
+# 3,200 tokens/s of two CPU cores (docs/speed.md).
 phases = [("clm", 2_000)]
 size = "small"
 block_size, batch_rows, micro_rows = 512, 16, 16

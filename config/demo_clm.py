@@ -1,8 +1,9 @@
-# The demo's trunk: CLM on the State of the Union addresses; minutes on two CPU cores (bash
-# runs/demo.sh).
-# 8 rows x 256 tokens = 2,048 tokens a step; 500 steps = 1.02 M tokens, of 2.8 M in the corpus.
+# The demo's trunk: CLM on the State of the Union addresses, minutes on two CPU cores
+# (bash runs/demo.sh).
+# A step is 8 rows of 256 tokens = 2,048 tokens. 500 steps are 1.02 M tokens, of 2.8 M in the corpus.
 size = "demo"
-data_dir, out_dir = "data/demo", "runs/demo/clm"
+data_dir = "data/demo"
+out_dir = "runs/demo/clm"
 phases = [("clm", 500)]
 milestones = [200]          # demo_clm_then_mlm.py branches here
 block_size, batch_rows, micro_rows = 256, 8, 8

@@ -1,8 +1,9 @@
-# The demo's point: 200 steps of CLM, taken from demo_clm.py's run, then 300 of MLM; in all the
-# same 1.02 M tokens.
+# What the demo is about: 200 steps of CLM, taken from demo_clm.py's run, and then 300 of MLM. That is
+# the same 1.02 M tokens as the other two runs.
 # The paper's best share of CLM lies between 25 and 50 % (arXiv 2507.00994, section 4).
 size = "demo"
-data_dir, out_dir = "data/demo", "runs/demo/clm_then_mlm"
+data_dir = "data/demo"
+out_dir = "runs/demo/clm_then_mlm"
 branch_from = "runs/demo/clm/step_0000200"
 phases = [("clm", 200), ("mlm", 300)]
 block_size, batch_rows, micro_rows = 256, 8, 8

@@ -1,9 +1,10 @@
-# The paper's retrieval, as its code has it: 6 learning rates x 5 seeds = 30 trainings an encoder on
-# MS MARCO's pairs. After each, the judged documents of MS MARCO, NQ and MLDR are searched.
+# The paper's retrieval, with the settings of its code: 6 learning rates x 5 seeds = 30 trainings for
+# each encoder, on MS MARCO's pairs. After each, the judged documents of MS MARCO, NQ and MLDR are
+# searched.
 #   torchrun --nproc_per_node=8 eval_ir.py --ckpt=RUN config/retrieval_paper.py --out_dir=RUN/paper
-# 1,000 steps of 32 pairs; every other document of a batch is a negative. Weights and optimizer
-# state are in bfloat16, which loses small updates (finetune_paper.py). For numbers of your own
-# prefer the defaults: the same grid without this file.
+# 1,000 steps of 32 pairs. All other documents of a batch are negatives. Weights and optimizer state
+# are in bfloat16, which loses small updates (see finetune_paper.py). For numbers of your own prefer
+# the defaults: the same grid without this file.
 tasks = "all"
 mode = "paper"
 param_dtype = "bfloat16"

@@ -1,8 +1,7 @@
-# A first look in a minute on two CPU cores, for a small encoder: one learning rate, two seeds, and
-# 40 steps of 16 pairs.
+# A first look, for a small encoder, in a minute on two CPU cores: one learning rate, two seeds, 40
+# steps of 16 pairs.
 #   python eval_ir.py --ckpt=runs/demo/clm_then_mlm config/retrieval_quick.py
-# One learning rate does not compare encoders, because each has its own best one. For that leave
-# this file out.
+# To compare encoders, leave this file out: each encoder has a best learning rate of its own.
 lrs = (1e-3,)
 seeds = (0, 1)
 steps = 40

@@ -1,8 +1,9 @@
 """Prepared files -> one corpus.
 
-build_corpus() prepares the files that are missing (parallel.py), drops documents whose id came
-before, in the order of files and rows, stops at the document that reaches --tokens, and moves the
-shards of file 7 to OUT/train_00007_000.bin, ... Only shards that lose a document are written again.
+build_corpus() prepares the files that are missing (parallel.py). Going through files and rows in
+order, it drops documents whose id came before, and stops at the document that reaches --tokens. It
+moves the shards of file 7 to OUT/train_00007_000.bin, ... Only shards that lose a document are
+written again.
 """
 import os
 import shutil
@@ -26,8 +27,8 @@ class Selection:
     """Which documents of the prepared files make the corpus."""
 
     files: dict       # {index: PreparedFile}, in order
-    dropped: dict     # {index: sorted rows that are duplicates}, only of files that have any
-    last_row: int     # the row of the last file that reaches the limit; None if there is no limit
+    dropped: dict     # {index: sorted rows that are duplicates}, only for files that have any
+    last_row: int     # the row of the last file that reaches the limit; None if all rows count
 
     def rows_of(self, index):
         """How many rows of a file count."""
@@ -37,7 +38,7 @@ class Selection:
 
 
 def build_corpus(job):
-    """Write the shards of a corpus. -> what its manifest says of them
+    """Write the shards of a corpus. -> what its manifest says about them
 
     After an interruption it continues where it stopped: a shard that is in its place stays.
     """
@@ -53,7 +54,7 @@ def build_corpus(job):
     for index in tqdm(selection.files, desc="putting together", unit=" files", mininterval=1.0):
         records, is_kept = in_row_order(job.out, index, selection.dropped)
         rows = selection.rows_of(index)
-        # A document counts if it is not a duplicate and stands before the stop.
+        # A document is kept if it is not a duplicate and stands before the stop.
         is_before_stop = records["row"] < rows
         totals["duplicates"] += int((is_before_stop & ~is_kept).sum())
         totals["blank_documents"] += rows - int(is_before_stop.sum())
@@ -64,11 +65,9 @@ def build_corpus(job):
             totals[f"{split}_documents"] += len(kept)
             totals[f"{split}_tokens"] += int(kept["tokens"].sum())
             totals[f"{split}_characters"] += int(kept["characters"].sum())
+            counts = selection.files[index].shards
             lengths = records["tokens"][is_of_split]
-            documents = selection.files[index].shards
-            shards |= place_split(
-                job.out, index, split, documents, lengths, is_kept[is_of_split], tok
-            )
+            shards |= place_split(job.out, index, split, counts, lengths, is_kept[is_of_split], tok)
 
     remove_unused_files(job.out, max(selection.files))
     return totals | {"shards": shards}
@@ -77,15 +76,15 @@ def build_corpus(job):
 # -------------------------------------------------------------------------------------------------
 # which documents
 def select_documents(job):
-    """Prepare every file that the stop at job.tokens needs. -> Selection"""
+    """Prepare as many files as job.tokens asks for, and choose their documents. -> Selection"""
     enough = job.limit
     while True:
         files = prepare_files(job, range(len(job.urls)), enough, enough)
         dropped = find_duplicates(job.out, list(files))
 
-        # Walk over the files until their training tokens, duplicates aside, reach the limit.
-        missing = job.limit
-        lost = 0
+        # Go through the files until their training tokens, without duplicates, reach the limit.
+        missing = job.limit      # training tokens that are still missing
+        lost = 0                 # training tokens of duplicates
         for index, file in files.items():
             tokens = file.train_tokens
             if index in dropped:
@@ -99,19 +98,18 @@ def select_documents(job):
                 return Selection(used, dropped, last_row)
             missing -= tokens
 
-        # Without a limit, or with one beyond the source, this is all of the source. Otherwise
-        # duplicates took tokens: read as many more.
+        # The limit was not reached. If the source has no more, these are all of its documents.
+        # Otherwise duplicates took tokens: read so many more.
         if len(files) == len(job.urls) and all(file.is_complete for file in files.values()):
             return Selection(files, dropped, None)
         enough = job.tokens + lost
 
 
 def find_duplicates(out, indices):
-    """The rows whose id an earlier file or row has. -> {index: sorted rows}, only of files with any
+    """The rows whose id an earlier file or row has. -> {index: sorted rows}, for files with any
 
-    The records of a file are sorted by the hash of the id. The range of hashes is walked in slices.
-    Only the records of one slice, of all files, are in memory, so that it does not grow with the
-    corpus.
+    The records of a file are sorted by the hash of the id. The range of hashes is cut into slices.
+    Only one slice of all files is in memory at a time, so memory does not grow with the corpus.
     """
     files = [read_records(out, index) for index in indices]
     n_slices = sum(len(file) for file in files) // MERGE_AT_ONCE + 1
@@ -121,12 +119,12 @@ def find_duplicates(out, indices):
         if number == n_slices:
             ends = [len(file) for file in files]
         else:
-            bound = (number << 64) // n_slices
+            bound = (number << 64) // n_slices      # hashes have 64 bits
             ends = [bisect_left(file["id"], bound, lo=begin) for file, begin in zip(files, begins)]
         records = np.concatenate([file[begin:end] for file, begin, end in zip(files, begins, ends)])
         file_of = np.repeat(np.arange(len(files)), np.subtract(ends, begins))     # of each record
 
-        # Sorted by id, then file, then row, a record is a duplicate if the one before has its id.
+        # Sort by id, then file, then row. A record is a duplicate if the one before it has its id.
         order = np.lexsort((records["row"], file_of, records["id"]))
         ids = records["id"][order]
         repeated = order[1:][ids[1:] == ids[:-1]]
@@ -161,15 +159,15 @@ def kept_train_tokens(out, index, dropped):
 
 # -------------------------------------------------------------------------------------------------
 # shards to their places
-def place_split(out, index, split, documents, lengths, is_kept, tok):
-    """Place the shards of one split of a file. -> {name: what the manifest says of it}
+def place_split(out, index, split, counts, lengths, is_kept, tok):
+    """Place the shards of one split of a file. -> {name: what the manifest says about it}
 
-    documents: {name: how many it holds} of all shards of the file. lengths [n] and is_kept [n] are
-    of the documents of this split, in the order in which its shards hold them.
+    counts: {name: number of documents} of all shards of the file. lengths [n] and is_kept [n] are
+    those of the documents of this split, in the order in which its shards hold them.
     """
     placed = {}
     begin = 0
-    for name, count in documents.items():
+    for name, count in counts.items():
         if not name.startswith(split):
             continue
         number = name.removesuffix(".bin").split("_")[1]
@@ -184,9 +182,9 @@ def place_split(out, index, split, documents, lengths, is_kept, tok):
 
 
 def place(source, target, lengths, is_kept, tok):
-    """Move a shard to its place, or write only the documents that are kept there."""
+    """Move a shard to its place, or write only its kept documents there."""
     if not os.path.isfile(source):
-        # It was placed before an interruption. If it was deleted since, start its file anew.
+        # It was placed before an interruption. If it has been deleted since, start its file anew.
         if is_kept.any() and not os.path.isfile(target):
             index = int(os.path.basename(target).split("_")[1])
             forget(os.path.dirname(target), index)
@@ -208,7 +206,7 @@ def place(source, target, lengths, is_kept, tok):
 
 
 def remove_unused_files(out, last_index):
-    """Remove the folders of files after the stop, and those that killed processes left."""
+    """Remove the folders of files after the stop, and leftovers of killed processes."""
     for path in find_files(os.path.join(out, "files"), "*"):
         name = os.path.basename(path)
         if not name.isdigit() or int(name) > last_index:

@@ -19,7 +19,7 @@ TEXT = "text"                   # the field or column that holds a document
 # -------------------------------------------------------------------------------------------------
 # files -> texts
 def files_of(source):
-    """The files of a source, in a fixed order. Raises UserError."""
+    """The files of a source, in a fixed order. Raises UserError if it has none."""
     if source == "sotu":
         return demo_files()
     if os.path.isfile(source):
@@ -69,7 +69,7 @@ def file_text(path):
 
 
 def json_texts(path):
-    """Yield the field TEXT of every line of a .jsonl file, packed or not."""
+    """Yield the field TEXT of every line of a .jsonl file, compressed or not."""
     for where, line in lines_of(path):
         try:
             text = json.loads(line)[TEXT]
@@ -103,7 +103,7 @@ def parquet_texts(path):
 
 
 # -------------------------------------------------------------------------------------------------
-# texts -> batches of documents, each on its side of the split
+# texts -> documents of a split, in batches
 @dataclass
 class Document:
     text: str
@@ -119,9 +119,9 @@ def assign_splits(texts, val_fraction):
 
 def take_training(stream, count):
     """Yield the documents of an iterator up to and including its `count`-th training document."""
-    taken = 0
     if count == 0:
         return
+    taken = 0
     for document in stream:
         yield document
         if document.split == "train":
@@ -133,13 +133,13 @@ def take_training(stream, count):
 def batches(stream):
     """Group documents into lists that hold about BATCH_CHARACTERS characters each."""
     batch = []
-    size = 0
+    characters = 0
     for document in stream:
         batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
             yield batch
             batch = []
-            size = 0
+            characters = 0
     if batch:
         yield batch

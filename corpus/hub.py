@@ -1,11 +1,11 @@
 """Parquet files as streams of documents: a data set of the Hugging Face hub, or a folder of files.
 
-    hf:HuggingFaceFW/fineweb-edu:sample-10BT    the files of a configuration, named in the README
+    hf:HuggingFaceFW/fineweb-edu:sample-10BT    the files of one configuration of a data set
     parquet:fineweb-edu/sample/100BT            every .parquet file below a folder
 
-Both need the columns `text` and `id`, as FineWeb-Edu has them. A hub source is pinned to a commit
-when its preparation starts, so its files never change under a preparation that is resumed.
-$HF_ENDPOINT names another server than huggingface.co.
+Both need the columns `text` and `id`, as in FineWeb-Edu. A hub source is pinned to a commit when
+its preparation starts, so a resumed preparation reads the same files. $HF_ENDPOINT names another
+server than huggingface.co.
 """
 import os
 import sys
@@ -17,17 +17,17 @@ from core.files import find_files
 from corpus.documents import TEXT
 
 COLUMNS = [TEXT, "id"]
-ROWS = 1024               # read, tokenized and written at a time, whatever a file's row groups are
+ROWS = 1024               # rows that are read, tokenized and written at a time
 BUFFER = 1 << 23          # bytes of a column that are read at once
 LONGEST_WAIT = 60.0       # seconds between two tries
-PATHS_PER_REQUEST = 500   # of the hub, when it is asked for file sizes
-MAY_PASS = (408, 429)     # HTTP 4xx that are worth another try: request timeout, too many requests
+PATHS_PER_REQUEST = 500   # files whose sizes the hub is asked for at a time
+WORTH_RETRYING = (408, 429)    # HTTP errors 4xx that may pass: request timeout, too many requests
 
 
 # -------------------------------------------------------------------------------------------------
-# a network that fails now and then
+# network errors
 class Patience:
-    """Counts failures in a row, and waits twice as long after each: 1, 2, 4, ... 60 seconds."""
+    """Counts failures in a row, and waits longer after each: 1, 2, 4, ... up to 60 seconds."""
 
     def __init__(self, subject, retries):
         self.subject = subject     # what is being read, for the messages
@@ -45,14 +45,14 @@ class Patience:
         from huggingface_hub import errors
         if isinstance(error, errors.OfflineModeIsEnabled):
             raise UserError(
-                f"{self.subject} is on the hub, and HF_HUB_OFFLINE forbids to ask it: unset "
+                f"{self.subject} is on the hub, and HF_HUB_OFFLINE forbids asking it: unset "
                 "it, or download the files and give --source=parquet:FOLDER"
             ) from None
 
-        # The hub answered that the request itself is wrong: no such data set, no access.
+        # The hub says that the request itself is wrong: there is no such data set, or no access.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None and 400 <= status < 500 and status not in MAY_PASS:
+        if status is not None and 400 <= status < 500 and status not in WORTH_RETRYING:
             raise UserError(f"the hub does not give {self.subject} ({reason})") from None
 
         self.failures += 1
@@ -78,7 +78,10 @@ def network_errors():
 
 
 def retried(call, subject, retries):
-    """call(), again after a network error. Raises RunError and UserError as Patience does."""
+    """The result of call(), which is repeated after a network error.
+
+    Raises RunError and UserError as Patience does.
+    """
     patience = Patience(subject, retries)
     while True:
         try:
@@ -185,20 +188,20 @@ def open_url(url):
         return open(url, "rb")
     from huggingface_hub import HfFileSystem
 
-    # At most four blocks of 5 MiB are in memory.
+    # This cache keeps at most four blocks of 5 MiB in memory.
     return HfFileSystem().open(url, "rb", cache_type="blockcache", cache_options={"maxblocks": 4})
 
 
 def tables(url, retries):
     """Yield the rows of one parquet file in order, as pyarrow RecordBatches (text, id).
 
-    A batch has at most ROWS rows. Nothing is read before it is asked for. (The scanner of datasets'
-    streaming=True reads ahead in the background as fast as the network gives, and held a whole file
-    in memory where the tokenizer was slower.)
+    A batch has at most ROWS rows. Nothing is read before it is asked for. (`datasets` with
+    streaming=True reads ahead in the background as fast as the network allows. Where the tokenizer
+    was slower, a whole file was then in memory.)
 
-    huggingface_hub itself repeats a request that breaks off 5 times, over 23 seconds. If that was
-    not enough, the file is opened again at the row group that was being read.
-    Raises UserError (not a parquet file, no such column) and RunError.
+    huggingface_hub itself repeats a failed request 5 times, over 23 seconds. If that was not
+    enough, the file is opened again at the row group that was being read.
+    Raises UserError (not a parquet file, no such column) and RunError (too many network errors).
     """
     import pyarrow.parquet
     patience = Patience(url, retries)
@@ -222,7 +225,7 @@ def tables(url, retries):
             reason = str(error).splitlines()[0]
             raise UserError(f"{url} is not an intact parquet file: {reason}") from None
         except network_errors() as error:
-            # Waiting does not mend a disk.
+            # A file of this machine: waiting does not repair a disk.
             if not url.startswith("hf://"):
                 raise
             patience.failed(error)

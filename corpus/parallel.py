@@ -44,20 +44,20 @@ class Job:
 
     out: str                  # folder of the corpus; holds the tokenizer already
     source: str               # hf:ORG/NAME:CONFIG or parquet:FOLDER
-    commit: str               # of a hub source; "" for a folder
+    commit: str               # that a hub source is pinned to; "" for a folder
     urls: list                # of the parquet files, in order
-    sizes: list               # their bytes
+    sizes: list               # of these files, in bytes
     tokenizer_hash: str
     val_fraction: float
     shard_tokens: int
     tokens: float = 0.0       # stop at the document that reaches so many training tokens; 0: all
     processes: int = 0        # 0: one per core
-    threads: int = 0          # of a process' tokenizer; 0: the cores, shared out
-    retries: int = 0          # after a network error
+    threads: int = 0          # tokenizer threads of each process; 0: the cores, shared out
+    retries: int = 0          # tries after a network error
 
     @property
     def limit(self):
-        """Training tokens to stop at."""
+        """Training tokens to stop at; infinity if there is no limit."""
         return self.tokens or math.inf
 
     def identity(self):
@@ -94,12 +94,12 @@ def folder_of(out, index):
 
 
 def prepare_file(job, index, enough, threads, report):
-    """Turn one parquet file into its folder.
+    """Prepare one parquet file: write its folder.
 
     Reading stops after the batch that reaches `enough` training tokens. report(tokens) is called
     after each batch.
     """
-    # Leftovers of processes that were killed, and the folder of a run with a smaller --tokens.
+    # Remove leftovers of killed processes, and what a run with a smaller --tokens made of it.
     folder = folder_of(job.out, index)
     for old in [folder, *find_files(os.path.dirname(folder), f"{index:05d}.*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
@@ -111,7 +111,7 @@ def prepare_file(job, index, enough, threads, report):
     for split in SPLITS:
         writers[split] = split_writer(temporary, split, tok, job.shard_tokens)
 
-    # Read, tokenize and write, a batch of rows at a time; the next one is read in the meantime.
+    # Read, tokenize and write a batch of rows at a time. The next one is read in the background.
     batches = [np.empty(0, DOCUMENT)]
     rows = 0
     train_tokens = 0
@@ -125,7 +125,7 @@ def prepare_file(job, index, enough, threads, report):
             break
     records = np.concatenate(batches)
 
-    # Close the shards, and note what assemble.py needs to know.
+    # Close the shards, and write down what assemble.py needs to know.
     facts = {"made": job.identity(), "whole": train_tokens < enough, "rows": rows, "shards": {}}
     for split in SPLITS:
         writers[split].close()
@@ -144,7 +144,7 @@ def prepare_file(job, index, enough, threads, report):
 
 
 def split_writer(folder, split, tok, shard_tokens):
-    """Writes folder/train_000.bin, folder/train_001.bin, ..."""
+    """A SplitWriter for folder/train_000.bin, folder/train_001.bin, ... or val_000.bin, ..."""
 
     def path_of(number):
         return os.path.join(folder, f"{split}_{number:03d}.bin")
@@ -181,7 +181,7 @@ def is_of(split, records):
 
 
 def id_hash(name, text):
-    """64 bits of a document's id, or of its text where it has none.
+    """A hash, of 64 bits, of a document's id, or of its text if it has no id.
 
     Two of 100 million ids collide with probability 0.0003.
     """
@@ -190,7 +190,7 @@ def id_hash(name, text):
 
 
 def read_prepared(job, index, enough):
-    """The PreparedFile of a file that was read to its end, or to `enough` tokens, else None.
+    """The PreparedFile of a file that was read to its end or to `enough` tokens, else None.
 
     Raises UserError if it was prepared from another source or with other settings.
     """
@@ -231,16 +231,16 @@ def forget(out, index):
 # -------------------------------------------------------------------------------------------------
 # many files
 def prepare_files(job, order, goal, enough):
-    """Prepare files until, from the first on, they hold `goal` tokens. -> {index: PreparedFile}
+    """Prepare files until, counted from the first, they hold `goal` training tokens.
 
     order: the indices of the files, in the order in which they count towards the goal.
-    goal: training tokens.
     enough: reading of a single file stops at so many training tokens.
+    -> {index: PreparedFile} of the files up to the goal
     """
     queue = FileQueue(job, order, goal, enough)
     if queue.prepared:
-        files = "file" if len(queue.prepared) == 1 else "files"
-        print(f"resuming after {len(queue.prepared)} complete {files}", flush=True)
+        noun = "file" if len(queue.prepared) == 1 else "files"
+        print(f"resuming after {len(queue.prepared)} complete {noun}", flush=True)
     cores = os.cpu_count()
     processes = max(1, min(job.processes or cores, len(order)))
     threads = job.threads or max(1, cores // processes)
@@ -281,7 +281,7 @@ class FileQueue:
         return sum(file.tokens for file in self.prepared.values())
 
     def report(self, tokens):
-        """Move the bar on by so many tokens."""
+        """Advance the progress bar by so many tokens."""
         self.new_tokens += tokens
         speed = self.new_tokens / (time.time() - self.started)
         self.bar.update(tokens)
@@ -293,7 +293,7 @@ class FileQueue:
         """Note that a file is prepared."""
         self.prepared[index] = read_prepared(self.job, index, self.enough)
         if self.goal == math.inf:
-            # How many tokens there will be is estimated from the tokens per byte so far.
+            # Estimate the tokens of all files from the tokens per byte so far.
             bytes_so_far = sum(self.job.sizes[i] for i in self.prepared)
             bytes_of_all = sum(self.job.sizes[i] for i in self.order)
             self.bar.total = self.prepared_tokens() * bytes_of_all / bytes_so_far
@@ -323,9 +323,9 @@ def prepare_here(queue, threads):
 
 
 def prepare_in_processes(queue, processes, threads):
-    """Prepare the files in so many processes, each of which prepares one file."""
+    """Prepare the files in several processes at a time. Each process prepares one file and ends."""
     context = worker_context()
-    workers = {}     # {our end of its pipe: (index, process)}
+    workers = {}     # {our end of a worker's pipe: (index of its file, process)}
     try:
         while not queue.is_done() and (queue.waiting or workers):
             while queue.waiting and len(workers) < processes:
@@ -353,9 +353,10 @@ def prepare_in_processes(queue, processes, threads):
 
 
 def worker_context():
-    """Processes that are forked from a server with all imports done and no threads.
+    """The way to start worker processes: forked from a server that has done all imports.
 
-    They start in milliseconds, and no lock is forked while another thread holds it.
+    So they start in milliseconds. The server has no threads, so no worker is forked while another
+    thread holds a lock.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["huggingface_hub", "pyarrow.parquet", "corpus.parallel"])
@@ -364,7 +365,7 @@ def worker_context():
 
 def work(sender, job, index, enough, threads):
     """prepare_file in a worker process. It sends counts of tokens, then "done" or an exception."""
-    # Ctrl-C reaches all processes; the one that started this one ends it.
+    # Ctrl-C reaches all processes. The parent process stops this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         prepare_file(job, index, enough, threads, sender.send)
@@ -372,7 +373,7 @@ def work(sender, job, index, enough, threads):
     except (UserError, RunError) as error:
         sender.send(error)
     except BrokenPipeError:
-        return      # the process that started this one is gone
+        return      # the parent process is gone
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename})"
         sender.send(RunError(f"{reason}; complete files stay, run the same command to resume"))

@@ -85,7 +85,7 @@ class SplitWriter:
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.number = first
-        self.writer = None       # of the shard that is open
+        self.writer = None       # the ShardWriter of the shard that is open
         self.closed = []         # (path, documents) of every shard written
 
     def open(self):
@@ -95,20 +95,20 @@ class SplitWriter:
 
     def write(self, documents):
         """Append documents: a list of id arrays [n] without eos."""
-        # Where each document would end, its eos included, if all of them lay end to end.
+        # The number of tokens up to the end of each document, its eos included.
         ends = np.cumsum([len(ids) + 1 for ids in documents])
-        first = 0
-        written = 0
+        first = 0               # the next document to write
+        tokens_written = 0
         while first < len(documents):
             self.open()
             # This shard takes the documents up to and including the one that fills it.
             room = self.shard_tokens - int(self.writer.header["tokens"])
-            filling = int(np.searchsorted(ends, written + room))
+            filling = int(np.searchsorted(ends, tokens_written + room))
             stop = min(filling + 1, len(documents))
             ids = joined(documents[first:stop], self.tokenizer.eos_id, self.writer.dtype)
             self.writer.write(ids, stop - first)
             first = stop
-            written = int(ends[stop - 1])
+            tokens_written = int(ends[stop - 1])
             if self.writer.header["tokens"] >= self.shard_tokens:
                 self.close()
 
@@ -144,10 +144,10 @@ def read_header(path):
 
     Raises UserError if the file is not a shard, of another version, damaged, or cut short.
     """
-    mend = "delete it and run its prepare_fineweb.py command again"
+    advice = "delete it and run its prepare_fineweb.py command again"
     raw = np.fromfile(path, np.uint8, HEADER_BYTES)
     if raw.size < HEADER_BYTES:
-        raise UserError(f"{path} is truncated: {mend}")
+        raise UserError(f"{path} is truncated: {advice}")
     header = raw.view(HEADER)[0]
     if header["magic"] != MAGIC or header["version"] != VERSION:
         raise UserError(
@@ -155,12 +155,12 @@ def read_header(path):
             "this prepare_fineweb.py"
         )
     if header["header_crc32"] != header_checksum(header):
-        raise UserError(f"{path} has a corrupted header: {mend}")
+        raise UserError(f"{path} has a corrupted header: {advice}")
     size = os.path.getsize(path)
     expected = HEADER_BYTES + int(header["tokens"]) * int(header["itemsize"])
     if size != expected:
         raise UserError(
-            f"{path} is truncated ({size:,} bytes, its header says {expected:,}): {mend}"
+            f"{path} is truncated ({size:,} bytes, its header says {expected:,}): {advice}"
         )
     return header
 

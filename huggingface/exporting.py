@@ -1,10 +1,9 @@
-"""A checkpoint -> a folder that transformers and sentence-transformers load, without our code and
-without unpickling.
+"""A checkpoint -> a folder that transformers and sentence-transformers load without our code.
 
 An encoder is exported as `eurobert`, which is native in transformers 5: AutoModel, ForMaskedLM,
 ForSequenceClassification and ForTokenClassification load it. It is a SentenceTransformer as well:
 the mean over the tokens, scaled to length 1, as eval_ir.py embeds. A decoder is exported as
-`llama`. A fine-tuned encoder takes its head along.
+`llama`, or as `qwen3` if it has Qwen3's norms. A fine-tuned encoder is exported with its head.
 """
 
 import json
@@ -22,7 +21,7 @@ from huggingface.folders import check_is_free
 from huggingface.history import was_causal
 from huggingface.model_card import model_card
 
-# kind of task: the tensors of its head, which have the same names in Hugging Face's EuroBert
+# {kind of task: the tensors of its head}. They have the same names in Hugging Face's EuroBert.
 HEADS = {
     "sequence": {"dense.weight", "dense.bias", "classifier.weight", "classifier.bias"},
     "token": {"classifier.weight", "classifier.bias"},
@@ -31,11 +30,11 @@ HEADS = {
 
 
 def export(ckpt, out, average=1, causal="auto"):
-    """Write the folder `out`. -> the content of its config.json, and the steps it is the mean of
+    """Write the folder `out`. -> the content of its config.json, and the steps of its checkpoints
 
-    ckpt: a checkpoint, or a run for its newest one. average: the number of the run's checkpoints to
-    average, the last of them `ckpt`. causal: "true" for a decoder, "false" for an encoder, "auto"
-    for what the model was last trained as. Raises UserError.
+    ckpt: a checkpoint, or a run for its newest one. average: how many of the run's checkpoints to
+    average; `ckpt` is the last of them. causal: "true" for a decoder, "false" for an encoder,
+    "auto" for what the model was last trained as. Raises UserError if that is not possible.
     """
     check_is_free(out)
     path = checkpoint.find(ckpt)
@@ -49,10 +48,10 @@ def export(ckpt, out, average=1, causal="auto"):
             "has no decoder with such a head"
         )
 
-    # the weights, and config.json
+    # The weights, and config.json.
     paths = last_checkpoints(path, average)
     weights = hf_weights.write_weights(mean_of(paths), config)
-    about = hf_weights.write_config(config, is_causal) | {
+    hub_config = hf_weights.write_config(config, is_causal) | {
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
@@ -60,30 +59,30 @@ def export(ckpt, out, average=1, causal="auto"):
         "classifier_pooling": "mean",
     }
     if "fine_tuned" in state:
-        # the LM head is left over from pretraining and no longer fits
+        # The LM head is left over from pretraining. It no longer fits the encoder.
         weights.pop("lm_head.weight", None)
         weights |= read_head(path, state["fine_tuned"])
-        about |= describe_head(path, state["fine_tuned"])
+        hub_config |= describe_head(path, state["fine_tuned"])
 
-    # the tokenizer. It must give our ids when transformers reads it
+    # The tokenizer. It must give our ids when transformers reads it.
     tokenizer_json = hf_tokenizer.to_json(tokenizer, append_eos=not is_causal)
     hf_tokenizer.check_same_ids(tokenizer_json, tokenizer, path)
 
     files = {
-        "config.json": about,
+        "config.json": hub_config,
         "tokenizer.json": tokenizer_json,
         "tokenizer_config.json": tokenizer_config(tokenizer, config),
     }
     if not is_causal:
         files |= sentence_transformer(config)
     n_parameters = sum(value.numel() for value in weights.values())
-    card = model_card(path, paths, state, about, config, n_parameters)
+    card = model_card(path, paths, state, hub_config, config, n_parameters)
     write_folder(out, files, weights, card)
-    return about, [checkpoint.step_of(p) for p in paths]
+    return hub_config, [checkpoint.step_of(p) for p in paths]
 
 
 def write_folder(out, files, weights, card):
-    """Write a model's folder, which is complete or absent whatever happens meanwhile.
+    """Write a model's folder under a temporary name and rename it: it is complete or absent.
 
     files: {name: content of a JSON file}; weights: {name: tensor}; card: the text of README.md.
     """
@@ -100,7 +99,7 @@ def write_folder(out, files, weights, card):
             f.write(card)
         path = os.path.join(temporary, "model.safetensors")
         save_file(weights, path, metadata={"format": "pt"})
-        # safetensors makes its files readable for their owner alone
+        # safetensors makes its files readable for their owner alone.
         shutil.copymode(os.path.join(temporary, "config.json"), path)
         os.replace(temporary, out)
     except BaseException:
@@ -112,7 +111,7 @@ def write_folder(out, files, weights, card):
 
 
 def last_checkpoints(path, count):
-    """Return the paths of `count` checkpoints of a run, `path` the last of them.
+    """Return the paths of `count` checkpoints of a run, in order. `path` is the last of them.
 
     Raises UserError if there are fewer, or if they are not of the same model.
     """
@@ -132,7 +131,7 @@ def last_checkpoints(path, count):
 
 
 def mean_of(paths):
-    """Return the mean of checkpoints' weights: added in fp64, returned in fp32."""
+    """Return the mean of the weights of checkpoints: summed in fp64, returned in fp32."""
     weights = load_file(os.path.join(paths[-1], "model.safetensors"))
     if len(paths) == 1:
         return weights
@@ -179,7 +178,7 @@ def read_head(path, row):
 def describe_head(path, row):
     """Return what config.json says about a fine-tuned encoder's head.
 
-    Question answering has two outputs a token.
+    For question answering that is a token classification head with two labels.
     """
     if not os.path.isfile(os.path.join(path, "head.safetensors")):
         return {"architectures": ["EuroBertModel"]}
@@ -187,15 +186,15 @@ def describe_head(path, row):
     if not labels:
         labels = ("outside", "inside") if row["mode"] == "paper" else ("start", "end")
     kind = "Sequence" if row["kind"] == "sequence" else "Token"
-    about = {
+    hub_config = {
         "architectures": [f"EuroBertFor{kind}Classification"],
         "num_labels": len(labels),
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
     if kind == "Sequence":
-        about["problem_type"] = "single_label_classification"
-    return about
+        hub_config["problem_type"] = "single_label_classification"
+    return hub_config
 
 
 # ---- the other files
@@ -204,7 +203,7 @@ def describe_head(path, row):
 def tokenizer_config(tokenizer, config):
     """Return the content of tokenizer_config.json.
 
-    The padding token is eos, as in pretraining, so only the attention mask tells what is text.
+    The padding token is eos, so only the attention mask says which tokens are padding.
     """
     text_of_id = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
     mask = {
@@ -233,12 +232,14 @@ def sentence_transformer(config):
     The names of its modules are those of sentence-transformers 2 to 5, which 6 reads as well.
     """
     modules = []
-    for i, (path, kind) in enumerate(
-        [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    ):
-        modules.append(
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        )
+    folders = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    for i, (kind, folder) in enumerate(folders.items()):
+        modules.append({
+            "idx": i,
+            "name": str(i),
+            "path": folder,
+            "type": f"sentence_transformers.models.{kind}",
+        })
     pooling = {
         "word_embedding_dimension": config.n_embd,
         "pooling_mode_cls_token": False,
@@ -247,7 +248,7 @@ def sentence_transformer(config):
         "pooling_mode_mean_sqrt_len_tokens": False,
         "include_prompt": True,
     }
-    # as eval_ir.py cuts texts
+    # eval_ir.py cuts texts at the same length.
     longest = round(0.99 * config.block_size)
     return {
         "modules.json": modules,

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: find or download one, read its JSON files, overwrite none."""
+"""Folders of Hugging Face models: find or download them, read their JSON files, overwrite none."""
 
 import os
 import re
@@ -10,11 +10,11 @@ JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def locate(source, patterns=JSON_FILES):
-    """The local folder of a model: `source` itself, or the folder the hub's copy is downloaded to.
+    """The local folder of a model: `source` itself, or the folder to which the hub's is downloaded.
 
     source: a folder, ORG/NAME or ORG/NAME@REVISION, each also with hf: before it.
-    patterns: which of its files to download; they stay in the hub's cache.
-    Raises UserError, also if the hub cannot be reached.
+    patterns: which of its files to download, into huggingface_hub's cache.
+    Raises UserError if there is no such model, or the hub cannot be reached.
     """
     source = source.removeprefix("hf:")
     if os.path.isdir(source):
@@ -34,12 +34,12 @@ def locate(source, patterns=JSON_FILES):
             "(ORGANISATION/NAME)"
         )
 
-    # huggingface_hub comes with datasets. A local folder does not need it
+    # A local folder does not need huggingface_hub, so it is imported only here.
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
-    except Exception as error:  # the hub, its cache and the network each raise their own
+    except Exception as error:  # the hub, its cache and the network each have their own errors
         raise UserError(
             f"there is no folder {name}, and the hub did not give a model of that name "
             f"({type(error).__name__}): is it right, is the network on, is a login "
@@ -58,7 +58,7 @@ def read_model_json(folder, name):
 
 
 def check_is_free(out):
-    """Raises UserError unless `out` does not exist yet, or is an empty folder."""
+    """Raises UserError if `out` exists already, unless it is an empty folder."""
     if not os.path.exists(out):
         return
     if not os.path.isdir(out) or os.listdir(out):

@@ -1,7 +1,7 @@
 """What a checkpoint's state.json records about its training.
 
 An export asks here, and never parses the name of an objective. So an objective that a fork adds is
-exported rightly, also by a version that does not know it.
+exported correctly, even by a version that does not know it.
 """
 
 from core.configurator import UserError
@@ -11,7 +11,7 @@ from objectives import objective_at, recorded_objectives
 def was_causal(state):
     """True if a checkpoint was last trained under the causal mask.
 
-    Raises UserError if its state does not tell.
+    Raises UserError if its state does not say.
     """
     if "fine_tuned" in state:
         return bool(state["fine_tuned"].get("causal"))

@@ -1,4 +1,4 @@
-"""A Hugging Face model -> a config, weights and a tokenizer of ours, in memory or as a run."""
+"""A Hugging Face model -> our config, weights and tokenizer, in memory or as a run folder."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -18,12 +18,9 @@ FILES = (*JSON_FILES, "*.safetensors", "model.safetensors.index.json")
 @dataclass
 class Imported:
     config: ModelConfig
-    # Encoder(config)'s state dict, in fp32; a tied head is in it, too
-    weights: dict
-    # None if only the weights were asked for
-    tokenizer: tokenizers.Tokenizer | None
-    # where the model comes from, as a checkpoint's state.json records it
-    facts: dict
+    weights: dict  # Encoder(config)'s state dict, in fp32; it has a tied head, too
+    tokenizer: tokenizers.Tokenizer | None  # None if only the weights were asked for
+    facts: dict  # where the model comes from, as a checkpoint's state.json records it
 
 
 def is_foreign(source):
@@ -38,7 +35,8 @@ def read(source, weights_only=False, ignore=()):
     """Read a Hugging Face model. -> Imported
 
     source: a folder, or hf:ORG/NAME[@REVISION]. weights_only: leave the tokenizer out.
-    ignore: keys of config.json that are known to be harmless. Raises UserError.
+    ignore: keys of config.json that are known to be harmless. Raises UserError if there is no such
+    model, or it has something that is not known here.
     """
     folder = locate(source, FILES)
     config, kind = hf_weights.read_config(folder, ignore)
@@ -49,8 +47,8 @@ def read(source, weights_only=False, ignore=()):
     weights = hf_weights.read_weights(folder, config)
 
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        # The mask token needs a row of its own. An untrained row among trained ones would be an
-        # outlier to the softmax. Their mean is a token of average meaning
+        # The tokenizer has a new mask token, which needs a row of its own. A random row would be an
+        # outlier among the trained ones. Their mean is not.
         for name in {"embedding.weight", "lm_head.weight"} & weights.keys():
             mean = weights[name].mean(0, keepdim=True)  # [1, C]
             weights[name] = torch.cat([weights[name], mean])  # [V + 1, C]
@@ -69,14 +67,14 @@ def describe_source(source, folder):
     """Return where a model comes from: a path or hf:ORG/NAME, and the hub's commit if known."""
     name = source.removeprefix("hf:")
     revision = None
-    # the hub's cache keeps a model in .../snapshots/COMMIT
+    # The hub's cache keeps a model in .../snapshots/COMMIT.
     if os.path.basename(os.path.dirname(folder)) == "snapshots":
         revision = os.path.basename(folder)
     return {"source": source if os.path.isdir(name) else f"hf:{name}", "revision": revision}
 
 
 def is_causal(kind):
-    """True if models of this kind are decoders; None if the kind does not tell.
+    """True if models of this kind are decoders, None if the kind does not say.
 
     The paper's checkpoints (sl_model) are of both kinds.
     """
@@ -88,7 +86,8 @@ def is_causal(kind):
 def write(source, out, weights_only=False, ignore=()):
     """Import a model as the run folder `out`, with a checkpoint of step 0 and the tokenizer.
 
-    The arguments are those of read(). -> Imported, and the checkpoint's path. Raises UserError.
+    The other arguments are those of read(), and so are the errors. -> Imported, and the checkpoint's
+    path
     """
     check_is_free(out)
     imported = read(source, weights_only, ignore)
@@ -105,7 +104,7 @@ def write(source, out, weights_only=False, ignore=()):
 
 
 def describe(imported):
-    """Return two lines for people: the model, and its tokenizer."""
+    """Return two lines to print: one about the model, one about its tokenizer."""
     facts = imported.facts
     tokenizer = imported.tokenizer
     shape = []

@@ -11,7 +11,7 @@ from core.files import table_cell
 from huggingface.history import lineage
 from objectives import recorded_objectives
 
-# the end of a class's name: the hub's name for what such a model does
+# {the end of a class's name: the hub's name for what such a model does}
 PIPELINE_TAGS = {
     "": "sentence-similarity",
     "CausalLM": "text-generation",
@@ -21,13 +21,13 @@ PIPELINE_TAGS = {
 }
 
 
-def model_card(path, paths, state, about, config, n_parameters):
+def model_card(path, paths, state, hub_config, config, n_parameters):
     """Return the text of README.md.
 
-    path: the checkpoint, state: its state.json; paths: the checkpoints whose mean the weights are;
-    about: the content of the exported config.json; config: the ModelConfig.
+    path: the checkpoint; state: its state.json; paths: the checkpoints whose mean the weights are;
+    hub_config: the content of the exported config.json; config: the ModelConfig.
     """
-    architecture = about["architectures"][0]
+    architecture = hub_config["architectures"][0]
     run, step = os.path.abspath(path).split(os.sep)[-2:]
     states = lineage(state)
     fine_tuned = state.get("fine_tuned")
@@ -37,15 +37,15 @@ def model_card(path, paths, state, about, config, n_parameters):
     if len(paths) > 1:
         steps = ", ".join(str(checkpoint.step_of(p)) for p in paths)
         facts.append(("weights", f"mean of the checkpoints of steps {steps}"))
-    # the training, back to where it began
-    for s in states:
-        facts += fine_tuning_facts(s)
-        facts += pretraining_facts(s)
-        if s is state:
-            facts += validation_facts(s, path)
-        facts += import_facts(s)
+    # The training, from this checkpoint back to where it began.
+    for earlier in states:
+        facts += fine_tuning_facts(earlier)
+        facts += pretraining_facts(earlier)
+        if earlier is state:
+            facts += validation_facts(state, path)
+        facts += import_facts(earlier)
 
-    lines = ["---", *front_matter(architecture, about, states), "---", "", f"# {title}", ""]
+    lines = ["---", *front_matter(architecture, hub_config, states), "---", "", f"# {title}", ""]
     lines += [
         f"Exported by nanoEncoder from `{run}/{step}`; after arXiv 2507.00994. It has no "
         "licence until its owner names one.",
@@ -57,15 +57,15 @@ def model_card(path, paths, state, about, config, n_parameters):
     return "\n".join(lines) + "\n"
 
 
-def front_matter(architecture, about, states):
+def front_matter(architecture, hub_config, states):
     """Return the lines at the top that the hub reads."""
     library = "sentence-transformers" if architecture == "EuroBertModel" else "transformers"
     entries = {
         "library_name": library,
         "pipeline_tag": PIPELINE_TAGS[architecture.partition("For")[2]],
-        "tags": ["nanoencoder", about["model_type"]],
+        "tags": ["nanoencoder", hub_config["model_type"]],
     }
-    # the hub's model that the training began from, if any
+    # The model of the hub that the training began from, if any.
     sources = [s["imported"]["source"] for s in states if "imported" in s]
     sources += [s["settings"].get("init_from", "") for s in states]
     for source in sources:
@@ -102,12 +102,8 @@ def fine_tuning_facts(state):
     row = state.get("fine_tuned")
     if not row:
         return []
-    facts = [
-        (
-            "fine-tuned on",
-            f"{row['task']}: {row['steps']} steps, learning rate {row['lr']:g}, seed {row['seed']}",
-        )
-    ]
+    trial = f"{row['steps']} steps, learning rate {row['lr']:g}, seed {row['seed']}"
+    facts = [("fine-tuned on", f"{row['task']}: {trial}")]
     for split in ("validation", "test"):
         if row.get(split):
             facts.append((f"{split} score", f"{100 * row[split]['score']:.2f}, mode {row['mode']}"))
@@ -119,30 +115,28 @@ def pretraining_facts(state):
     s = state["settings"]
     if "phases" not in s:
         return []
+    adamw = (
+        f"AdamW, {s['learning_rate']:g}, betas {s['beta1']:g} and {s['beta2']:g}, "
+        f"eps {s['adam_eps']:g}, weight decay {s['weight_decay']:g}"
+    )
+    schedule = f"warmup {s['warmup_steps']:,} steps, linear decay over the last {s['decay_steps']:,}"
     facts = [
         ("pretraining", f"{describe_phases(state)}; this is step {state['step']:,}"),
         ("tokens seen", f"{state['totals']['tokens']:,}"),
         ("a step", f"{s['batch_rows']:,} rows x {s['block_size']:,} tokens"),
         ("training FLOPs", f"{state['totals']['flops']:.3g}"),
-        (
-            "optimizer",
-            f"AdamW, {s['learning_rate']:g}, betas {s['beta1']:g} and {s['beta2']:g}, "
-            f"eps {s['adam_eps']:g}, weight decay {s['weight_decay']:g}",
-        ),
-        (
-            "schedule",
-            f"warmup {s['warmup_steps']:,} steps, linear decay over the last {s['decay_steps']:,}",
-        ),
+        ("optimizer", adamw),
+        ("schedule", schedule),
         ("seed", s["seed"]),
     ]
     for key in ("branch_from", "init_from"):
         if s[key]:
-            facts.append(("continued from", shown(s[key])))
+            facts.append(("continued from", public_name(s[key])))
     return facts
 
 
 def describe_phases(state):
-    """Return "20 steps CLM, then 20 steps MLM at 40% masking"."""
+    """Describe a run's phases: "20 steps CLM, then 20 steps MLM at 40% masking"."""
     s = state["settings"]
     objectives = recorded_objectives(state)
     phases = []
@@ -160,7 +154,7 @@ def validation_facts(state, path):
     log = os.path.join(os.path.dirname(os.path.abspath(path)), "log.jsonl")
     if "phases" not in state["settings"] or not os.path.isfile(log):
         return []
-    # a resumed run may have logged the same step twice
+    # A resumed run may have logged the same step twice.
     newest = None
     with open(log, encoding="utf-8") as f:
         for row in map(json.loads, f):
@@ -177,19 +171,19 @@ def import_facts(state):
     imported = state.get("imported")
     if not imported:
         return []
-    source = shown(imported["source"])
+    source = public_name(imported["source"])
     if imported["revision"]:
         source += f" at {imported['revision']}"
     return [("begun from", source)]
 
 
 def is_on_the_hub(source):
-    """True for hf:ORG/NAME, False for a folder, also where it is written as hf:FOLDER."""
+    """True for hf:ORG/NAME, False for a folder, even if it is written as hf:FOLDER."""
     return source.startswith("hf:") and not os.path.isdir(source.removeprefix("hf:"))
 
 
-def shown(source):
-    """Return a source without the folders of this machine: only the last two of a path."""
+def public_name(source):
+    """Return a source without the folders of this machine: only the last two names of a path."""
     if is_on_the_hub(source):
         return source
     return "/".join(source.split(os.sep)[-2:])
@@ -199,13 +193,13 @@ def shown(source):
 
 
 def auto_class(architecture):
-    """Return the AutoModel class that loads a class of transformers, e.g. AutoModelForMaskedLM."""
+    """Return the AutoModel class for a class of transformers: EuroBertForX -> AutoModelForX."""
     _, has_head, head = architecture.partition("For")
     return f"AutoModelFor{head}" if has_head else "AutoModel"
 
 
 def how_to_load(auto):
-    """Return lines with example code, and what to know about it."""
+    """Return lines with example code and notes on it. auto: the AutoModel class."""
     code = [
         f"from transformers import AutoTokenizer, {auto}",
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
@@ -220,7 +214,7 @@ def how_to_load(auto):
             'model.encode_query(["what is it?"]) @ model.encode_document(["a text", "another"]).T',
         ]
         notes.append(
-            "tokenizer.json closes texts with the end-of-text token. The same token pads: use "
+            "tokenizer.json ends each text with the end-of-text token. The same token pads: use "
             "the attention mask."
         )
     if auto == "AutoModelForMaskedLM":

@@ -1,5 +1,4 @@
-"""A byte-level BPE in Hugging Face's format, read into our Tokenizer and written from it: with the
-same ids, or not at all.
+"""tokenizer.json <-> our Tokenizer, for byte-level BPEs: with the same ids, or not at all.
 
 tiktoken splits text by one pattern and merges by rank. So a tokenizer.json is accepted if its
 pre-tokenizer comes down to one pattern (GPT-2's, Llama 3's, Qwen's, or digits one by one as in
@@ -16,13 +15,13 @@ from core.configurator import UserError
 from core.tokenizer import GPT2_PATTERN, build, byte_of_character, ranks_of_tokenizer_json
 from huggingface.folders import locate, read_model_json
 
-# GPT-2's pattern after a step that makes each digit, or each run of digits, a piece of its own.
-# White space before a digit ends there
+# GPT-2's pattern after a step that makes each digit, or each run of digits, a piece of its own. So
+# white space before a digit is a piece of its own, too.
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
 
 MASK_TEXTS = ("<|mask|>", "<mask>", "[MASK]")
 
-# two tokenizers are compared on these strings and on so many characters of prose (one second)
+# Two tokenizers are compared on these strings, and on so many characters of prose (one second).
 PROSE_CHARACTERS = 1_000_000
 ODD = [
     "",
@@ -46,7 +45,7 @@ ODD = [
     "-" * 130,
     "=" * 77 + "\n" * 9,
 ]
-# runs of one character, and a word after spaces and before newlines
+# Runs of one character, and a word between spaces and newlines.
 SPACE, NEWLINE = " ", "\n"
 for character in " \n\t-a":
     ODD += [character * n for n in range(1, 40)]
@@ -61,7 +60,7 @@ class MaskToken:
     text: str
     id: int
     origin: str  # where it comes from, as state.json records it
-    vocab_size: int  # of the model, with the mask token
+    vocab_size: int  # of the model, the mask token included
 
 
 def load(source):
@@ -71,7 +70,7 @@ def load(source):
     """
     folder = locate(source)
     config = read_model_json(folder, "config.json")
-    file = read_model_json(folder, "tokenizer.json")
+    tokenizer_json = read_model_json(folder, "tokenizer.json")
     settings = {}
     if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         settings = read_model_json(folder, "tokenizer_config.json")
@@ -80,14 +79,14 @@ def load(source):
         raise UserError(f"{folder}/config.json has no vocab_size: is it a language model?")
 
     try:
-        check_is_byte_level(file)
-        normalization = read_normalization(file)
-        ranks = read_ranks(file, vocab_size)
-        pattern = read_pattern(file)
+        check_is_byte_level(tokenizer_json)
+        normalization = read_normalization(tokenizer_json)
+        ranks = read_ranks(tokenizer_json, vocab_size)
+        pattern = read_pattern(tokenizer_json)
     except UserError as error:
         raise UserError(f"the tokenizer of {source}: {error}") from None
 
-    specials = {token["content"]: token["id"] for token in file.get("added_tokens", ())}
+    specials = {token["content"]: token["id"] for token in tokenizer_json.get("added_tokens", ())}
     ordinary_ids = [i for i in ranks.values() if i < vocab_size]
     last_id = max([*specials.values(), *ordinary_ids])
     if last_id >= vocab_size:
@@ -98,19 +97,19 @@ def load(source):
 
     eos = find_end_of_text(config, settings, specials, source)
     mask = find_mask_token(config, settings, specials, {*ranks.values(), *specials.values()})
-    # a reserved token that becomes the mask loses its old name
+    # A reserved token that becomes the mask token loses its old text.
     specials = {text: i for text, i in specials.items() if i != mask.id} | {mask.text: mask.id}
     tokenizer = build(
         "hf", ranks, pattern, specials, eos, mask.text, mask.vocab_size, normalization
     )
-    check_same_ids(file, tokenizer, source)
+    check_same_ids(tokenizer_json, tokenizer, source)
     return tokenizer, mask.origin
 
 
-def check_is_byte_level(file):
-    """Raises UserError, naming the reason, if tiktoken cannot run what tokenizer.json holds."""
-    model = file.get("model") or {}
-    steps = json.dumps([file.get("pre_tokenizer"), file.get("decoder")])
+def check_is_byte_level(tokenizer_json):
+    """Raises UserError, naming the reason, if tiktoken cannot do what tokenizer.json says."""
+    model = tokenizer_json.get("model") or {}
+    steps = json.dumps([tokenizer_json.get("pre_tokenizer"), tokenizer_json.get("decoder")])
     if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in steps:
         raise UserError(
             "not a byte-level BPE (Llama 2 and Mistral 7B have a SentencePiece model instead); "
@@ -121,9 +120,9 @@ def check_is_byte_level(file):
             raise UserError(f"{key}={model[key]} has no counterpart in tiktoken")
 
 
-def read_normalization(file):
-    """Return the Unicode normal form that texts are brought into first: "NFC", or "" for none."""
-    kinds = [step["type"] for step in flat(file.get("normalizer"), "normalizers")]
+def read_normalization(tokenizer_json):
+    """Return the Unicode normal form that texts are converted to first: "NFC", or "" for none."""
+    kinds = [step["type"] for step in flat(tokenizer_json.get("normalizer"), "normalizers")]
     if kinds == []:
         return ""
     if kinds == ["NFC"]:
@@ -131,14 +130,14 @@ def read_normalization(file):
     raise UserError(f"its normalizer {' + '.join(kinds)} is not supported (none and NFC are)")
 
 
-def read_ranks(file, vocab_size):
+def read_ranks(tokenizer_json, vocab_size):
     """Return the ranks {bytes: id} of all tokens that are not special.
 
     Some vocabularies lack tokens for some single bytes. tiktoken needs all 256, so the missing ones
     get ids that no embedding has, and the Tokenizer drops them from every text.
     """
-    model = file["model"]
-    added = {token["id"] for token in file.get("added_tokens", ())}
+    model = tokenizer_json["model"]
+    added = {token["id"] for token in tokenizer_json.get("added_tokens", ())}
     try:
         vocab = {token: i for token, i in model["vocab"].items() if i not in added}
         ranks = ranks_of_tokenizer_json({"model": {"vocab": vocab}})
@@ -166,11 +165,14 @@ def flat(step, key):
     return steps
 
 
-def read_pattern(file):
-    """Return the one pattern that splits text as all the pre-tokenizers do. Raises UserError."""
-    steps = flat(file.get("pre_tokenizer"), "pretokenizers")
+def read_pattern(tokenizer_json):
+    """Return the one pattern that splits text as all the pre-tokenizers do together.
+
+    Raises UserError if there is no such pattern.
+    """
+    steps = flat(tokenizer_json.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
-    # the last step writes bytes as characters, and may split by GPT-2's pattern on the way
+    # The last step writes bytes as characters. It may also split by GPT-2's pattern.
     if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
         splits_by_itself = steps[-1].get("use_regex", True)
         first = steps[0]
@@ -190,7 +192,8 @@ def read_pattern(file):
 def find_end_of_text(config, settings, specials, source):
     """Return the text of the end-of-text token.
 
-    It is the token of config.json's id (the first of several), else tokenizer_config.json's token.
+    It is the token whose id config.json names (the first, if it names several), else the one that
+    tokenizer_config.json names. Raises UserError if neither names a token that there is.
     """
     eos_id = config.get("eos_token_id")
     if isinstance(eos_id, list):
@@ -208,15 +211,15 @@ def find_end_of_text(config, settings, specials, source):
 
 
 def text_of(token):
-    """tokenizer_config.json writes a token as its text or as {"content": text}. Return the text."""
+    """Return the text of a token of tokenizer_config.json, written as text or {"content": text}."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def find_mask_token(config, settings, specials, taken):
     """Return the MaskToken. taken: the ids that already stand for something.
 
-    It is the model's own, else a reserved token, else an id that no token has, else a new id after
-    the last one.
+    It is the model's own, else a reserved token, else a new token: with an id that no token has, or
+    with a new id after the last one.
     """
     vocab_size = config["vocab_size"]
     text_of_id = {i: text for text, i in specials.items()}
@@ -253,28 +256,29 @@ def speeches(characters):
     except ModuleNotFoundError:
         return []
     texts = []
+    characters_left = characters
     paths = sorted(str(path) for path in folder.iterdir())
     for path in paths[::5]:
-        if characters > 0 and path.endswith(".txt"):
+        if characters_left > 0 and path.endswith(".txt"):
             with open(path, encoding="utf-8") as f:
                 texts.append(f.read())
-            characters -= len(texts[-1])
+            characters_left -= len(texts[-1])
     return texts
 
 
-def check_same_ids(file, tokenizer, name):
-    """Raises UserError if a tokenizer.json (as a dict) and a Tokenizer give different ids to a
-    text.
+def check_same_ids(tokenizer_json, tokenizer, name):
+    """Raises UserError if a tokenizer.json and a Tokenizer give different ids to a text.
 
-    The texts are those of comparison_texts(). name: what the message calls the tokenizer.
+    tokenizer_json: its content, a dict. The texts are those of comparison_texts(). name: what the
+    message calls the tokenizer.
     """
     from tokenizers import Tokenizer as HubTokenizer
 
-    hub_tokenizer = HubTokenizer.from_str(json.dumps(file))
+    hub_tokenizer = HubTokenizer.from_str(json.dumps(tokenizer_json))
 
-    # Hugging Face reads the text of a special token as that token, and we read it as ordinary text:
-    # leave such texts out
-    specials = [token["content"] for token in file.get("added_tokens", ())]
+    # Hugging Face reads the text of a special token as that token, and we read it as ordinary text.
+    # So such texts are left out.
+    specials = [token["content"] for token in tokenizer_json.get("added_tokens", ())]
     specials += tokenizer.encoding._special_tokens
     texts = []
     for text in comparison_texts(tokenizer):
@@ -284,11 +288,11 @@ def check_same_ids(file, tokenizer, name):
     encodings = hub_tokenizer.encode_batch(texts, add_special_tokens=False)
     for encoding, ids in zip(encodings, tokenizer.encode_batch(texts, os.cpu_count() or 1)):
         if encoding.ids != ids:
-            at = first_difference(encoding.ids, ids)
+            i = first_difference(encoding.ids, ids)
             raise UserError(
                 f"the tokenizer of {name} cannot be reproduced with the same ids: the end of "
-                f"{tokenizer.decode(ids[: at + 1])[-30:]!r} would become {ids[at : at + 3]} here "
-                f"and is {encoding.ids[at : at + 3]} there"
+                f"{tokenizer.decode(ids[: i + 1])[-30:]!r} would become {ids[i : i + 3]} here "
+                f"and is {encoding.ids[i : i + 3]} there"
             )
 
 
@@ -306,7 +310,7 @@ def first_difference(a, b):
 def to_json(tokenizer, append_eos):
     """Return the content of a tokenizer.json that gives the same ids as `tokenizer`.
 
-    append_eos: close each text with eos, as our encoders see it. The mask token includes the space
+    append_eos: end each text with eos, as our encoders see it. The mask token includes the space
     before it, as the token it stands for would.
     """
     byte_level = {
@@ -339,27 +343,25 @@ def added_tokens(tokenizer):
     """Return the special tokens as tokenizer.json lists them, by id."""
     entries = []
     for text, i in tokenizer.encoding._special_tokens.items():
-        entries.append(
-            {
-                "id": i,
-                "content": text,
-                "single_word": False,
-                "lstrip": i == tokenizer.mask_id,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        )
+        entries.append({
+            "id": i,
+            "content": text,
+            "single_word": False,
+            "lstrip": i == tokenizer.mask_id,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        })
     return sorted(entries, key=lambda entry: entry["id"])
 
 
 def closing_template(tokenizer):
-    """Return the post-processor that closes each text, and each of a pair of texts, with eos."""
+    """Return the post-processor that ends each text, and each of a pair of texts, with eos."""
     text_of_id = {i: text for text, i in tokenizer.encoding._special_tokens.items()}
     eos = text_of_id[tokenizer.eos_id]
-    close = {"SpecialToken": {"id": eos, "type_id": 0}}
-    single = [{"Sequence": {"id": "A", "type_id": 0}}, close]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, close]
+    end = {"SpecialToken": {"id": eos, "type_id": 0}}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, end]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, end]
     return {
         "type": "TemplateProcessing",
         "single": single,
@@ -370,18 +372,19 @@ def closing_template(tokenizer):
 
 def bpe_model(tokenizer):
     """Return the vocabulary and the merges, with bytes written as GPT-2's printable characters."""
-    # without the bytes that have no token, see read_ranks
+    # All but the bytes that have no token (see read_ranks).
     ranks = {
         token: i
         for token, i in tokenizer.encoding._mergeable_ranks.items()
         if i < tokenizer.vocab_size
     }
     character_of = {b: character for character, b in byte_of_character().items()}
-    written = {}
+    text_of_token = {}
     for token in ranks:
-        written[token] = "".join(character_of[b] for b in token)
-    vocab = {written[token]: i for token, i in sorted(ranks.items(), key=lambda item: item[1])}
-    merges = [[written[left], written[right]] for left, right in all_merges(ranks)]
+        text_of_token[token] = "".join(character_of[b] for b in token)
+    by_id = sorted(ranks.items(), key=lambda item: item[1])
+    vocab = {text_of_token[token]: i for token, i in by_id}
+    merges = [[text_of_token[left], text_of_token[right]] for left, right in all_merges(ranks)]
     return {
         "type": "BPE",
         "dropout": None,

@@ -3,8 +3,8 @@
 llama, mistral, qwen2, qwen3, eurobert, and sl_model (the checkpoints of arXiv 2507.00994,
 hf.co/MLMvsCLM, read without their remote code) are the same block with small differences: grouped
 queries, the rotary base and Llama 3.1's scaling, a bias on q, k and v (Qwen2), a norm on q and k
-(Qwen3). Whatever is not listed here stops the import or the export, by name: a model that is almost
-the same computes something else.
+(Qwen3). Whatever is not listed here stops the import or the export, by name, because a model that
+is only almost the same computes something else.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from model import ModelConfig
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "eurobert", "sl_model")
 
-# our setting: the key of config.json that holds it
+# {field of ModelConfig: the key of config.json that holds it}; every config.json must have these.
 NEEDED = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -33,18 +33,18 @@ NEEDED = {
     "block_size": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-# the other settings of ModelConfig that write_config writes
+# The other fields of ModelConfig that write_config writes.
 ALSO_WRITTEN = (
     "n_kv_head", "head_dim", "tied", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm",
 )
-# the keys that read_config reads
+# The keys of config.json that read_config reads.
 READ = {
     *NEEDED.values(), "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "attention_bias", "mlp_bias",
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "quantization_config",
 }
-# keys that do not change what the forward pass computes: dropout, heads, generation and files
+# Keys that do not change what the forward pass computes: dropout, heads, generation and files.
 HARMLESS = {
     "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "mask_token_id", "sep_token_id", "cls_token_id", "bos_token", "eos_token", "pad_token",
@@ -83,7 +83,7 @@ def read_config(folder, ignore=()):
         qk_norm=kind == "qwen3",
     )
 
-    # a sliding window changes nothing in texts that fit into it
+    # A sliding window changes nothing in texts that fit into it.
     window = None
     if config.get("use_sliding_window", kind == "mistral"):
         window = config.get("sliding_window")
@@ -91,7 +91,7 @@ def read_config(folder, ignore=()):
         c.block_size = window
         print(
             f"its layers look back {window:,} tokens, ours to the beginning: the same up to "
-            f"{window:,}, its block_size here"
+            f"{window:,} tokens, which becomes its block_size"
         )
     return c, kind
 
@@ -127,13 +127,13 @@ def check_config(config, kind, path, ignore):
 
 def read_rope(config, kind, path):
     """Return rope_theta, and Llama 3.1's rope_scaling or None. Raises UserError for other kinds."""
-    # transformers 5 writes rope_parameters, transformers 4 the other two
+    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
     rope = config.get("rope_parameters")
     if not rope:
         rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     theta = rope.get("rope_theta") or config.get("rope_theta")
     if not theta and kind in ("llama", "mistral"):
-        theta = 10_000.0  # the first Llamas had no choice, so their configs do not say it
+        theta = 10_000.0  # the first Llamas all had this one, so their configs do not say it
     if not theta:
         raise UserError(f"{path} does not say rope_theta")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -176,8 +176,8 @@ def write_config(c, causal):
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "dtype": "float32",
-        # transformers 5 reads rope_parameters, transformers 4 the other two. Without them the base
-        # becomes 10,000, and nothing warns
+        # transformers 5 reads rope_parameters, transformers 4 rope_theta and rope_scaling. Without
+        # them the base becomes 10,000, and nothing warns.
         "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
         "rope_theta": c.rope_theta,
         "rope_scaling": scaling,
@@ -195,7 +195,7 @@ def check_can_be_written(c, causal):
         raise UserError(
             f"Hugging Face needs a width ({c.n_embd}) that is a multiple of its heads ({c.n_head})"
         )
-    # a setting that a fork added, and that is switched on
+    # A field that a fork added, and that does not have its default.
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if field.name not in (*NEEDED, *ALSO_WRITTEN) and value != field.default:
@@ -211,8 +211,8 @@ def check_can_be_written(c, causal):
 def names(c):
     """Return {our tensor: [(Hugging Face's tensor, its shape), ...]}.
 
-    Their tensors, stacked in this order, are ours. A tensor that is not listed here is neither
-    imported nor exported: both stop and name it.
+    Their tensors, stacked in this order, make ours. At a tensor that is not listed here, the import
+    and the export stop and name it.
     """
     q_rows = c.n_head * c.head_dim
     kv_rows = c.n_kv_head * c.head_dim
@@ -264,7 +264,7 @@ def names(c):
 
 
 def list_names(tensors):
-    """Return "a, b, c and 4 more" for a message."""
+    """Return names for a message: "a, b, c and 4 more"."""
     tensors = sorted(tensors)
     text = ", ".join(tensors[:3])
     if len(tensors) > 3:
@@ -297,7 +297,7 @@ def tensor_files(folder):
 def find_tensors(folder):
     """Return where each tensor of a folder lies: {tensor: (file, the tensor's name in it)}.
 
-    Base models are saved without "model." before their names; here all names have it.
+    Models without a head are saved without "model." before the names. Here all names have it.
     Raises UserError if a file is missing or damaged.
     """
     places = {}
@@ -311,18 +311,19 @@ def find_tensors(folder):
             ) from None
         for stored in stored_names:
             if stored.endswith("rotary_emb.inv_freq"):
-                continue  # old Llama files carry the frequencies, which follow from rope_theta
+                continue  # frequencies in old Llama files, which follow from rope_theta
             has_prefix = stored.startswith(("model.", "lm_head."))
             places[stored if has_prefix else f"model.{stored}"] = (file, stored)
     return places
 
 
 def check_names(folder, c, present, expected):
-    """Raises UserError if a folder lacks tensors, or has unknown ones that may change something.
+    """Raises UserError if a folder lacks tensors, or has tensors that are not known here.
 
-    -> the tensors that are not ours and allowed, if their values change nothing: a second copy of a
-    tied head, and a bias of zeros on the attention's output, which our own export of a model with
-    Qwen2's biases has.
+    present: the names of its tensors; expected: the names that Encoder(c) needs.
+    -> extra tensors that are accepted if their values change nothing: a second copy of a tied head,
+    and a bias of zeros on the attention's output, which our own export of a model with Qwen2's
+    biases writes
     """
     extra = set()
     for name in present - expected:
@@ -365,7 +366,7 @@ def read_weights(folder, c):
         file, stored = places[name]
         return files[file].get_tensor(stored).float()
 
-    # stack Hugging Face's tensors to ours
+    # Stack Hugging Face's tensors to ours.
     weights = {}
     bar = tqdm(table.items(), desc="reading weights", unit="tensor", leave=False, disable=None)
     for our_name, pieces in bar:
@@ -380,7 +381,7 @@ def read_weights(folder, c):
             values.append(value)
         weights[our_name] = torch.cat(values)
 
-    # see that the extra tensors change nothing
+    # Check that the extra tensors change nothing.
     for name in sorted(extra):
         if name == "lm_head.weight":
             if not torch.equal(read(name), weights["embedding.weight"]):

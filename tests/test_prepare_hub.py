@@ -400,7 +400,7 @@ def test_a_wrong_source_or_share_is_explained(online, tmp_path, changes, says):
 
 def test_without_a_network_it_says_so_at_once(online, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids to ask it"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids asking it"):
         prepare(tmp_path / "x")
 
 
