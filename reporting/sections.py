@@ -48,14 +48,14 @@ def first_objective(recipe):
 def is_clm_then_mlm(recipe):
     """True for two stages under one budget, CLM and then MLM, trained to the end."""
     kinds = [kind_of(objective) for objective, _ in recipe.stages]
-    is_whole_run = not recipe.start and not recipe.turns and not recipe.step
+    is_whole_run = not recipe.start and not recipe.turn_steps and not recipe.step
     return kinds == ["clm", "mlm"] and is_whole_run
 
 
 def has_paper_objectives(recipe):
     """True if every stage is plain CLM or MLM at some masking rate, one after another."""
     objectives = [objective for objective, _ in recipe.stages]
-    return not recipe.turns and all(re.fullmatch(r"clm|mlm\d+", o) for o in objectives)
+    return not recipe.turn_steps and all(re.fullmatch(r"clm|mlm\d+", o) for o in objectives)
 
 
 def sections(names):
