@@ -11,11 +11,11 @@ branched from a trunk is shown with the trunk's steps before it, so that all cur
 
 Trials are all files trials/<task>/lr<lr>_sd<seed>.json below the folders, with {"model", "task",
 "lr", "seed", "validation": {"score"}, "test": {"score"}}, scores from 0 to 1, or "failed": true.
-They give a table of scores with confidence intervals. Retrieval trials are told apart by the pool
-of documents that was searched, and have a second table with more about their rankings.
+They give a table of scores with confidence intervals. A second table says more about the rankings
+of retrieval trials. There each pool of searched documents is a task of its own.
 
 A study gives the paper's tables, figures and tests of its claims. Its scores stand beside the
-paper's (results/paper.csv) where names match, and never on one scale with them.
+paper's (results/paper.csv) where names match. In figures each has a row of panels of its own.
 """
 import json
 import os
@@ -46,8 +46,10 @@ class Config:
 def study_page(study, paper):
     """The page and the figures of a study, of the paper, or of both side by side.
 
+    Replaces study.tests by the tests that the page shows.
     -> the text of report.md, {file name: matplotlib figure}
     """
+    # a study is shown beside the paper, whether or not an argument named the paper's file
     results = None
     if study.models:
         results = StudyResults(study)
@@ -55,6 +57,8 @@ def study_page(study, paper):
         if paper is None and os.path.isfile(PAPER):
             paper = PaperResults(PAPER)
     sources = [source for source in (results, paper) if source is not None]
+
+    # the page has those figures that can be drawn from these sources
     figures = {}
     for name, draw in FIGURES.items():
         figure = draw(sources)
@@ -87,8 +91,11 @@ def main(c):
 
     # a study, or the paper: the page with all tables and figures
     if study.models or inputs.paper:
-        texts["report.md"], page_figures = study_page(study, inputs.paper)
+        page_text, page_figures = study_page(study, inputs.paper)
+        texts["report.md"] = page_text
         figures |= page_figures
+
+    # everything that was read, from which the same report can be drawn again
     if study.trials or study.models:
         texts["rows.jsonl"] = "".join(json.dumps(row) + "\n" for row in report_rows(study))
 

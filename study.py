@@ -8,17 +8,18 @@
     python study.py run --scale=cpu --data_dir=data/demo --only=B
     # names, patterns, groups (A to F, I, X): experiments/recipes.py explains them
     python study.py run --only='610m-clm-*,610m-mntp40-42k'
-    # print the commands instead of running them; or --launch=torchrun
+    # print the commands instead of running them; --launch=torchrun does too
     python study.py run --launch=slurm --nodes=24 > study.sh
     # the paper's tables and figures, of the results so far
     python report.py out/study --to=out/study/report
 
-Models whose first steps are equal train them once. A trunk keeps its checkpoint wherever another
-model branches off, and a branch equals a run from the beginning bit for bit (train.py
---branch_from). So you can stop at any moment, and ask for more models later: it costs nothing but
-time. A scale shrinks models, batches and steps; names stay the paper's. out_dir holds one run per
-model, the results inside its checkpoints, the logs of all commands, and study.json, which tells
-report.py which checkpoint is which model.
+Models whose first steps are equal train them once. The run that trains these steps is a trunk: it
+keeps its checkpoint wherever another model branches off, and a branch equals a run from the
+beginning bit for bit (train.py --branch_from). So you can stop at any moment and resume, and ask
+for more models later. A scale shrinks models, batches and steps; names stay the paper's.
+
+out_dir holds one run per model, the results inside its checkpoints, the logs of all commands, and
+study.json, which tells report.py which checkpoint is which model.
 """
 import shlex
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from experiments.selection import select_names
 class Config:
     args: tuple = ()
     # which models
-    only: str = ""                      # names, patterns or groups with commas; empty: the paper's 38 and 12
+    only: str = ""                      # comma-separated names, patterns or groups; empty: all of the paper's
     scale: str = "paper"                # paper, gpu, cpu or smoke: see experiments/scales.py
     seeds: tuple = (42,)                # of pretraining: each model once with each
     # what they read
@@ -49,16 +50,16 @@ class Config:
     # where and how
     out_dir: str = "out/study"          # the study's folder
     launch: str = "local"               # local: run it here; torchrun or slurm: print the commands
-    nodes: int = 1                      # machines of a printed command
+    nodes: int = 1                      # machines of a printed training command
     nproc_per_node: int = 8             # GPUs of each machine
-    jobs: int = 0                       # processes at a time here; 0: one a GPU, or one a core, at most 8
+    jobs: int = 0                       # processes at a time here; 0: one per GPU, or per core, at most 8
     device: str = "auto"                # cuda if there is a GPU, else cpu
     compile: bool = True                # train.py's
-    tok_per_s: float = 0.0              # plan: tokens a second of one GPU with the 610m model
+    tok_per_s: float = 0.0              # plan: tokens per second of one GPU with the 610m model
 
 
 def check_settings(c):
-    """Raises UserError for what is wrong with the settings alone."""
+    """Raises UserError for a setting that is wrong whatever the study."""
     if not c.args or c.args[0] not in ("plan", "run"):
         raise UserError("plan or run? python study.py plan, python study.py run --scale=cpu ...")
     if c.launch not in ("local", "torchrun", "slurm"):
@@ -71,11 +72,12 @@ def run_here(study, n_processes):
     """Train and score what is left of a study on this machine."""
     lock = jobs.lock_folder(study.out_dir)
     write_study(study)
-    todo = jobs_of(study)
-    jobs.check_first(todo)
-    jobs.run_jobs(todo, study.out_dir, lock, jobs.environments(study.device, n_processes))
+    all_jobs = jobs_of(study)
+    jobs.check_first(all_jobs)
+    environments = jobs.process_environments(study.device, n_processes)
+    jobs.run_jobs(all_jobs, study.out_dir, lock, environments)
     report = shlex.join(["python", "report.py", study.out_dir, f"--to={study.out_dir}/report"])
-    print(f"{len(study.names)} checkpoints in {study.out_dir}; the tables and figures: {report}")
+    print(f"{len(study.names)} checkpoints in {study.out_dir}; for tables and figures: {report}")
 
 
 def main(c):

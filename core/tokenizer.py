@@ -1,6 +1,6 @@
 """Tokenizers: text in, ids out, and the two special ids that pretraining needs, eos and mask.
 
-All of them are tiktoken encodings at run time:
+--tokenizer of prepare_fineweb.py names one. All are tiktoken encodings at run time:
 
     gpt2              tiktoken's GPT-2 ranks; eos is <|endoftext|>, <|mask|> is appended, and the
                       vocabulary is padded to a multiple of 64
@@ -12,7 +12,7 @@ All of them are tiktoken encodings at run time:
 
 A prepared corpus and a run directory each carry their tokenizer as two files: `tokenizer.tiktoken`
 (tiktoken's rank file) and `tokenizer_info.json` (pattern, special tokens, sizes). So nothing is
-downloaded twice, and no run has to guess.
+downloaded twice, and no program has to guess what encoded a corpus.
 """
 import base64
 import functools
@@ -39,7 +39,8 @@ LLAMA3_PATTERN = (
     r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
-TRAIN_CHARACTERS = 300_000_000   # a BPE has converged long before; more text only costs memory
+# A BPE is trained on so much text at most: it has converged long before, and more costs memory.
+TRAIN_CHARACTERS = 300_000_000
 
 # What retrieval writes in front of a text, as in the paper.
 QUERY = "Query: "
@@ -50,9 +51,9 @@ DOCUMENT = "Document: "
 class Tokenizer:
     """A tiktoken encoding with the ids that pretraining uses.
 
-    Ids in [special_start, vocab_size) never come from text; an imported vocabulary may have special
-    ids below special_start, too. An imported vocabulary may also lack tokens for some bytes. The
-    encoding numbers these from vocab_size on. Hugging Face's tokenizers drop them silently, and so
+    Ids in [special_start, vocab_size) never come from text. An imported vocabulary may have special
+    ids below special_start, too. It may also lack tokens for some bytes: the encoding then gives
+    these bytes ids from vocab_size on. Hugging Face's tokenizers drop such bytes silently, and so
     does this class.
     """
 
@@ -62,9 +63,8 @@ class Tokenizer:
     mask_id: int
     special_start: int        # ids from here on are special or unused (see the docstring)
     vocab_size: int           # rows of the embedding
-    normalization: str = (
-        ""  # of text, before it is encoded: one of Unicode's forms, as in Qwen "NFC"
-    )
+    # the Unicode form that a text is brought into before it is encoded ("NFC" in Qwen); "": none
+    normalization: str = ""
 
     # ---- identity
 
@@ -76,7 +76,7 @@ class Tokenizer:
         return digest.digest()
 
     def description(self):
-        """The content of tokenizer_info.json, with only the kind of the tokenizer for a name."""
+        """The content of tokenizer_info.json, but for the name: here it is its kind, as "hf"."""
         info = {
             "name": self.name.partition(":")[0],
             "pattern": self.encoding._pat_str,
@@ -95,6 +95,7 @@ class Tokenizer:
         return self.what_decides_ids() == other.what_decides_ids()
 
     def what_decides_ids(self):
+        """What two tokenizers must have in common to give the same ids, as a tuple."""
         ranks = self.encoding._mergeable_ranks
         pattern = self.encoding._pat_str
         return ranks, pattern, self.normalization, self.eos_id, self.mask_id, self.vocab_size
@@ -104,7 +105,7 @@ class Tokenizer:
     def encode(self, text):
         """Ids of a text. -> list of int
 
-        They are ordinary ones: a literal "<|mask|>" in a document is just some characters of text.
+        A literal "<|mask|>" in a document is text like any other, and not the special id.
         """
         text = self.normalized(text)
         return self.without_dropped(text, self.encoding.encode_ordinary(text))
@@ -122,7 +123,7 @@ class Tokenizer:
     def encode_to_arrays(self, texts, threads):
         """The ids of encode_batch as uint32 arrays [n].
 
-        A corpus is written from these: there is no Python int for each of billions of ids.
+        A corpus is written from these, without making a Python int for each of billions of ids.
         """
         if threads == 1:
             return [self.encode_to_array(text) for text in texts]
@@ -133,7 +134,7 @@ class Tokenizer:
         """Ids of a text. -> uint32 [n]"""
         text = self.normalized(text)
         try:
-            # No special token is allowed, and none forbidden: all text is ordinary.
+            # Without disallowed_special=(), tiktoken would raise for a text like "<|mask|>".
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             # A lone surrogate. encode_ordinary replaces it.
@@ -143,6 +144,7 @@ class Tokenizer:
         return np.array(self.without_dropped(text, ids.tolist()), np.uint32)
 
     def normalized(self, text):
+        """The text in the Unicode form that this tokenizer encodes."""
         if self.normalization:
             return unicodedata.normalize(self.normalization, text)
         return text
@@ -153,9 +155,10 @@ class Tokenizer:
         return self.encoding.max_token_value < self.vocab_size
 
     def without_dropped(self, text, ids):
-        """The ids of a normalized text without the bytes that have no token.
+        """The ids of a normalized text, without the bytes that have no token.
 
-        The text is cut into pieces with these bytes, and each piece is merged without them.
+        text, ids: the text, and its ids in the encoding. As in Hugging Face's tokenizers, the text
+        is cut into pieces first, and then each piece loses these bytes and is merged.
         """
         if self.has_all_bytes or max(ids, default=0) < self.vocab_size:
             return ids
@@ -212,7 +215,8 @@ class Tokenizer:
         """The normalized text, and where in the original each of its characters begins and ends.
 
         Normalization never joins an ASCII character with the one before it. So the text is cut
-        before each ASCII character, and where a piece changes, its characters all have its span.
+        before each ASCII character. If normalization changes a piece, each of its characters gets
+        the span of the whole piece.
         -> str [n], int [n], int [n]
         """
         if self.normalized(text) == text:
@@ -238,25 +242,26 @@ class Tokenizer:
 
     @functools.cached_property
     def known_ids(self):
-        """The ids that stand for something. Padding of the vocabulary does not."""
+        """The ids that stand for a token. Those that pad the vocabulary do not."""
         return {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
 
     def decode(self, ids):
-        """Text of ids. An id that stands for nothing gives no text."""
+        """Text of ids. An id that stands for no token gives no text."""
         return self.encoding.decode([i for i in ids if i in self.known_ids])
 
 
 def as_tiktoken_reads(text):
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    """The text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# -------------------------------------------------------------------------------------------------
-# making one
-def get(name, texts=None):
-    """The tokenizer called `name`. Raises UserError.
+# ---- making a tokenizer
 
-    texts: an iterable of str, what train:SIZE learns from.
+def get(name, texts=None):
+    """The tokenizer called `name`: gpt2, llama3:RANK_FILE or train:SIZE. Raises UserError.
+
+    Those of the hub are huggingface/tokenizer.py's. texts: an iterable of str that train:SIZE
+    learns from
     """
     kind, _, option = name.partition(":")
     if kind == "gpt2" and not option:
@@ -317,8 +322,8 @@ def train(vocab_size, texts):
 def build(name, ranks, pattern, specials, eos, mask, vocab_size, normalization=""):
     """A Tokenizer from a rank table.
 
-    ranks: {bytes: id}; pattern: how text is cut into pieces; specials: {text: id}, which the
-    encoding can decode beyond the ranks; eos, mask: two of these texts.
+    ranks: {bytes: id}; pattern: how text is cut into pieces; specials: {text: id} of the special
+    tokens; eos, mask: two of these texts.
     """
     kind = name.partition(":")[0]
     encoding = tiktoken.Encoding(
@@ -354,19 +359,19 @@ def first_characters(texts):
     """Yield texts until they hold TRAIN_CHARACTERS characters."""
     budget = TRAIN_CHARACTERS
     for text in texts:
-        # The trainer does not take lone surrogates.
+        # The trainer refuses lone surrogates.
         yield text.encode("utf-8", "replace").decode("utf-8")
         budget -= len(text)
         if budget < 0:
             return
 
 
-# -------------------------------------------------------------------------------------------------
-# files
-def byte_of_character():
-    """GPT-2's disguise of bytes as printable characters, in which tokenizer.json writes tokens.
+# ---- files
 
-    -> {character: byte}. A byte that is not printable is written as a character from 256 on.
+def byte_of_character():
+    """The printable characters by which GPT-2 and tokenizer.json write bytes: {character: byte}.
+
+    A byte that is not printable is written as a character from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -104,11 +104,11 @@ def training_words(study, run):
     elif is_continued:
         settings["init_from"] = study.path_of(source)
 
-    # A run that has begun keeps its beginning. If fewer models were asked for then, it may have
-    # begun from another trunk, or from none; its weights are the same to the bit.
-    begun = os.path.join(run_dir, "config.json")
-    if os.path.isfile(begun):
-        settings["branch_from"] = read_json(begun)["settings"]["branch_from"]
+    # A run that has begun keeps its beginning. It may have begun from another trunk, or from none,
+    # if fewer models were asked for at that time. Its weights are the same to the bit.
+    config_path = os.path.join(run_dir, "config.json")
+    if os.path.isfile(config_path):
+        settings["branch_from"] = read_json(config_path)["settings"]["branch_from"]
     return ["train.py", *flags(settings)]
 
 
@@ -125,7 +125,7 @@ def phases_at(scale, recipe):
 
 
 def micro_rows(batch_rows, gpus):
-    """The rows that a GPU takes at once: at most 12, in equal parts of its share of the batch."""
+    """The rows that a GPU takes at once: the most, up to 12, that divide its share of the batch."""
     share = max(1, batch_rows // gpus)
     return max(rows for rows in range(1, 13) if share % rows == 0)
 
@@ -160,10 +160,10 @@ def task_names(study):
     lists = {"all": registry.PAPER + registry.PAPER_IR, "demo": registry.DEMO + registry.DEMO_IR}
     if study.tasks:
         return lists.get(study.tasks) or worker.split_names(study.tasks)
-    # The scale's local tasks count only where there are files of them.
-    local = registry.folders(study.tasks_dir) if study.tasks_dir else {}
-    names_if_local = study.scale.local.split(",")
-    return lists[study.scale.tasks] + tuple(name for name in names_if_local if name in local)
+    # The scale's local tasks count only where tasks_dir has their files.
+    folders = registry.folders(study.tasks_dir) if study.tasks_dir else {}
+    local_names = tuple(name for name in study.scale.local.split(",") if name in folders)
+    return lists[study.scale.tasks] + local_names
 
 
 def scoring_job(study, name, grid):

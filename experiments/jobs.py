@@ -1,7 +1,7 @@
 """Run commands that depend on each other, a few at a time.
 
 A job is done when the files it makes exist. Nothing else is remembered: you can stop at any moment,
-and to resume, start the same jobs again. Each job is a process of its own, with a log of its own.
+and start the same jobs again to resume. Each job is a process of its own, with a log of its own.
 """
 
 import ctypes
@@ -30,8 +30,8 @@ class Job:
     words: list  # a program and its settings, without the Python interpreter
     is_done: Callable  # () -> bool: do the files that it makes exist?
     after: list = field(default_factory=list)  # names of the jobs that must be done before
-    cost: float = 1.0  # in a unit that all jobs of its kind share: estimates the time left
-    kind: str = ""
+    kind: str = ""     # train, finetune or eval_ir
+    cost: float = 1.0  # jobs of one kind take time in proportion to it
     # () -> None; raises UserError if something that it needs is missing
     check: Callable | None = None
 
@@ -50,17 +50,18 @@ class Running:
 
 @dataclass
 class Spent:
-    """What the jobs of one kind that have ended cost, and the seconds they took."""
+    """The cost of all jobs of one kind that have ended, and the seconds they took."""
 
     cost: float = 0.0
     seconds: float = 0.0
 
 
 def lock_folder(folder):
-    """Lock a folder for this process and those it starts. -> the file of the lock, to hand to them
+    """Lock a folder for this process and those it starts, which inherit the open lock file.
 
     The kernel frees the lock when the last of them ends, however it ends. Raises UserError if
     others hold it.
+    -> the file
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, "lock"), "w")  # stays open as long as the process lives
@@ -74,10 +75,10 @@ def lock_folder(folder):
     return file
 
 
-def environments(device, n_processes):
-    """The environment variables of each process: its GPU, which several may share, or its cores.
+def process_environments(device, n_processes):
+    """The environment variables of each process: its GPU, which several may share, or its threads.
 
-    n_processes = 0 means one for each GPU, or one for each core, at most 8 (a process takes a
+    n_processes = 0 means one per GPU, or without a GPU one per core, at most 8 (a process takes a
     gigabyte of memory or more).
     """
     cores = os.cpu_count()
@@ -90,7 +91,10 @@ def environments(device, n_processes):
 
 
 def check_first(jobs):
-    """Raises UserError if a job that can start now lacks something: before hours of other work."""
+    """Raises UserError if a job that can start now lacks something.
+
+    Its own check would come when its turn does, perhaps after hours of other jobs.
+    """
     done = {job.name for job in jobs if job.is_done()}
     for job in jobs:
         can_start = job.name not in done and done.issuperset(job.after)
@@ -101,11 +105,11 @@ def check_first(jobs):
 def run_jobs(jobs, folder, lock, environments):
     """Run the jobs that are not done, as many at a time as there are environments.
 
-    A job's log is FOLDER/logs/NAME.txt. After the first failure the jobs at work finish their step
-    and stop; then this raises RunError with the last line that the failed one printed.
+    A job's log is FOLDER/logs/NAME.txt. After the first failure the other running jobs finish their
+    step and stop. Then this raises RunError with the last line that the failed job printed.
     """
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
-    # SIGTERM does the same as Ctrl-C: the jobs at work finish their step and save.
+    # SIGTERM does the same as Ctrl-C: the running jobs finish their step and save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     queue = JobQueue(jobs, folder, lock, environments)
     # A log needs fewer lines than a terminal.
@@ -145,27 +149,27 @@ def run_jobs(jobs, folder, lock, environments):
 
 
 class JobQueue:
-    """The jobs of run_jobs: those that wait, those at work, and what has ended."""
+    """The jobs of run_jobs: those that wait, those that run, and what the ended ones took."""
 
     def __init__(self, jobs, folder, lock, environments):
         self.folder = folder
         self.lock = lock
         self.environments = environments
         self.waiting = [job for job in jobs if not job.is_done()]
-        self.running = []
+        self.running = []   # of Running
         self.failed = None  # the first Running that failed
-        self.unfinished = {job.name for job in self.waiting}
+        self.unfinished = {job.name for job in self.waiting}  # names of jobs that wait or run
         self.free_slots = list(range(len(environments)))
         self.spent = {}  # {kind: Spent}
 
     def has_work(self):
-        """True while jobs are at work, or wait and may still be started."""
+        """True while jobs run, or wait and may still be started."""
         if self.failed:
             return bool(self.running)
         return bool(self.running or self.waiting)
 
     def start_ready(self):
-        """Start the jobs that need not wait, while slots are free; none after a failure."""
+        """Start jobs that wait for no other, while slots are free; none after a failure."""
         if self.failed:
             return
         ready = [job for job in self.waiting if self.unfinished.isdisjoint(job.after)]
@@ -191,7 +195,7 @@ class JobQueue:
         return Running(job, process, slot, path, started=time.time())
 
     def collect_ended(self):
-        """Take the jobs that have ended off the ones at work. -> list of Running"""
+        """Remove the jobs that have ended from the running ones. -> list of Running"""
         ended = [running for running in self.running if running.process.poll() is not None]
         for running in ended:
             job = running.job
@@ -200,11 +204,11 @@ class JobQueue:
             self.running.remove(running)
             self.free_slots.append(running.slot)
             self.unfinished.discard(job.name)
-            # The seconds it took tell how long others of its kind will take.
+            # Its seconds tell how long others of its kind will take.
             spent = self.spent.setdefault(job.kind, Spent())
             spent.cost += job.cost
             spent.seconds += running.seconds
-            # A job that says all is well but has not made its files has failed, too.
+            # A job that exits with 0 but has not made its files has failed, too.
             has_failed = running.process.returncode != 0 or not job.is_done()
             if has_failed and not self.failed:
                 self.failed = running
@@ -212,11 +216,11 @@ class JobQueue:
 
     def time_left(self):
         """The time that is left, in words."""
-        at_work = [running.job for running in self.running]
-        return eta([*self.waiting, *at_work], self.spent, len(self.environments))
+        running_jobs = [running.job for running in self.running]
+        return eta([*self.waiting, *running_jobs], self.spent, len(self.environments))
 
     def stop(self):
-        """Ask the jobs at work to finish their step and save, and wait for them."""
+        """Ask the running jobs to finish their step and save, and kill those that take a minute."""
         for running in self.running:
             running.process.terminate()
         for running in self.running:
@@ -227,7 +231,7 @@ class JobQueue:
 
 
 def die_with_parent():
-    """In a new process on Linux: ask to be killed when the process that started it is.
+    """In a new process on Linux: ask to be killed when the process that started it dies.
 
     Elsewhere the process lives on, and the lock keeps others out of the folder until it ends.
     """
@@ -247,7 +251,7 @@ def last_line(path):
 def eta(jobs, spent, n_processes):
     """The time that jobs will take, in words, if they take as long as others of their kind took.
 
-    spent: {kind: Spent} of the jobs that have ended. A kind of which none has ended is only named.
+    spent: {kind: Spent} of the jobs that have ended. A kind without one is named without a time.
     """
     seconds = 0.0
     for job in jobs:

@@ -1,4 +1,4 @@
-"""A study: its plan, the settings that its commands need, and where its checkpoints lie.
+"""A study: its plan, the settings that its commands need, and where its checkpoints are.
 
 The folder of a study:
 
@@ -7,7 +7,7 @@ The folder of a study:
                 step_0042000/    a checkpoint ...
                     trials/      ... and its results
             logs/                what each command printed
-            lock                 held while a study.py is at work here
+            lock                 held while a study.py runs here
 """
 
 import json
@@ -28,7 +28,7 @@ from tasks import worker
 class Launch:
     """How commands are started."""
 
-    program: str  # local: here and now; torchrun or slurm: they are printed
+    program: str  # local: run here; torchrun or slurm: printed
     nodes: int    # machines of a printed training command
     gpus_per_node: int
 
@@ -45,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint lies."""
+    """Where a checkpoint is: its run and its step."""
 
     run_name: str
     step: int  # the paper's, counted from the run's own step 0
@@ -62,14 +62,14 @@ class Study:
     data_dir: str   # the corpus of pretraining
     tasks_dir: str  # local data sets of the tasks; "": none
     tasks: str      # what each checkpoint is scored on; "": the scale's tasks
-    evaluate: bool  # are the checkpoints scored, too?
+    evaluate: bool  # score the checkpoints, too
     device: str
     compile: bool   # train.py's
     launch: Launch
 
     @property
     def batch(self):
-        """The tokens of a training step."""
+        """The Batch that a training step reads."""
         return batch_of(self.scale, self.data_dir)
 
     def path_of(self, place):
@@ -85,7 +85,7 @@ class Study:
         return Place(name, self.runs[name].steps)
 
     def source_of(self, run):
-        """The Place of the checkpoint that a run begins from, or None: from random weights."""
+        """The Place of the checkpoint that a run begins from; None if from random weights."""
         if run.trunk:
             return Place(run.trunk, run.branch_step)
         if run.recipe.start:
@@ -97,7 +97,7 @@ class Study:
 
 
 def write_study(study):
-    """Write study.json, or add the study's models to the one that its folder has.
+    """Write study.json, or add the study's models to the one in its folder.
 
     Raises UserError if the folder holds another study, or something else.
     """
@@ -106,7 +106,8 @@ def write_study(study):
     models = {}
     if os.path.isfile(path):
         old = read_json(path)
-        # Compare as JSON. A study that was printed without its corpus has no facts of a corpus yet.
+        # Compare as JSON, in which tuples are lists. If the study was printed where its corpus is
+        # missing, its old facts lack those of the corpus.
         facts_as_json = json.loads(json.dumps(facts))
         changed = differences(facts | old, facts_as_json, free=())
         if changed:
@@ -130,7 +131,7 @@ def write_study(study):
 def facts_of(study):
     """What may not change while a study's folder is used: the scale and the corpus."""
     facts = {"plan": study.scale.name, "scale": SCALES[study.scale.name]}
-    # Commands may be printed on a machine without the corpus.
+    # The machine that prints commands may lack the corpus.
     if not study.launch.is_printed or os.path.isdir(study.data_dir):
         corpus = data.Corpus(study.data_dir, verify=False)
         facts["train_tokens"] = corpus.n_tokens

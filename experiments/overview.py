@@ -1,4 +1,4 @@
-"""The printed plan of a study: which run branches where, and what each group of models costs."""
+"""The printed plan of a study: which runs branch where, and what each group of models costs."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from experiments.cost import cost_of, gpu_hours, sum_of
 from experiments.plan import plan_runs
 from experiments.scales import Batch, Scale, batch_of
 
-# What the paper gives as its cost (section 2). It does not say which steps it counts.
+# The steps that the paper gives as its cost (section 2). It does not say which steps it counts.
 PAPER_SAYS = {"A": "630k", "B": "120k for B to E", "F": "26k a start"}
 HEADINGS = [
     "group", "models", "steps", "one by one", "saved", "tokens", "FLOPs", "GPU-hours",
@@ -37,8 +37,8 @@ def print_plan(names, scale, data_dir, tok_per_s):
     )
     if tok_per_s:
         print(
-            f"GPU-hours: one GPU makes {tok_per_s:,.0f} tokens/s with 610m under MLM40, "
-            "all else by its FLOPs"
+            f"GPU-hours: one GPU makes {tok_per_s:,.0f} tokens/s with 610m under MLM40; "
+            "other models are estimated by their FLOPs"
         )
     overview.print_comparison()
 
@@ -48,7 +48,7 @@ class Overview:
     """A plan with its costs."""
 
     runs: dict   # {name: plan.Run}
-    costs: dict  # {name: Cost} of the steps that a run trains itself
+    costs: dict  # {name of a run: Cost of the steps that it trains itself}
     scale: Scale
     batch: Batch
     tok_per_s: float
@@ -80,7 +80,7 @@ class Overview:
     # ---- what groups cost
 
     def print_table(self):
-        """Print a Markdown table of what each group costs, and all together."""
+        """Print a Markdown table of what each group costs, and what all of them cost together."""
         rows = [HEADINGS, ["---"] * len(HEADINGS)]
         for group, title in recipes.GROUP_TITLES.items():
             names = self.names_in(group)
@@ -94,7 +94,7 @@ class Overview:
 
     def table_row(self, title, names, paper_says):
         """The cells of a row: what these models cost."""
-        cost = self.cost_of(names)
+        cost = self.total_cost(names)
 
         # Without sharing, each model would train its whole schedule.
         steps_one_by_one = 0
@@ -126,16 +126,16 @@ class Overview:
         """Compare the steps of the two-stage models with the paper's number, if all are planned."""
         if not all(self.is_the_papers(group) for group in "BCDE"):
             return
-        steps = {group: self.cost_of(self.names_in(group)).steps for group in "BCDE"}
-        switching = steps["B"] + steps["C"] + steps["D"]
+        steps = {group: self.total_cost(self.names_in(group)).steps for group in "BCDE"}
+        steps_b_to_d = steps["B"] + steps["C"] + steps["D"]
         print(
-            f"B to E: 17 models, {switching + steps['E']:,} steps: {switching:,} of the 13 in B, "
-            f"C and D, {steps['E']:,} of the four decays in E.\n"
-            "The paper says 120k, without its parts; outside E no two of its two-stage models "
+            f"B to E: 17 models, {steps_b_to_d + steps['E']:,} steps: {steps_b_to_d:,} of the 13 "
+            f"in B, C and D, {steps['E']:,} of the four decays in E.\n"
+            "The paper says 120k, without a breakdown; outside E no two of its two-stage models "
             "switch at the same step."
         )
 
-    def cost_of(self, names):
+    def total_cost(self, names):
         """The Cost of several runs."""
         return sum_of([self.costs[name] for name in names])
 
@@ -145,9 +145,9 @@ class Overview:
 
     def is_the_papers(self, group):
         """True if exactly the paper's models of a group are planned, at the paper's scale."""
-        names = set(self.names_in(group))
-        names_in_paper = set(recipes.paper().get(group, ()))
-        return self.scale.name == "paper" and names == names_in_paper
+        planned_names = set(self.names_in(group))
+        paper_names = set(recipes.paper().get(group, ()))
+        return self.scale.name == "paper" and planned_names == paper_names
 
 
 def group_of(name):

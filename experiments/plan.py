@@ -13,16 +13,16 @@ from experiments.recipes import DECAY, WARMUP, Recipe, groups, parse
 
 @dataclass(frozen=True)
 class Run:
-    """One call of train.py.
+    """One run of train.py.
 
-    Steps are the paper's. They count from the run's own step 0, which in continued pretraining is
-    its start.
+    Steps are the paper's. They count from the run's own step 0: in continued pretraining, from the
+    decayed model that it starts from.
     """
 
     recipe: Recipe
     trunk: str = ""         # the name of the run it branches from; "": it does not branch
-    branch_step: int = 0    # where it branches: the trunk has trained the steps before
-    kept_steps: tuple = ()  # the steps whose checkpoints stay
+    branch_step: int = 0    # where it branches: the trunk trains the steps before
+    kept_steps: tuple = ()  # the steps whose checkpoints it keeps
 
     @property
     def steps(self):
@@ -47,7 +47,7 @@ def plan_runs(names):
         check_length(recipe)
 
     # Long runs with one objective come first, so they become the trunks. (Another order shares as
-    # many steps, between other runs.)
+    # many steps, between other runs.) Continued pretraining comes last, after what it starts from.
     sizes = list(dict.fromkeys(parse(name).size for name in names))
 
     def order(recipe):
@@ -60,6 +60,7 @@ def plan_runs(names):
             recipe.name,
         )
 
+    # Each run branches from the earlier one that shares most steps with it.
     runs = {}
     for recipe in sorted(recipes, key=order):
         trunk, branch_step = find_trunk(recipe, runs)
@@ -80,12 +81,12 @@ def check_length(recipe):
 
 
 def find_trunk(recipe, runs):
-    """The run that shares most first steps with a recipe, and how many; ("", 0) for none."""
+    """The run that shares the most first steps with a recipe, and how many; ("", 0) for none."""
     trunk = ""
     most_steps = 0
     for name, run in runs.items():
         steps = shared_steps(recipe, run.recipe)
-        if steps > most_steps:  # of equals, the first
+        if steps > most_steps:  # the first of equals wins
             trunk = name
             most_steps = steps
     return trunk, most_steps
@@ -96,15 +97,15 @@ def shared_steps(a, b):
     if (a.size, a.seed, a.parent()) != (b.size, b.seed, b.parent()):
         return 0
     # An objective changes only where a stage of either ends: compare between these steps.
-    shorter = min(a.steps, b.steps)
-    ends = {stage.end for stage in (*a.stages, *b.stages) if a.start < stage.end <= shorter}
+    shorter_end = min(a.steps, b.steps)
+    ends = {stage.end for stage in (*a.stages, *b.stages) if a.start < stage.end <= shorter_end}
     common_end = a.start
     for end in sorted(ends):
         if a.objective_at(common_end) != b.objective_at(common_end):
             break
         common_end = end
     # The last steps of the shorter one are its decay, which nothing can branch from.
-    common_end = min(common_end, shorter - DECAY)
+    common_end = min(common_end, shorter_end - DECAY)
     return max(0, common_end - a.start)
 
 
@@ -112,13 +113,14 @@ def shared_steps(a, b):
 
 
 def kept_steps(names, runs):
-    """{name of a run: the steps whose checkpoints stay}."""
+    """{name of a run: the steps whose checkpoints it keeps}."""
+    # For models that may be asked for later.
     kept = {name: steps_for_later(run) for name, run in runs.items()}
-    # Others branch there ...
+    # For runs that branch there.
     for run in runs.values():
         if run.trunk:
             kept[run.trunk].add(run.branch_step)
-    # ... or a name asks for the checkpoint itself.
+    # For names that ask for the checkpoint itself.
     for name in names:
         recipe = parse(name)
         if recipe.step:
@@ -127,7 +129,7 @@ def kept_steps(names, runs):
 
 
 def steps_for_later(run):
-    """The steps of a run that any model of recipes.py needs, also if it is not asked for yet."""
+    """The steps of a run that any model of recipes.py needs, whether it is asked for or not."""
     steps = set()
     for names in groups().values():
         for name in names:

@@ -4,7 +4,7 @@
     610m-clm-10k-mlm40-42k       10,000 steps of CLM, then MLM with a masking rate of 40 % up to
                                  step 42,000
     610m-clm-dec42k-mlm40-64k    continued pretraining: 610m-clm-42k, whose learning rate has
-                                 decayed, and 22,000 more steps, of MLM
+                                 decayed, and then 22,000 steps of MLM
     610m-clm-42k-1000            the checkpoint at step 1,000 of 610m-clm-42k
 
 That is the paper's grammar (arXiv 2507.00994; the names of hf.co/MLMvsCLM). Its steps count from
@@ -50,12 +50,12 @@ class Stage(NamedTuple):
 class Recipe:
     """What a name says. Steps are the paper's (scales.py shrinks them), from the very beginning."""
 
-    size: str         # a row of model.SIZES, in the paper's proportions
-    stages: tuple     # of Stage
-    start: int = 0    # continued pretraining: the step where its start has decayed; else 0
-    turns: int = 0    # steps of a turn, for a name with alt
-    seed: int = SEED  # of weights and data order
-    step: int = 0     # an intermediate checkpoint; 0: the finished model
+    size: str            # a row of model.SIZES, in the paper's proportions
+    stages: tuple        # of Stage
+    start: int = 0       # continued pretraining: the last step of the decayed model it starts from
+    turn_steps: int = 0  # steps of a turn, for a name with alt
+    seed: int = SEED     # of weights and data order
+    step: int = 0        # of an intermediate checkpoint; 0: the finished model
 
     @property
     def steps(self):
@@ -115,10 +115,11 @@ class Recipe:
 def name_of(recipe):
     """The name of a recipe: parse(name_of(recipe)) == recipe."""
     words = [recipe.size]
-    if recipe.turns:
+    if recipe.turn_steps:
         # Each objective once, in the order of their first turns.
         objectives = dict.fromkeys(stage.objective for stage in recipe.stages)
-        words += [f"alt{steps_in_words(recipe.turns)}", *objectives, steps_in_words(recipe.steps)]
+        words += [f"alt{steps_in_words(recipe.turn_steps)}", *objectives]
+        words.append(steps_in_words(recipe.steps))
     else:
         for stage in recipe.stages:
             end = steps_in_words(stage.end)
@@ -141,7 +142,7 @@ def steps_in_words(steps):
 
 
 class WrongName(Exception):
-    """What is wrong with a name."""
+    """Its text says what is wrong with a name."""
 
 
 def parse(name):
@@ -158,14 +159,15 @@ def parse(name):
 
 
 def recipe_of(words):
-    """The Recipe of a name's words. Empties the list from both ends: what stays are the stages."""
-    # In front: the size.
+    """The Recipe of a name's words. Takes words off both ends of the list; the rest are stages."""
+    # At the front: the size.
     size = words.pop(0)
     is_keyword = re.fullmatch("clm|mlm|alt|dec", size)
     if is_keyword or not re.fullmatch(r"\d+(\.\d+)?[mb]|[a-z]+", size):
         raise WrongName(f"'{size}' is not a size")
 
-    # At the end: the step of an intermediate checkpoint, a number after a number or a seed.
+    # At the end: the step of an intermediate checkpoint. It stands behind another number of steps
+    # or a seed.
     step = 0
     if len(words) > 2 and re.fullmatch(r"[1-9]\d*", words[-1]):
         if re.fullmatch(rf"(dec)?{STEPS}|seed\d+", words[-2]):
@@ -177,35 +179,35 @@ def recipe_of(words):
         seed = int(words.pop().removeprefix("seed"))
 
     # What is left are stages, or the short form of stages that take turns.
-    turns = 0
+    turn_steps = 0
     if words and re.fullmatch(rf"alt{STEPS}", words[0]):
-        turns = number_of_steps(words[0].removeprefix("alt"))
-        stages = stages_in_turns(turns, words[1:])
+        turn_steps = number_of_steps(words[0].removeprefix("alt"))
+        stages = stages_in_turns(turn_steps, words[1:])
         start = 0
     else:
         stages, start = stages_of(words)
-    return Recipe(size, stages, start, turns, seed, step)
+    return Recipe(size, stages, start, turn_steps, seed, step)
 
 
-def stages_in_turns(turns, words):
+def stages_in_turns(turn_steps, words):
     """The stages of a name with alt. words: the objectives, then the total number of steps."""
-    objectives, total = words[:-1], words[-1:]
-    has_total = total and re.fullmatch(STEPS, total[0])
+    objectives = words[:-1]
+    has_total = bool(words) and re.fullmatch(STEPS, words[-1]) is not None
     if not has_total or len(objectives) < 2 or len(set(objectives)) < len(objectives):
         raise WrongName("altN needs two or more different objectives and a total")
     for objective in objectives:
         check_objective(objective)
-    steps = number_of_steps(total[0])
+    total = number_of_steps(words[-1])
     stages = []
-    while not stages or stages[-1].end < steps:
+    while not stages or stages[-1].end < total:
         objective = objectives[len(stages) % len(objectives)]
-        end = (len(stages) + 1) * turns
-        stages.append(Stage(objective, min(end, steps)))
+        end = (len(stages) + 1) * turn_steps
+        stages.append(Stage(objective, min(end, total)))
     return tuple(stages)
 
 
 def stages_of(words):
-    """The stages of a name without alt, and the step at which a decayed start ends, or 0."""
+    """The stages of a name without alt, and the last step of a decayed start, or 0."""
     if not words or len(words) % 2:
         raise WrongName(f"objectives and steps come in pairs, and '{'-'.join(words)}' does not")
     stages = []
@@ -230,7 +232,7 @@ def stages_of(words):
 
 
 def check_objective(word):
-    """Raises WrongName for a word that cannot name an objective, whichever objectives there are."""
+    """Raises WrongName for a word that cannot be an objective's name, known or not."""
     if not re.fullmatch(r"[a-z]+(100|[1-9]\d?)?", word):
         raise WrongName(f"'{word}' is not an objective")
 
@@ -265,8 +267,8 @@ def paper():
         for objective in ("clm", "mlm20", "mlm30", "mlm40", "mlm50"):
             groups["A"].append(f"{size}-{objective}-42k")
 
-    # A budget of 12k, 22k or 42k steps, of which CLM gets none, some or all. The models of 42k with
-    # one objective are in A.
+    # A budget of 12k, 22k or 42k steps, of which CLM gets none, some or all. The models of one
+    # objective with 42k are in A.
     groups["B"] = [f"{m}-mlm40-12k", f"{m}-clm-12k"]
     groups["B"] += [f"{m}-clm-{clm}k-mlm40-12k" for clm in (3, 6, 9)]
     groups["C"] = [f"{m}-mlm40-22k", f"{m}-clm-22k"]
@@ -282,7 +284,7 @@ def paper():
     return groups
 
 
-# Add a model here: --only=X trains all of these, --only=NAME one of them.
+# Add a model here: --only=X trains all of these, --only=NAME trains one.
 BEYOND = [
     # The 1B model is the paper's Figure 11, which is not among its 38.
     "1b-clm-10k-mlm40-42k",

@@ -1,7 +1,7 @@
 """The same study with smaller models: a scale shrinks models, batches and steps.
 
-The names of the models and their steps stay the paper's, whatever the scale. Only when a command is
-written are they translated.
+The names of the models and their steps stay the paper's, whatever the scale. They are translated
+only where a command, a folder or a cost needs the real ones.
 """
 
 import os
@@ -26,8 +26,8 @@ class Scale:
     steps: int   # what the paper's 42,000 steps become
     sizes: dict  # {size in a name: row of model.SIZES that it means here}, in the same proportions
     train: dict  # settings of train.py
-    tasks: str   # "all" or "demo": every checkpoint is scored on these,
-    local: str   # and on those of these that tasks_dir has
+    tasks: str   # the tasks that every checkpoint is scored on: "all" or "demo",
+    local: str   # and of these, with commas between, those that tasks_dir has files of
     tune: dict   # {script that scores a checkpoint: (its config file or "", its settings)}
 
     def to_step(self, paper_step):
@@ -80,7 +80,7 @@ SCALES = {
             )),
         },
     ),
-    # A smoke test of minutes: it shows that everything runs, and its scores mean nothing.
+    # A smoke test: it takes minutes and shows that everything runs. Its scores mean nothing.
     "smoke": dict(
         steps=42,
         sizes={"210m": "tiny", "610m": "tiny", "1b": "tiny"},
@@ -98,7 +98,7 @@ SCALES = {
 
 
 def scale_called(name):
-    """The Scale of a name. Raises UserError for an unknown one."""
+    """The Scale called `name`. Raises UserError for an unknown one."""
     if name not in SCALES:
         raise UserError(f"scale={name}: expected one of {', '.join(SCALES)}")
     return Scale(name, **SCALES[name])
@@ -124,7 +124,7 @@ def batch_of(scale, data_dir):
     info = os.path.join(data_dir, "tokenizer_info.json")
     if os.path.isfile(info):
         vocab_size = read_json(info).get("vocab_size", vocab_size)
-    # The paper's batch, which train.py has as its defaults.
+    # Without settings of its own, a scale has train.py's defaults, the paper's batch.
     rows = scale.train.get("batch_rows", 1152)
     block_size = scale.train.get("block_size", 2048)
     return Batch(rows, block_size, vocab_size)

@@ -1,7 +1,7 @@
 """A study's commands as a shell script, to be run elsewhere.
 
-With torchrun they run one after the other. With slurm each becomes a job, which waits for the job
-that makes the checkpoint it begins from.
+With --launch=torchrun they run one after the other. With --launch=slurm each becomes a job, which
+waits for the job that makes the checkpoint it begins from.
 """
 
 import os
@@ -12,7 +12,7 @@ from experiments.commands import jobs_of
 from experiments.layout import write_study
 
 # The head of a Slurm script. submit() hands a job to Slurm and prints the number that Slurm gives
-# it; the array `job` has these numbers by the names of the jobs.
+# it. The array `job` holds these numbers under the names of the jobs.
 SLURM_FUNCTIONS = (
     "declare -A job\n"
     "submit() {   # NAME NODES AFTER, what to run on standard input: prints the job's number\n"
@@ -47,17 +47,21 @@ def print_script(study):
 
 def torchrun(job, launch):
     """The torchrun command of a Job. Training takes all nodes, scoring one."""
-    words = f"torchrun --nproc_per_node={launch.gpus_per_node}"
+    command = f"torchrun --nproc_per_node={launch.gpus_per_node}"
     if job.kind == "train" and launch.nodes > 1:
-        host = "$HOST"
         if launch.program == "slurm":
             host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-        words += f' --nnodes={launch.nodes} --rdzv_backend=c10d --rdzv_endpoint="{host}:29500"'
-    return f"{words} {shlex.join(job.words)}"
+        else:
+            host = "$HOST"
+        command += f' --nnodes={launch.nodes} --rdzv_backend=c10d --rdzv_endpoint="{host}:29500"'
+    return f"{command} {shlex.join(job.words)}"
 
 
 def slurm_job(job, launch, names_left):
-    """The lines that submit a Job. names_left: of the jobs in this script; all others are done."""
+    """The lines that submit a Job.
+
+    names_left: the names of the jobs in this script; all others are done
+    """
     nodes = launch.nodes if job.kind == "train" else 1
     # A job begins from one checkpoint at most, so it waits for one job at most.
     numbers = [f"${{job[{name}]}}" for name in job.after if name in names_left]

@@ -13,9 +13,9 @@ from model import SIZES
 def select_names(only, seeds, scale):
     """The names of the models and checkpoints to make, each once.
 
-    only: names, patterns or groups of recipes.py with commas between; "" means the paper's. A name
-    without a seed of its own is made with each of the seeds. Raises UserError for a word that
-    matches nothing, and for a model that this scale cannot make.
+    only: names, patterns or groups of recipes.py with commas between; "" means all of the paper's.
+    A name without a seed of its own stands for one model per seed of `seeds`. Raises UserError for
+    a word that matches nothing, and for a model that this scale cannot make.
     """
     names = []
     for name in names_meant(only):
@@ -61,7 +61,7 @@ def names_of(groups):
 
 
 def check_recipe(recipe, scale):
-    """Raises UserError for an unknown size or objective, or steps that a scale cannot divide."""
+    """Raises UserError for an unknown size or objective, or a step that the scale would round."""
     for step in (recipe.step, *(stage.end for stage in recipe.stages)):
         if step * scale.steps % PAPER_STEPS:
             raise UserError(

@@ -1,6 +1,6 @@
 """Runs and trials -> tables, figures and a page.
 
-    inputs        what the arguments of report.py name
+    inputs        what the arguments of report.py hold
     read          runs, trials, studies, and an earlier report's rows
     sections      which models belong in one table
     scores        scores of trials and of the paper, with their intervals
@@ -8,8 +8,8 @@
     tables        the tables
     caveats       the page's warnings: what is missing, failed or mixed
     panels        what the figures share: colours, panels, legends, bars and lines
-    figures       the paper's figures, of a study or of the paper
+    figures       the paper's figures, drawn from a study and from the paper
     loss_curves   the loss curves of runs
-    page          the page that tables and figures stand on
-    output        the folder they are written to
+    page          report.md, the page with the tables and figures
+    output        the folder that a report is written to
 """

@@ -5,13 +5,14 @@ from collections import Counter, defaultdict
 from reporting.scores import column_of, select_trials, split_seed
 from reporting.sections import sections
 
-MOST_ITEMS = 6      # of a warning's list; the rest are counted
+MOST_ITEMS = 6      # a warning lists so many items at most, and counts the others
 
-# a table compares trials that may differ in these: {key of a row: what to call its values}
+# All trials should agree in these, or a table compares unlike ones.
+# {key of a row: what a warning calls its values}
 SHARED_BY_ALL = {"param_dtype": "precisions of weights", "dtype": "precisions of arithmetic",
                  "device": "devices", "torch": "versions of torch", "code": "versions of this code",
                  "mode": "modes", "split": "ways of cutting validation", "causal": "masks"}
-# ... and in these, which may well differ between tasks but not within one
+# The trials of a task should agree in these; other tasks may have other values.
 SHARED_BY_TASK = {"pool": "pools, which are tasks of their own here",
                   "documents": "numbers of documents", "data": "versions of the data",
                   "train_on": "training sets", "steps": "lengths of fine-tuning",
@@ -25,23 +26,24 @@ class Trials:
         self.rows = [row for row in study.trials if row.get("name")]
         # {(model with its seed, column): rows}
         self.groups = defaultdict(list)
-        # a column's grid has all learning rates and seeds of its trials
-        self.lrs = defaultdict(set)
-        self.seeds = defaultdict(set)
+        # The grid of a column: all learning rates and all seeds that any trial of it has.
+        self.lrs = defaultdict(set)         # {column: learning rates}
+        self.seeds = defaultdict(set)       # {column: fine-tuning seeds}
         for row in self.rows:
             column = column_of(row)
             self.groups[row["name"], column].append(row)
             self.lrs[column].add(row["lr"])
             self.seeds[column].add(row["seed"])
+        self.columns = list(self.lrs)
         # models with trials, in the order of the rows (a set's order would depend on the process)
         self.names = list(dict.fromkeys(row["name"] for row in self.rows))
 
 
 def list_warnings(study, results):
-    """A list of sentences in Markdown. results: the study's StudyResults"""
+    """The warnings as a list of sentences in Markdown. results: the study's StudyResults"""
     trials = Trials(study)
     untried = [name for name in study.models if name not in trials.names]
-    lists = {
+    warnings = {                            # {what is wrong: items that it is wrong with}
         "No trial yet": untried,
         "No trial of a task that other models have": absent_tasks(trials),
         "Missing trials of the grid that a task's rows span": gaps_in_grids(trials),
@@ -54,10 +56,10 @@ def list_warnings(study, results):
         "Not above an untrained baseline, so a difference there says little":
             not_above_baseline(trials)}
     sentences = list(study.notes)
-    for title, items in lists.items():
+    for title, items in warnings.items():
         if items:
             sentences.append(f"**{title}**: {shortened(items)}.")
-    return sentences + mixed(trials.rows)
+    return sentences + mixture_warnings(trials.rows)
 
 
 def shortened(items):
@@ -68,12 +70,12 @@ def shortened(items):
     return text
 
 
-# ---- lists of items, one function per warning
+# ---- the items of each warning
 
 def absent_tasks(trials):
     items = []
     for name in trials.names:
-        for column in trials.lrs:
+        for column in trials.columns:
             if (name, column) not in trials.groups:
                 items.append(f"{name} on {column}")
     return items
@@ -86,10 +88,10 @@ def gaps_in_grids(trials):
         gaps = sorted(grid - {(row["lr"], row["seed"]) for row in rows})
         if gaps:
             lr, seed = gaps[0]
-            examples = f"lr {lr:g} seed {seed}"
+            example = f"lr {lr:g} seed {seed}"
             if len(gaps) > 1:
-                examples += ", ..."
-            items.append(f"{name} on {column}, {len(gaps)} of {len(grid)} ({examples})")
+                example += ", ..."
+            items.append(f"{name} on {column}, {len(gaps)} of {len(grid)} ({example})")
     return items
 
 
@@ -99,8 +101,8 @@ def failures(trials):
         failed = [row for row in rows if row["failed"]]
         if failed:
             lrs = sorted({row["lr"] for row in failed})
-            words = ", ".join(f"{lr:g}" for lr in lrs)
-            items.append(f"{name} on {column}, {len(failed)} (lr {words})")
+            lrs_in_words = ", ".join(f"{lr:g}" for lr in lrs)
+            items.append(f"{name} on {column}, {len(failed)} (lr {lrs_in_words})")
     return items
 
 
@@ -132,8 +134,11 @@ def edges_of_grids(trials):
     for (name, column), rows in trials.groups.items():
         selection = select_trials(rows, "standard")
         lrs = trials.lrs[column]
-        if selection is not None and len(lrs) > 1 and selection.lrs[0] in (min(lrs), max(lrs)):
-            items.append(f"{name} on {column} ({selection.lrs[0]:g})")
+        if selection is None or len(lrs) == 1:
+            continue
+        best_lr = selection.lrs[0]          # the rule "standard" selects one for all seeds
+        if best_lr in (min(lrs), max(lrs)):
+            items.append(f"{name} on {column} ({best_lr:g})")
     return items
 
 
@@ -149,10 +154,10 @@ def not_above_baseline(trials):
     return items
 
 
-# ---- what is mixed
+# ---- trials that a table compares although they are unlike
 
-def mixed(rows):
-    """Sentences about whatever differs between trials that a table compares."""
+def mixture_warnings(rows):
+    """Sentences about the settings that differ between trials that should agree in them."""
     sentences = []
     for key, words in SHARED_BY_ALL.items():
         counts = Counter(str(row[key]) for row in rows if row.get(key) is not None)
@@ -160,16 +165,16 @@ def mixed(rows):
             items = [f"{value} in {n} rows" for value, n in counts.most_common()]
             sentences.append(f"**Mixed {words}** ({key}): {shortened(items)}.")
     for key, words in SHARED_BY_TASK.items():
-        values = defaultdict(set)           # {task: values}
+        values = defaultdict(set)           # {column, or task: values of the key}
         for row in rows:
             if row.get(key) is not None:
-                # a column is of one pool, so pools are mixed only within a task
-                task = row["task"] if key == "pool" else column_of(row)
-                values[task].add(str(row[key]))
+                # all trials of a column have the same pool, so look for pools within a task
+                place = row["task"] if key == "pool" else column_of(row)
+                values[place].add(str(row[key]))
         items = []
-        for task, of_task in values.items():
-            if len(of_task) > 1:
-                items.append(f"{task}: {', '.join(sorted(of_task))}")
+        for place, values_there in values.items():
+            if len(values_there) > 1:
+                items.append(f"{place}: {', '.join(sorted(values_there))}")
         if items:
             sentences.append(f"**Mixed {words}** ({key}): {shortened(items)}.")
     return sentences

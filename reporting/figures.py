@@ -1,8 +1,8 @@
 """The paper's Figures 2 to 10 and 12, drawn from a study and from the paper.
 
-Each of FIGURES is a function (sources) -> matplotlib figure, or None where no source has what it
-shows. sources: StudyResults, PaperResults, or both. MLM is blue, solid and round; CLM is red,
-dashed and square.
+FIGURES, at the end, names them all. Each is called with the sources, a list of StudyResults,
+PaperResults or both, and returns a matplotlib figure, or None if the sources lack what it shows.
+MLM is blue, solid and round; CLM is red, dashed and square.
 """
 import re
 import textwrap
@@ -24,25 +24,26 @@ from reporting.panels import (
     add_legend,
     draw_bars,
     draw_line,
+    families_of,
     fit_axis,
-    frame,
-    rows_of_panels,
+    make_axes,
+    make_panels,
 )
-from reporting.scores import AXES, IN_WORDS, select_trials
+from reporting.scores import AXES, select_trials
 from reporting.sections import (
     CLM,
     MLM,
     first_objective,
     is_clm_then_mlm,
-    kind_of,
     sections,
     size_of,
+    without_rate,
 )
 
 MLM_LABEL = "MLM, 40 % masked"
 LOOK = {"mlm": dict(color=MLM_BLUE, marker="o", ls="-"),
         "clm": dict(color=CLM_RED, marker="s", ls="--")}
-# of lines that are not MLM against CLM: shades, markers and styles, one after another
+# lines that do not compare MLM with CLM take these shades, markers and styles in turn
 BLUES = ("#8db4e8", MLM_BLUE, "#0b2a5c")
 PURPLES = ("#c39bd3", BOTH_PURPLE, "#3b1050")
 MARKERS = ("o", "s", "^", "D")
@@ -55,8 +56,8 @@ FIGURE_5_LRS = (1e-5, 1e-4)     # Figure 5's learning rates, both ends included
 def models_with_scores(sources, choose):
     """The models that `choose` picks and that have a score: {source: names}.
 
-    choose: {section: {name: recipe}} -> names. Without any in the first source the result is empty:
-    the paper's row stands below a study's, not in its place.
+    choose: a function {section: {name: recipe}} -> names. If the first source has no such model,
+    the result is empty: the paper's row stands below a study's, not in its place.
     """
     models = {}
     for source in sources:
@@ -71,17 +72,16 @@ def models_with_scores(sources, choose):
 
 def has_score(source, name):
     """True if a model has a score on any task."""
-    for family in IN_WORDS:
-        for column in source.columns.get(family, ()):
-            if source.score(name, [column], STUDY_RULE):
-                return True
+    for _, column in columns_of(source):
+        if source.score(name, [column], STUDY_RULE):
+            return True
     return False
 
 
 def columns_of(source):
-    """(family, column) of every task that a source has."""
-    for family in IN_WORDS:
-        for column in source.columns.get(family, ()):
+    """Yields (family, column) for every task that a source has."""
+    for family, columns in source.columns.items():
+        for column in columns:
             yield family, column
 
 
@@ -96,7 +96,7 @@ def figure_2(sources):
     models = models_with_scores(sources, choose)
     if not models:
         return None
-    figure, panels = frame(models)
+    figure, panels = make_panels(models)
     for panel in panels:
         groups = defaultdict(list)
         for name in models[panel.source]:
@@ -112,34 +112,35 @@ def figure_2(sources):
 
 
 def figure_8(sources):
-    """Finished MLM and CLM models, and what their longest continuation with MLM made of them."""
+    """Finished MLM and CLM models, and their longest continuations with MLM."""
 
     def choose(groups):
         continued = groups["continued"]
         longest = max((r.steps for r in continued.values() if r.start), default=0)
         return [name for name, r in continued.items() if not r.start or r.steps == longest]
 
-    # a start alone is not worth a bar: there must be a continuation of it
+    # a source must have a continuation to compare the finished models with
     models = {}
     for source, names in models_with_scores(sources, choose).items():
         if any(recipes.parse(name).start for name in names):
             models[source] = names
     if not models:
         return None
-    figure, panels = frame(models)
+    figure, panels = make_panels(models)
     for panel in panels:
         groups = {"from MLM": [], "from CLM": []}
         for name in models[panel.source]:
             recipe = recipes.parse(name)
-            start = "CLM" if first_objective(recipe) == CLM else "MLM"
-            colour = CLM_RED if start == "CLM" else MLM_BLUE
+            is_clm = first_objective(recipe) == CLM
+            objective = "CLM" if is_clm else "MLM"
+            colour = CLM_RED if is_clm else MLM_BLUE
             if recipe.start:
                 added = recipes.steps_in_words(recipe.steps - recipe.start)
-                label = f"MLM for {added} steps more, from {start}"
+                label = f"MLM for {added} steps more, from {objective}"
                 bar = Bar(label, panel.score(name), colour, hatch="xx")
             else:
-                bar = Bar(f"{start} start", panel.score(name), colour)
-            groups[f"from {start}"].append(bar)
+                bar = Bar(f"{objective} start", panel.score(name), colour)
+            groups[f"from {objective}"].append(bar)
         draw_bars(panel.axis, {title: bars for title, bars in groups.items() if bars})
     add_legend(figure)
     return figure
@@ -148,31 +149,20 @@ def figure_8(sources):
 # ---- Figures 3, 4, 6, 9 and 10: lines
 
 class LineFigure:
-    """Family scores against some property of the models, a line per group of models.
+    """Scores of families against some property of the models, a line per group of models.
 
-    A subclass says which models it shows, which line a model is on, where it lies on the x axis,
-    and how the lines look. Call an instance with the sources to draw it.
+    Call an instance with the sources to draw the figure. A subclass is one figure, with four
+    methods:
+
+        models(groups)      the names to show; groups: {section: {name: recipe}}
+        line_key(recipe)    models with the same key are on one line
+        x(source, name)     where a model lies on the x axis; None leaves it out
+        lines(keys)         {key: Line} for a set of keys, in the order of the legend
     """
     xlabel = ""
     is_log = False
     ticks = None                    # of the x axis; None: matplotlib's own
     has_unit_prefixes = True        # ticks are written 10k, 1M
-
-    def models(self, groups):
-        """The names to show. groups: {section: {name: recipe}}"""
-        raise NotImplementedError
-
-    def line_key(self, recipe):
-        """Models with the same key are on one line."""
-        raise NotImplementedError
-
-    def x(self, source, name):
-        """Where a model lies on the x axis; None leaves it out."""
-        raise NotImplementedError
-
-    def lines(self, keys):
-        """{key: Line}, in the order of the legend. keys: the set of all keys"""
-        raise NotImplementedError
 
     def __call__(self, sources):
         # the models to show that have a place on the x axis: {source: names}
@@ -189,7 +179,7 @@ class LineFigure:
         for names in models.values():
             keys |= {self.line_key(recipes.parse(name)) for name in names}
         lines = self.lines(keys)
-        figure, panels = frame(models)
+        figure, panels = make_panels(models)
         for panel in panels:
             self.draw_panel(panel, models[panel.source], lines)
             self.set_x_axis(panel.axis)
@@ -226,7 +216,7 @@ class LineFigure:
 
 
 def with_unit_prefix(value, _position):
-    """10k, 3M, 100B: engineers say giga, language models have billions."""
+    """10k, 3M, 100B. EngFormatter writes 100G, and language models count in billions."""
     return EngFormatter(sep="")(value).replace("G", "B")
 
 
@@ -249,13 +239,14 @@ class MaskingRateFigure(LineFigure):
         for name, recipe in groups["base"].items():
             if first_objective(recipe) != CLM:
                 rates[name] = first_objective(recipe)
-        return list(rates) if len(set(rates.values())) > 1 else []
+        has_several_rates = len(set(rates.values())) > 1
+        return list(rates) if has_several_rates else []
 
     def line_key(self, recipe):
         return recipe.size
 
     def x(self, _source, name):
-        return int(first_objective(recipes.parse(name))[3:])
+        return int(first_objective(recipes.parse(name)).removeprefix("mlm"))
 
     def lines(self, keys):
         by_size = sorted(keys, key=lambda size: (size_of(size), size))
@@ -283,11 +274,17 @@ class EfficiencyFigure(LineFigure):
 
     def lines(self, keys):
         sizes = sorted({size for size, _ in keys}, key=size_of)
+
+        def order(key):
+            size, objective = key
+            return size_of(size), objective != MLM          # MLM before CLM
+
         lines = {}
-        for size, objective in sorted(keys, key=lambda key: (size_of(key[0]), key[1] != MLM)):
+        for size, objective in sorted(keys, key=order):
             label = MLM_LABEL if objective == MLM else "CLM"
-            style = LOOK[kind_of(objective)]
+            style = LOOK[without_rate(objective)]
             if len(sizes) > 1:
+                # colours tell objectives apart, markers sizes
                 label += f", {size.upper()}"
                 style = style | dict(marker=MARKERS[sizes.index(size) % 4])
             lines[size, objective] = Line(label, style)
@@ -299,8 +296,9 @@ class ShareFigure(LineFigure):
     xlabel = "share of CLM, % of steps"
 
     def models(self, groups):
-        # a line needs models of both objectives; the models of one objective are its ends
-        on_a_line = set()
+        # A line needs models that go from CLM to a second objective. Its ends are models of CLM
+        # alone and of the second objective alone.
+        on_a_line = set()           # (line key, last objective) of a line's models and ends
         for recipe in groups["shares"].values():
             if len(recipe.stages) > 1:
                 second_objective = recipe.stages[1][0]
@@ -314,6 +312,7 @@ class ShareFigure(LineFigure):
         return names
 
     def line_key(self, recipe):
+        # keys are sorted: the number puts sizes in order
         return size_of(recipe.size), recipe.size, recipe.steps
 
     def x(self, _source, name):
@@ -336,13 +335,14 @@ class ContinuedFigure(LineFigure):
         return list(groups["continued"]) if has_continuation else []
 
     def line_key(self, recipe):
-        return kind_of(first_objective(recipe))
+        return without_rate(first_objective(recipe))
 
     def x(self, source, name):
         return added_steps(source, name)
 
     def lines(self, keys):
-        return {key: Line(f"from {key.upper()}", LOOK[key]) for key in sorted(keys, reverse=True)}
+        mlm_first = sorted(keys, reverse=True)
+        return {key: Line(f"from {key.upper()}", LOOK[key]) for key in mlm_first}
 
 
 def added_steps(source, name):
@@ -362,7 +362,7 @@ def added_steps(source, name):
 # ---- Figures 5 and 7: how far scores spread
 
 class Spread:
-    """The scores of each task, to be drawn around their mean."""
+    """The scores of each task, which draw() shows around their mean."""
 
     def __init__(self):
         # {source: {(family, column): {label: scores}}}
@@ -375,9 +375,10 @@ class Spread:
 
     def draw(self):
         """Every score a dot, and a bar of one standard deviation."""
-        figure, axes = rows_of_panels(len(self.scores))
+        families = families_of(self.scores)
+        figure, axes = make_axes(len(self.scores), len(families))
         for (source, scores_of_columns), row in zip(self.scores.items(), axes):
-            for family, axis in zip(IN_WORDS, row):
+            for family, axis in zip(families, row):
                 columns = [column for f, column in scores_of_columns if f == family]
                 for i, column in enumerate(columns):
                     for label, scores in scores_of_columns[family, column].items():
@@ -389,7 +390,7 @@ class Spread:
 
     @staticmethod
     def label_panel(axis, family, columns):
-        title = f"{family}, {METRICS[family]}" if columns else f"{family}: no rows"
+        title = f"{family}, {METRICS.get(family, 'score')}" if columns else f"{family}: no rows"
         axis.set_title(title, fontsize=10)
         names = [textwrap.fill(column, 14, break_long_words=False) for column in columns]
         rotation = 0 if len(columns) < 4 else 30
@@ -413,7 +414,7 @@ def draw_spread(axis, i, label, scores):
 def figure_5(sources):
     """How far scores lie from their mean over learning rates and seeds, MLM and CLM.
 
-    Of the largest size that has both. The paper published no numbers for it.
+    It shows the largest size that has both. The paper published no numbers for it.
     """
     spread = Spread()
     for source in sources:
@@ -427,7 +428,7 @@ def figure_5(sources):
         sizes = [size for size in models if MLM in models[size] and CLM in models[size]]
         if not sizes:
             continue
-        # all trials of the largest size that has both objectives
+        # the trials of the largest size that has both objectives
         largest = max(sizes, key=size_of)
         for family, column in columns_of(source):
             for label, objective in ((MLM_LABEL, MLM), ("CLM", CLM)):
@@ -437,40 +438,40 @@ def figure_5(sources):
 
 
 def scores_around_seed_means(rows):
-    """Test scores at Figure 5's learning rates, in points around the mean of their pretraining
-    seed.
+    """Test scores at Figure 5's learning rates, each minus the mean of its pretraining seed.
 
-    rows: [(pretraining seed, row), ...]
+    rows: [(pretraining seed, row), ...] -> a list, in points
     """
     lowest, highest = FIGURE_5_LRS
     by_seed = defaultdict(list)
     for seed, row in rows:
         if not row["failed"] and lowest <= row["lr"] <= highest:
             by_seed[seed].append(row["test"]["score"])
-    values = []
+    points = []
     for scores in by_seed.values():
         mean = np.mean(scores)
-        values += [100 * (score - mean) for score in scores]
-    return values
+        points += [100 * (score - mean) for score in scores]
+    return points
 
 
 def figure_7(sources):
     """How far scores lie from their mean over masking rates and seeds.
 
-    MLM throughout, and CLM whose decay alone is in MLM. The paper published neither the second as
-    numbers nor single seeds: of it there is one mean per masking rate.
+    It shows two groups of models: MLM throughout, and CLM whose decay alone is in MLM. The paper
+    published no numbers for the second group and no single seeds, so its row has one mean per
+    masking rate of the first.
     """
     spread = Spread()
     for source in sources:
         groups = sections(source.names)
         candidates = {name: recipes.parse(name) for name in groups["base"] + groups["others"]}
         decays = [name for name, recipe in candidates.items() if is_clm_then_mlm(recipe)]
-        # beside them, models of MLM throughout, of the same sizes
+        # beside them, models of MLM throughout, of the same sizes (the paper's figure is of 610m)
         sizes = {candidates[name].size for name in decays} or {"610m"}
         throughout = []
         for name, recipe in candidates.items():
-            is_mlm = len(recipe.stages) == 1 and re.fullmatch(r"mlm\d+", first_objective(recipe))
-            if is_mlm and recipe.size in sizes:
+            is_plain_mlm = re.fullmatch(r"mlm\d+", first_objective(recipe)) is not None
+            if is_plain_mlm and len(recipe.stages) == 1 and recipe.size in sizes:
                 throughout.append(name)
         for label, names in (("MLM throughout", throughout), ("CLM, its decay in MLM", decays)):
             if len(names) > 1:
@@ -507,10 +508,12 @@ def figure_12(sources):
     figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.8), layout="constrained",
                                 squeeze=False)
     for axis, added in zip(axes[0], sorted(curves)):
-        for start, curve in sorted(curves[added].items(), reverse=True):
+        mlm_first = sorted(curves[added], reverse=True)
+        for start in mlm_first:
+            curve = curves[added][start]
             look = LOOK[start]
             name = f"{start.upper()}, then MLM"
-            # thin: training; thick, with markers: validation
+            # a thin line of training losses, a thick one with markers of validation losses
             steps = [point[0] for point in curve["train"]]
             losses = [point[1] for point in curve["train"]]
             axis.plot(steps, losses, color=look["color"], ls=look["ls"], lw=0.8, alpha=0.5,
@@ -528,9 +531,10 @@ def figure_12(sources):
 
 
 def continuation_curves(sources):
-    """The loss curves of continued pretraining: {steps added: {"clm" or "mlm" start: curve}}
+    """The loss curves of continued pretraining: {steps added: {"clm" or "mlm": curve}}
 
-    Of several pretraining seeds, those of the first name.
+    "clm" or "mlm" is what a model started from. Where there are several pretraining seeds, or
+    sizes, the first name in alphabetical order counts.
     """
     curves = defaultdict(dict)
     for source in sources:
@@ -539,7 +543,7 @@ def continuation_curves(sources):
         for name, facts in sorted(source.study.models.items()):
             recipe = recipes.parse(name)
             curve = facts.get("curve", {})
-            start = kind_of(first_objective(recipe))
+            start = without_rate(first_objective(recipe))
             if recipe.start and start in LOOK and curve.get("train"):
                 curves[recipe.steps - recipe.start].setdefault(start, curve)
     return curves

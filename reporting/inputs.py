@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass, field
 
 from core.configurator import UserError
-from reporting.read import Study, read_rows, read_run, read_study, read_trials
+from reporting.read import StudyRecord, read_rows, read_run, read_study, read_trials
 from reporting.scores import PaperResults
 
 
@@ -11,7 +11,8 @@ from reporting.scores import PaperResults
 class Inputs:
     """Everything that one report is about."""
     runs: list = field(default_factory=list)        # as read.read_run returns them
-    study: Study = field(default_factory=Study)     # also holds trials that belong to no study
+    # also holds the trials that belong to no study
+    study: StudyRecord = field(default_factory=StudyRecord)
     paper: PaperResults | None = None
 
 
@@ -23,7 +24,7 @@ def read_inputs(args):
     """
     inputs = Inputs()
     run_folders = []
-    trials = {}         # by path, so that a file counts once even if two arguments hold it
+    trials = {}         # {path: row}: a file counts once even if two arguments hold it
     for arg in args:
         if arg.endswith((".csv", ".jsonl")) and not os.path.isfile(arg):
             raise UserError(f"{arg} is not a file")
@@ -42,7 +43,7 @@ def read_inputs(args):
                 inputs.study.add(read_rows(rows_path), arg)
             else:
                 trials |= trials_of_folder
-                # a folder that holds trials need not be a run of train.py
+                # a folder with neither a log nor trials is refused as a run, in read_runs
                 if has_log or not trials_of_folder:
                     run_folders.append(arg)
     inputs.study.trials += trials.values()
@@ -51,7 +52,7 @@ def read_inputs(args):
 
 
 def read_runs(folders, notes):
-    """The logs of these runs. Raises UserError for a run that has not logged anything yet."""
+    """The logs of these runs. Raises UserError for a run without a logged step or validation."""
     runs = [read_run(folder, notes) for folder in folders]
     for folder, run in zip(folders, runs):
         if not run["validation"] or not run["train"]:

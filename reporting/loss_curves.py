@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 from objectives import split_name
 from reporting.panels import BOTH_PURPLE, CLM_RED, MLM_BLUE
 
+# each panel's title, the rows of a run that it shows, and the key of a loss in these rows
 LOSS_PANELS = (("MLM loss, validation", "validation", "val_mlm_loss"),
                ("CLM loss, validation", "validation", "val_clm_loss"),
                ("training loss (each run's own objective)", "train", "loss"))
@@ -15,13 +16,13 @@ def loss_curves(runs):
     runs: as read.read_run returns them
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    # a dotted line where a run of several phases changes its objective
     swaps = {tokens_at_swap(run) for run in runs} - {None}
-    # runs of both objectives come last, because their beginning covers the trunk's
-    in_order = sorted(runs, key=lambda run: run_colour(run) == BOTH_PURPLE)
+    # runs of both objectives are drawn last: they begin with their trunk's curve, and so cover it
+    runs_in_order = sorted(runs, key=lambda run: run_colour(run) == BOTH_PURPLE)
     for axis, (title, kind, key) in zip(axes, LOSS_PANELS):
-        for run in in_order:
+        for run in runs_in_order:
             draw_losses(axis, run, kind, key)
+        # a dotted line where a run of several phases changes its objective
         for tokens in swaps:
             axis.axvline(tokens / 1e6, color="grey", ls=":", lw=1)
             axis.text(tokens / 1e6, 0.98, " objective swap", transform=axis.get_xaxis_transform(),
@@ -34,11 +35,14 @@ def loss_curves(runs):
 
 
 def draw_losses(axis, run, kind, key):
-    """One run's curve: training losses smoothed, or validation losses and their last value."""
+    """One run's curve: smoothed training losses, or validation losses with the last value written.
+
+    kind: "train" or "validation", whose rows of the run are drawn; key: of the loss in a row
+    """
     tokens = [row["tokens"] / 1e6 for row in run[kind]]
     losses = [row[key] for row in run[kind]]
     colour = run_colour(run)
-    style = dict(color=colour, label=in_legend(run["name"]), lw=1.8)
+    style = dict(color=colour, label=legend_label(run["name"]), lw=1.8)
     if kind == "train":
         # the raw losses stay visible behind their average
         axis.plot(tokens, losses, color=colour, alpha=0.18, lw=0.8)
@@ -69,18 +73,18 @@ def smooth(values, weight=0.9):
     return averages
 
 
-def in_legend(name):
-    """A folder's name as matplotlib shows it unchanged.
+def legend_label(name):
+    """A folder's name, changed so that matplotlib shows it as it is.
 
-    Dollar signs would be read as formulas, and a label that begins with an underscore is left out
-    of the legend.
+    Unchanged, dollar signs would be read as formulas, and a label that begins with an underscore
+    would be left out of the legend.
     """
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 
 def tokens_at_swap(run):
-    """Tokens seen when the first phase ends, or None for a run of one phase."""
+    """The tokens seen when the first phase ends, or None for a run of one phase."""
     settings = run["settings"]
     if len(settings["phases"]) < 2:
         return None

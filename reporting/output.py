@@ -1,4 +1,4 @@
-"""The folder that a report is written to. A file that report.py did not write is never replaced."""
+"""Writing a report into its folder. A file that report.py did not write is never replaced."""
 import os
 
 import matplotlib.pyplot as plt
@@ -11,7 +11,7 @@ from core.configurator import UserError
 MARK = "<!-- written by nanoEncoder's report.py, which may write it again -->"
 SOFTWARE = "nanoEncoder report.py"
 FIRST_ROW = '{"what": "study"'
-# these files have no such mark, or had none in earlier versions; they are known by what they hold
+# these files have no such mark, or had none in earlier versions: a text in them tells
 CONTENTS = {"loss_curves.png": "Matplotlib",
             "table.md": "| run | steps |",
             "trials.md": "| task | model |"}

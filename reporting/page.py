@@ -4,10 +4,10 @@ import numpy as np
 from reporting import stats, tables
 from reporting.caveats import list_warnings
 from reporting.output import MARK
-from reporting.scores import IN_WORDS, interval
+from reporting.scores import PUBLISHED_FAMILIES, family_in_words, interval
 from reporting.sections import sections
 
-# {section: (heading, number of the paper's first table or 0, its figures)}
+# {section: (heading, number of the first of the paper's four tables, 0 for none; its figures)}
 SECTIONS = {
     "base": ("Objective, masking rate and size", 2,
              ("fig02_objectives_by_size", "fig03_masking_rate", "fig05_learning_rates")),
@@ -75,14 +75,14 @@ ABOUT_OUR_SCORES = """\
 These are scores of the plan **{plan}** at its own scale, not of the paper's models. Names are the
 paper's, and so are the steps in names. The last table says what was really trained.
 
-Where a model has several pretraining seeds, the interval is over these, because there runs are
-independent: each seed is one value, its selected test score. With one pretraining seed the
+Where a model has several pretraining seeds, the interval is over these, because pretraining runs
+are independent: each seed is one value, its selected test score. With one pretraining seed the
 interval is over fine-tuning seeds, as in the paper. It does not say how another pretraining run
 would differ.
 
 An interval of 1.96 s/√n covers the true mean in {coverage}. So the figures show our scores with
-the t intervals of rule standard. Dots are the values that an interval is over. Of two values only
-the dots are drawn, and a wide interval may run out of its panel.
+the t intervals of rule standard. Dots are the values that an interval is over. Where there are two
+values, only the dots are drawn. A wide interval may run out of its panel.
 """
 ABOUT_PAPER_SCORES = """\
 The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run
@@ -143,6 +143,7 @@ def page(results, paper, tests, drawn):
 
 
 def warnings_list(results):
+    """The warnings about a study as a Markdown list."""
     sentences = list_warnings(results.study, results)
     if not sentences:
         return "None.\n"
@@ -150,9 +151,10 @@ def warnings_list(results):
 
 
 def how_to_read(results, paper):
+    """What scores and intervals mean, of a study and of the paper; either may be None."""
     texts = [ABOUT_SCORES]
     if results is not None:
-        cases = [f"{tables.coverage(n):.0f} of 100 at n = {n}" for n in (2, 3, 5)]
+        cases = [f"{tables.coverage(n):.0f} of 100 cases at n = {n}" for n in (2, 3, 5)]
         texts.append(ABOUT_OUR_SCORES.format(plan=results.study.plan, coverage=", ".join(cases)))
     if paper is not None:
         texts.append(ABOUT_PAPER_SCORES.format(deviation=tables.largest_deviation(paper)))
@@ -169,13 +171,15 @@ def section_blocks(source, paper, drawn):
             if figure in drawn:
                 caption = CAPTIONS[figure]
                 pictures.append(f"![{caption}]({figure}.png)\n\n*{caption}*\n")
+        # the paper's families come first, so a section's i-th table is the paper's i-th, too
         family_tables = []
-        for i, (family, words) in enumerate(IN_WORDS.items()):
-            text = tables.family_table(source, names, family, paper)
-            if first_number:
+        for i, family in enumerate(source.columns):
+            words = family_in_words(family)
+            if first_number and family in PUBLISHED_FAMILIES:
                 title = f"Table {first_number + i}: {words} ({family})"
             else:
                 title = f"{words[0].upper()}{words[1:]} ({family})"
+            text = tables.family_table(source, names, family, paper)
             if text:
                 family_tables += [f"### {title}\n", text]
         if pictures or family_tables:
@@ -216,7 +220,8 @@ def test_line(test, paper):
         over_examples = f"{test['difference']:+.2f}"
         if test["half_width"] is not None:
             over_examples += f" ± {test['half_width']:.2f}"
-    p = holm = tables.NOTHING
+    p = tables.NOTHING
+    holm = tables.NOTHING
     if test["p"] is not None:
         p = f"{test['p']:.4f}"
         holm = f"{test['holm']:.4f}"
@@ -226,7 +231,7 @@ def test_line(test, paper):
 
 
 def published_difference(paper, test):
-    """The paper's difference of the same two models in the family's score, "" if it lacks one."""
+    """The paper's difference of the two models in the family's score; "" if it lacks a model."""
     if paper is None:
         return ""
     columns = list(paper.columns[test["family"]])

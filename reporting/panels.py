@@ -1,8 +1,8 @@
 """What the figures share: colours, panels, legends, bars and lines.
 
 Each source (StudyResults, PaperResults) gets a row of panels of its own, a panel per family of
-tasks. Error bars are 95 % intervals, and dots the values that the intervals of a study are over. An
-axis is fitted to means and dots: an interval much wider than that runs out of its panel.
+tasks. Error bars are 95 % intervals. Dots are the values that an interval of a study is over. An
+axis is fitted to means and dots: an interval that is much wider runs out of its panel.
 """
 import math
 import textwrap
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import matplotlib
 import matplotlib.pyplot as plt
 
-from reporting.scores import IN_WORDS, Score
+from reporting.scores import Score
 
 matplotlib.use("Agg")
 
@@ -20,7 +20,7 @@ MLM_BLUE = "#1f5fbf"
 CLM_RED = "#c0392b"
 BOTH_PURPLE = "#7d3c98"
 
-STUDY_RULE = "standard"         # of a study's scores; the paper's are as published
+STUDY_RULE = "standard"         # the rule of a study's scores; the paper's are shown as published
 METRICS = {"SC": "accuracy", "TC": "F1", "QA": "F1", "IR": "NDCG@10"}
 
 
@@ -40,25 +40,35 @@ class Panel:
         return self.source.score(name, self.columns, rule)
 
 
-def rows_of_panels(n_rows):
-    """A figure of four panels per row, one for each family of tasks. -> figure, axes [rows, 4]"""
-    return plt.subplots(n_rows, 4, figsize=(12, 0.6 + 3.0 * n_rows), layout="constrained",
-                        squeeze=False)
+def families_of(sources):
+    """The families of tasks that any of these sources has: the paper's four, then a fork's own."""
+    families = {}           # a dict keeps the order
+    for source in sources:
+        families |= dict.fromkeys(source.columns)
+    return list(families)
 
 
-def frame(models):
-    """A figure with a row of empty panels per source.
+def make_axes(n_rows, n_columns):
+    """A figure of empty panels. -> figure, axes [rows, columns]"""
+    size = (3.0 * n_columns, 0.6 + 3.0 * n_rows)
+    return plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def make_panels(models):
+    """A figure with a row of empty panels per source, a panel per family of tasks.
 
     models: {source: names of the models to compare} -> figure, the Panels with something to show
     """
-    figure, axes = rows_of_panels(len(models))
+    families = families_of(models)
+    figure, axes = make_axes(len(models), len(families))
     panels = []
     for (source, names), row in zip(models.items(), axes):
-        for family, axis in zip(IN_WORDS, row):
+        for family, axis in zip(families, row):
             columns = source.common_columns(names, family)
-            title = f"{family}: {', '.join(columns)}"
             if source.is_paper:
-                title = f"{family}, {METRICS[family]}"
+                title = f"{family}, {METRICS.get(family, 'score')}"
+            else:
+                title = f"{family}: {', '.join(columns)}"
             axis.set_title(textwrap.fill(title, 30), fontsize=10)
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=9)
@@ -73,7 +83,7 @@ def frame(models):
 
 def add_legend(figure, order=(), ncols=5):
     """One legend for all panels, above them. order: labels that come first, in this order"""
-    handles = dict.fromkeys(order)          # {label: handle}
+    handles = dict.fromkeys(order)          # {label: handle, None until one is found}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             if handles.get(label) is None:
@@ -84,10 +94,10 @@ def add_legend(figure, order=(), ncols=5):
                       ncols=min(ncols, len(handles)), fontsize=10, frameon=False)
 
 
-def bar_height(score):
-    """Half the height of an error bar; 0 where there is none.
+def error_bar(score):
+    """Half the height of a score's error bar; 0 where none is drawn.
 
-    A t interval of two values is nine times their spread: their two dots say as much.
+    The t interval of two values is ± nine of their standard deviations. Their two dots say more.
     """
     if math.isnan(score.half_width) or score.n < 3:
         return 0
@@ -103,7 +113,7 @@ def fit_axis(axis, scores, below=0.12, above=0.15):
     ends = []
     for score in scores:
         points += [score.mean, *score.values]
-        ends += [score.mean - bar_height(score), score.mean + bar_height(score)]
+        ends += [score.mean - error_bar(score), score.mean + error_bar(score)]
     span = max(max(points) - min(points), 0.5)
     # an error bar may reach half the range beyond the lowest and the highest point
     low = max(min(ends), min(points) - 0.5 * span)
@@ -122,7 +132,7 @@ class Bar:
 
 
 def draw_bars(axis, groups):
-    """Groups of bars with error bars and dots. groups: {title: Bars}
+    """Groups of bars with error bars and dots. groups: {title: list of Bar}
 
     The axis does not begin at 0, so every bar shows its value as a number.
     """
@@ -142,7 +152,7 @@ def draw_bars(axis, groups):
 
 def draw_bar(axis, bar, x, width):
     score = bar.score
-    half_height = bar_height(score)
+    half_height = error_bar(score)
     axis.bar(x, score.mean, 0.92 * width, color=bar.colour, hatch=bar.hatch, edgecolor="white",
              label=bar.label)
     capsize = 3 if half_height else 0
@@ -166,7 +176,7 @@ def draw_line(axis, points, line):
     """Means with error bars and dots. points: [(x, Score), ...], sorted by x"""
     xs = [x for x, _ in points]
     means = [score.mean for _, score in points]
-    half_heights = [bar_height(score) for _, score in points]
+    half_heights = [error_bar(score) for _, score in points]
     axis.errorbar(xs, means, yerr=half_heights, label=line.label, ms=5, lw=1.6, capsize=3,
                   elinewidth=1, **line.style)
     for x, score in points:

@@ -2,7 +2,7 @@
 
     STUDY/study.json                {"plan", "scale", "code", "models": {NAME: {"folder"}}}
     STUDY/<folder>/trials/<task>/   lr<lr>_sd<seed>.json, a trial; .npz: its examples' scores
-    STUDY/<folder>/state.json       "totals" and "settings" of the training up to there
+    STUDY/<folder>/state.json       "totals" and "settings" of the training up to the checkpoint
     STUDY/<folder>/../log.jsonl     the losses of that training
 
 A report writes what it read into one rows.jsonl, from which the same report can be drawn again.
@@ -19,6 +19,7 @@ from core import files
 from core.configurator import UserError
 from experiments import recipes
 
+TRIAL_KEYS = {"model", "task", "lr", "seed"}        # every trial has these
 # what rows.jsonl keeps of a trial beside its scores
 KEPT_KEYS = ("name", "plan", "model", "task", "kind", "lr", "seed", "failed", "why", "baseline",
              "pool", "documents", "mode", "split", "causal", "train_on", "max_length", "steps",
@@ -46,7 +47,8 @@ def read_jsonl(path):
     """The objects of a .jsonl file, and whether its last line was torn (its writer was killed).
 
     A torn last line is dropped. Raises UserError, naming the line, for any other line that is not
-    an object. -> (rows, is_torn)
+    an object.
+    -> rows, is_torn
     """
     with open(path, encoding="utf-8", errors="replace") as f:
         lines = f.read().split("\n")
@@ -60,7 +62,7 @@ def read_jsonl(path):
             row = None
         if isinstance(row, dict):
             rows.append(row)
-        elif number == len(lines):          # it does not even end in a line feed
+        elif number == len(lines):          # the file does not even end in a line feed
             return rows, True
         else:
             raise UserError(f"{path}, line {number} is not a row (torn in the middle of the "
@@ -77,7 +79,7 @@ def note_if_torn(is_torn, path, notes):
 # ---- runs of train.py
 
 def read_run(folder, notes=None):
-    """The log of a run, which begins with its trunk's if it was branched from one.
+    """The settings and the log of a run. The log of a branch begins with its trunk's.
 
     notes: a list that receives warnings. Raises UserError if the folder is not a run.
     -> {"name", "settings", "train": rows, "validation": rows}
@@ -104,16 +106,16 @@ def read_run(folder, notes=None):
         trunk = read_run(parent_folder(folder, config["parent"]), notes)
         for kind in ("train", "validation"):
             first_step = run[kind][0]["step"] if run[kind] else math.inf
-            before = [row for row in trunk[kind]
-                      if row["step"] < first_step and row["step"] <= start_step]
-            run[kind] = before + run[kind]
+            trunk_rows = [row for row in trunk[kind]
+                          if row["step"] < first_step and row["step"] <= start_step]
+            run[kind] = trunk_rows + run[kind]
     return run
 
 
 def parent_folder(folder, checkpoint):
     """The run folder of the checkpoint that the run in `folder` began from.
 
-    If it is not where the run recorded it, both were moved together: then it is beside `folder`.
+    If it is not where the run recorded it, both were moved together, and it is beside `folder`.
     """
     recorded = os.path.dirname(os.path.normpath(checkpoint))
     if os.path.isdir(recorded):
@@ -122,9 +124,9 @@ def parent_folder(folder, checkpoint):
 
 
 def read_curve(folder, notes):
-    """The losses of a run and of all its ancestors, whether it was branched from or continues them.
+    """The losses of a run and of all its ancestors, whether it branches from or continues them.
 
-    Steps count from the first ancestor. A run without logged steps gives empty lists.
+    Steps count from the first ancestor's step 0. A run without logged steps gives empty lists.
     -> {"train": [[step, loss, phase], ...], "validation": [[step, MLM loss], ...]}
     """
     config = read_json(os.path.join(folder, "config.json"), "a run's config.json")
@@ -144,19 +146,20 @@ def read_curve(folder, notes):
     if train and config.get("parent"):
         parent = parent_folder(folder, config["parent"])
         if os.path.isfile(os.path.join(parent, "log.jsonl")):
+            # put the ancestors' points in front, up to this run's own first ones
             ancestors = read_curve(parent, notes)
-            begin = train[0][0] - 1
+            last_step = train[0][0] - 1
             first_validation = validation[0][0] if validation else math.inf
-            train = [point for point in ancestors["train"] if point[0] <= begin] + train
+            train = [point for point in ancestors["train"] if point[0] <= last_step] + train
             validation = [point for point in ancestors["validation"]
-                          if point[0] <= begin and point[0] < first_validation] + validation
+                          if point[0] <= last_step and point[0] < first_validation] + validation
     return {"train": train, "validation": validation}
 
 
 def thinned(curve):
-    """The curve with at most CURVE_POINTS training points.
+    """The curve with at most CURVE_POINTS training points, each a mean of neighbouring ones.
 
-    Each is the mean of several neighbouring points of one phase.
+    Where the phase changes among the neighbours, only those of the first one's phase count.
     """
     points = curve["train"]
     stride = max(1, math.ceil(len(points) / CURVE_POINTS))
@@ -190,7 +193,10 @@ def validation_at(run, checkpoint):
 # ---- trials
 
 def read_trials(folder, below="**"):
-    """All trials below a folder: {path: row}. Raises UserError for a file that is not a trial."""
+    """All trials in a folder: {path: row}. Raises UserError for a file that is not a trial.
+
+    below: a pattern of the folders that a folder trials/ may be in; "": in `folder` itself
+    """
     paths = files.find_files(folder, os.path.join(below, "trials", "*", "lr*_sd*.json"))
     trials = {}
     for path in sorted(map(os.path.realpath, paths)):
@@ -203,20 +209,20 @@ def read_trials(folder, below="**"):
 
 
 def check_trial(row, where):
-    """A trial's row, with "failed" true wherever it has no finite scores.
+    """A trial's row, with "failed" set to whether it lacks finite scores.
 
     Raises UserError for a row that lacks what a trial has.
     """
-    try:
-        row = {key: row[key] for key in ("model", "task", "lr", "seed")} | row
-        if row.get("failed"):
-            has_scores = False
-        else:
+    is_trial = isinstance(row, dict) and TRIAL_KEYS <= row.keys()
+    has_scores = False
+    if is_trial and not row.get("failed"):
+        try:
             scores = [float(row[split]["score"]) for split in ("validation", "test")]
             has_scores = all(math.isfinite(score) for score in scores)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where} is not a row of a trial: remove it, or run the trial "
-                        "again") from None
+        except (KeyError, TypeError, ValueError):
+            is_trial = False
+    if not is_trial:
+        raise UserError(f"{where} is not a row of a trial: remove it, or run the trial again")
     return row | {"failed": not has_scores}
 
 
@@ -231,27 +237,31 @@ def compact(row):
 
 
 def identity(row):
-    """Two rows with the same identity are the same trial."""
+    """What tells trials apart: two rows with the same identity are the same trial."""
     return tuple(row.get(key) for key in IDENTITY_KEYS)
 
 
 # ---- a study
 
 @dataclass
-class Study:
-    """Everything that a report shows of one plan at one scale."""
+class StudyRecord:
+    """Everything that was read of one plan at one scale, for a report to show."""
     plan: str = ""
     scale: dict = field(default_factory=dict)
     code: str = ""
     # {name: {"totals", "per_step": tokens of a step, "validation": losses, "curve"}}
     models: dict = field(default_factory=dict)
     trials: list = field(default_factory=list)
-    # paired tests of an earlier report, whose scores of single examples are not at hand
+    # paired tests: those of an earlier report, whose scores of single examples are not at hand,
+    # and then this report's own
     tests: list = field(default_factory=list)
     notes: list = field(default_factory=list)          # warnings from the reading
 
     def add(self, study, where):
-        """Add everything of another Study. Raises UserError if it has another plan or scale."""
+        """Add everything of another StudyRecord.
+
+        where: the argument it was read from. Raises UserError if it has another plan or scale.
+        """
         if self.plan and study.plan and self.plan != study.plan:
             raise UserError(f"{where} has the plan '{study.plan}', the folders before it "
                             f"'{self.plan}': {ONE_PLAN}")
@@ -270,14 +280,15 @@ class Study:
 
 
 def read_study(folder):
-    """A study folder -> Study: its models, the facts of their training, and their trials.
+    """The models of a study's folder, the facts of their training, and their trials.
 
-    Raises UserError.
+    Raises UserError if it is not a study's folder.
+    -> StudyRecord
     """
     path = os.path.join(folder, "study.json")
     content = read_json(path, "a study.json of study.py")
     try:
-        study = Study(content["plan"], content.get("scale") or {}, content.get("code") or "")
+        study = StudyRecord(content["plan"], content.get("scale") or {}, content.get("code") or "")
         checkpoints = {name: os.path.join(folder, entry["folder"])
                        for name, entry in content["models"].items()}
     except (KeyError, TypeError, AttributeError):
@@ -296,7 +307,7 @@ def read_study(folder):
 
 
 def training_facts(checkpoint, recipe, notes):
-    """What a report shows of the training that led to a checkpoint: an entry of Study.models."""
+    """What a report shows of the training up to a checkpoint: an entry of StudyRecord.models."""
     facts = {}
     state_path = os.path.join(checkpoint, "state.json")
     if os.path.isfile(state_path):
@@ -314,7 +325,7 @@ def training_facts(checkpoint, recipe, notes):
 
 
 def parse_name(name, where):
-    """A model's Recipe. Raises UserError naming where the name stands."""
+    """A model's Recipe. Raises UserError, naming `where` the name stands."""
     try:
         return recipes.parse(name)
     except UserError as error:
@@ -324,7 +335,7 @@ def parse_name(name, where):
 # ---- rows.jsonl
 
 def report_rows(study):
-    """The rows of rows.jsonl, one object per line, from which read_rows makes the same Study.
+    """Yields the rows of rows.jsonl, from which read_rows makes the same StudyRecord again.
 
     Paired tests are kept as results: scores of single examples are not in rows.jsonl.
     """
@@ -340,12 +351,13 @@ def report_rows(study):
 
 
 def read_rows(path):
-    """A rows.jsonl -> Study. Trials that belong to no study have no "name".
+    """The content of a rows.jsonl. Trials that belong to no study have no "name".
 
-    Raises UserError naming the row.
+    Raises UserError, naming the row, if one is not a row of a report.
+    -> StudyRecord
     """
     rows, is_torn = read_jsonl(path)
-    study = Study()
+    study = StudyRecord()
     note_if_torn(is_torn, path, study.notes)
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"

@@ -20,13 +20,13 @@ from scipy import stats
 from core.configurator import UserError
 from experiments import recipes
 from reporting.sections import CLM, order_of
-from tasks import metrics
+from tasks import metrics, registry
 
 RULES = ("paper", "standard")       # see select_trials
-# the kind of a trial -> the paper's family of tasks
-FAMILIES = {"sequence": "SC", "token": "TC", "span": "QA", "retrieval": "IR"}
-IN_WORDS = {"SC": "sequence classification", "TC": "token classification",
-            "QA": "question answering", "IR": "retrieval"}
+# the paper's families of tasks, and the kinds of trials in them
+PUBLISHED_FAMILIES = {"SC": "sequence classification", "TC": "token classification",
+                      "QA": "question answering", "IR": "retrieval"}
+FAMILY_OF_KIND = {"sequence": "SC", "token": "TC", "span": "QA", "retrieval": "IR"}
 # a task of ours -> the paper's name of its data set, in the order of the paper's columns
 DATASETS = {"sst2": "SST-2", "qqp": "QQP", "mnli": "MNLI",
             "ontonotes5": "OntoNotes", "conll2003": "CoNLL", "uner": "UNER",
@@ -39,7 +39,7 @@ AXES = {"steps": "training steps", "tokens": "training tokens",
 # The paper's runs (its Table 1): tokens of a step, and GFLOPs per token, forward and backward, of
 # the blocks' matrix products, of the LM head at every position, and of full attention in sequences
 # of 12 to 2,048 tokens (the mean token is in a sequence of 1,365).
-PAPER_STEP = 2_359_296
+PAPER_TOKENS_PER_STEP = 2_359_296
 PAPER_GFLOPS = {"210m": (0.680, 0.591, 0.151),
                 "610m": (2.761, 0.887, 0.491),
                 "1b": (5.797, 1.330, 0.793)}
@@ -51,8 +51,8 @@ PAPER_SEEDS = 5         # fine-tuning seeds behind every published number
 def interval(values, rule):
     """Half the width of a 95 % interval of the mean; NaN for a single value.
 
-    "paper" is 1.96 s / sqrt(n), "standard" is t(0.975, n - 1) s / sqrt(n). s is the sample standard
-    deviation (ddof 1).
+    It is 1.96 s / sqrt(n) under the rule "paper", t(0.975, n - 1) s / sqrt(n) under "standard". s
+    is the sample standard deviation (ddof 1).
     """
     n = len(values)
     if n < 2:
@@ -78,7 +78,7 @@ class Selection:
 
 
 def select_trials(rows, rule):
-    """Selects learning rates by validation score and estimates the test score.
+    """Selects learning rates by their validation scores and estimates the test score.
 
     rows: all trials of one model on one task. Failed trials have no score and are never selected.
 
@@ -98,15 +98,15 @@ def select_trials(rows, rule):
     if rule == "paper":
         selected = []
         for seed in sorted({row["seed"] for row in succeeded}):
-            of_seed = [row for row in succeeded if row["seed"] == seed]
-            selected.append(max(of_seed, key=validation_score))
+            rows_of_seed = [row for row in succeeded if row["seed"] == seed]
+            selected.append(max(rows_of_seed, key=validation_score))
     else:
         by_lr = defaultdict(list)
         for row in succeeded:
             by_lr[row["lr"]].append(row)
         validation_scores = {}
-        for lr, of_lr in by_lr.items():
-            validation_scores[lr] = [validation_score(row) for row in of_lr]
+        for lr, rows_of_lr in by_lr.items():
+            validation_scores[lr] = [validation_score(row) for row in rows_of_lr]
         selected = by_lr[metrics.best_lr(validation_scores)]
     test_scores = [row["test"]["score"] for row in selected]
     return Selection(float(np.mean(test_scores)), interval(test_scores, rule), selected)
@@ -127,11 +127,41 @@ class Score:
     fine_tuned: tuple = ()          # fewest and most fine-tuning seeds of a task's selected trials
 
 
-# ---- what a column of a table is
+# ---- families and columns: what the scores of a table are of
+
+def family_of_kind(kind):
+    """The family of a kind of trial, or None for an unknown kind.
+
+    A family that a fork added to tasks/registry.py is called by its kind. It gets tables and panels
+    of its own beside the paper's families, and belongs to no claim of the paper.
+    """
+    if kind in FAMILY_OF_KIND:
+        return FAMILY_OF_KIND[kind]
+    return kind if kind in registry.FAMILIES else None
+
+
+def family_in_words(family):
+    """"TC" -> "token classification"; a fork's family has its class's title."""
+    if family in PUBLISHED_FAMILIES:
+        return PUBLISHED_FAMILIES[family]
+    return registry.FAMILIES[family].title
+
 
 def with_remarks(text, remarks):
     """"text (remark, remark)", or the text alone."""
     return f"{text} ({', '.join(remarks)})" if remarks else text
+
+
+def unusual_settings(row):
+    """Remarks on how a trial was run if not as usual: it compares only with trials run alike."""
+    remarks = []
+    if row.get("mode", "standard") != "standard":
+        remarks.append(f"{row['mode']} mode")
+    if row.get("causal"):
+        remarks.append("causal")
+    if row.get("split", "hash") != "hash":
+        remarks.append(f"{row['split']} split")
+    return remarks
 
 
 def task_of(row):
@@ -142,18 +172,11 @@ def task_of(row):
 
 
 def column_of(row):
-    """The column that a trial belongs to: its task, and whatever makes its scores incomparable.
+    """The column of a table that a trial belongs to: its task, and what was unusual about it.
 
-    Trials of different columns are never averaged together.
+    Trials of different columns are never averaged as trials of one task.
     """
-    remarks = []
-    if row.get("mode", "standard") != "standard":
-        remarks.append(f"{row['mode']} mode")
-    if row.get("causal"):
-        remarks.append("causal")
-    if row.get("split", "hash") != "hash":
-        remarks.append(f"{row['split']} split")
-    return with_remarks(task_of(row), remarks)
+    return with_remarks(task_of(row), unusual_settings(row))
 
 
 def in_paper_order(columns):
@@ -186,14 +209,14 @@ class StudyResults:
         self.label = f"ours, plan {study.plan}"
         # {(model, column): {pretraining seed: rows}}
         self.rows = defaultdict(lambda: defaultdict(list))
-        # {family: {column: task}}
-        self.columns = defaultdict(dict)
+        # {family: {column: task}}: the paper's families, then those that a fork added
+        self.columns = {family: {} for family in PUBLISHED_FAMILIES}
         for row in study.trials:
             if row.get("name"):
                 self.add_trial(row)
-        for family, columns in list(self.columns.items()):
+        for family, columns in self.columns.items():
             self.columns[family] = in_paper_order(columns)
-        # {model: pretraining seeds}, of every model of the plan, with trials or without
+        # {model: pretraining seeds}, for every model of the study, with trials or without
         self.seeds = defaultdict(set)
         for full_name in study.models:
             name, seed = split_seed(full_name)
@@ -201,14 +224,16 @@ class StudyResults:
         self.names = sorted(self.seeds, key=order_of)
 
     def add_trial(self, row):
-        if row.get("kind") not in FAMILIES:
+        family = family_of_kind(row.get("kind"))
+        if family is None:
             where = row.get("path", row["name"])
+            kinds = dict.fromkeys([*FAMILY_OF_KIND, *registry.FAMILIES])
             raise UserError(f"{where}: a trial of the kind '{row.get('kind')}', expected one of "
-                            f"{', '.join(FAMILIES)}")
+                            f"{', '.join(kinds)}")
         name, seed = split_seed(row["name"])
         column = column_of(row)
         self.rows[name, column][seed].append(row)
-        self.columns[FAMILIES[row["kind"]]][column] = row["task"]
+        self.columns.setdefault(family, {})[column] = row["task"]
 
     def rows_of(self, name, column):
         """All trials of a model in a column: [(pretraining seed, row), ...]"""
@@ -234,9 +259,9 @@ class StudyResults:
         columns = list(self.columns.get(family, ()))
         columns_of_models = []
         for name in names:
-            with_score = {c for c in columns if self.score(name, [c], "paper")}
-            if with_score:
-                columns_of_models.append(with_score)
+            columns_with_score = {c for c in columns if self.score(name, [c], "paper")}
+            if columns_with_score:
+                columns_of_models.append(columns_with_score)
         if not columns_of_models:
             return []
         shared = set.intersection(*columns_of_models)
@@ -249,12 +274,11 @@ class StudyResults:
         its columns' selected test scores, and the interval is over these values: that is where runs
         are independent. With one pretraining seed, the interval is over the fine-tuning seeds.
         """
-        # the selected trials of every pretraining seed that has all columns:
-        # {pretraining seed: one Selection per column}
+        # the selected trials of every pretraining seed that has all columns
         seeds = set()
         for column in columns:
             seeds |= set(self.rows.get((name, column), ()))
-        by_seed = {}
+        by_seed = {}                # {pretraining seed: one Selection per column}
         for seed in sorted(seeds):
             selections = [select_trials(self.rows[name, c].get(seed, ()), rule) for c in columns]
             if None not in selections:
@@ -267,6 +291,7 @@ class StudyResults:
         for selections in by_seed.values():
             counts += [selection.n for selection in selections]
         fine_tuned = (min(counts), max(counts))
+
         # several pretraining seeds: one value each, its mean over columns
         means = []
         for selections in by_seed.values():
@@ -341,7 +366,7 @@ class PaperResults:
         # {(model, family, data set): Published}
         self.cells = {}
         # {family: {column: data set}}
-        self.columns = {family: {} for family in IN_WORDS}
+        self.columns = {family: {} for family in PUBLISHED_FAMILIES}
         with open(path, encoding="utf-8", newline="") as f:
             for number, row in enumerate(csv.DictReader(f), start=2):
                 self.add_line(row, f"{path}, line {number}")
@@ -351,7 +376,8 @@ class PaperResults:
 
     def add_line(self, row, where):
         try:
-            # the paper's "610m-clm-42k @5k" and "610m-clm-42k (base)" in the grammar of recipes
+            # names as experiments/recipes.py writes them: "610m-clm-42k @5k" is its
+            # 610m-clm-42k-5000, and "610m-clm-42k (base)" its 610m-clm-42k
             name = re.sub(r" @(\d+)k$", r"-\g<1>000", row["model"].removesuffix(" (base)"))
             recipes.parse(name)
             family = row["family"]
@@ -368,12 +394,12 @@ class PaperResults:
 
     def common_columns(self, _names, family):
         """As StudyResults.common_columns: every published model has all columns of a family."""
-        return list(self.columns[family])
+        return list(self.columns.get(family, ()))
 
     def score(self, name, columns, rule):
         """As StudyResults.score, from the published numbers.
 
-        The mean of a family's columns is computed from them, its interval is the published one.
+        The mean of a family's columns is computed from them; its interval is the published one.
         Under the rule "standard" the same interval is widened to Student's t for five seeds; the
         learning rates stay those that the rule "paper" selected.
         """
@@ -408,14 +434,14 @@ class PaperResults:
         if axis == "steps":
             return last_step
         if axis == "tokens":
-            return last_step * PAPER_STEP
+            return last_step * PAPER_TOKENS_PER_STEP
         body, head, attention = PAPER_GFLOPS[recipe.size]
         total = 0.0
         begin = 0
         for objective, end in recipe.stages:
             # an intermediate checkpoint ends inside a stage, or before it
             steps = max(0, min(end, last_step) - begin)
-            tokens = steps * PAPER_STEP
+            tokens = steps * PAPER_TOKENS_PER_STEP
             is_clm = objective == CLM
             supervised_share = 1.0 if is_clm else int(objective[3:]) / 100
             if axis == "targets":

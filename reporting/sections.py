@@ -1,7 +1,7 @@
 """Which models belong in one table: the paper's four groups of tables, read from the models' names.
 
-    base        one objective for the longest budget: objectives, masking rates and sizes
-    steps       checkpoints on the way, before the learning rate decays
+    base        one objective for the longest budget, at each masking rate and size
+    steps       intermediate checkpoints of one objective
     shares      CLM and then MLM under a fixed budget, beside CLM alone and MLM alone
     continued   a finished model, and more training of it with MLM
     others      models that the paper has no table for
@@ -10,12 +10,13 @@ import re
 
 from experiments import recipes
 
-CLM = "clm"         # the paper's pair of objectives
+# the two objectives that the paper compares
+CLM = "clm"
 MLM = "mlm40"
 
 
 def size_of(size):
-    """A number to sort sizes by: "610m" -> 610.0, "1b" -> 1000.0, 0.0 for sizes with a name."""
+    """A number to sort sizes by: "610m" -> 610.0, "1b" -> 1000.0; 0.0 for a size like "tiny"."""
     match = re.fullmatch(r"([\d.]+)([mb])", size)
     if match is None:
         return 0.0
@@ -26,36 +27,38 @@ def size_of(size):
 def order_of(name):
     """A key that sorts models by size, budget, share of CLM, masking rate and step."""
     recipe = recipes.parse(name)
-    if recipe.start:
-        # continued models stand together by what they start from, after the others
+    is_continued = recipe.start > 0
+    if is_continued:
+        # continued models come after the others, together by what they start from
         budget = (0, first_objective(recipe), recipe.steps)
     else:
         budget = (recipe.steps, "", 0)
-    is_continued = bool(recipe.start)
     share = recipe.clm_share()
     return size_of(recipe.size), is_continued, *budget, share, recipe.stages, recipe.step
 
 
-def kind_of(objective):
+def without_rate(objective):
     """An objective without its rate: "mlm40" -> "mlm"."""
     return objective.rstrip("0123456789")
 
 
 def first_objective(recipe):
+    """The objective that training begins with."""
     return recipe.stages[0][0]
 
 
 def is_clm_then_mlm(recipe):
-    """True for two stages under one budget, CLM and then MLM, trained to the end."""
-    kinds = [kind_of(objective) for objective, _ in recipe.stages]
-    is_whole_run = not recipe.start and not recipe.turns and not recipe.step
-    return kinds == ["clm", "mlm"] and is_whole_run
+    """True for a finished model of two stages under one budget, CLM and then MLM."""
+    objectives = [without_rate(objective) for objective, _ in recipe.stages]
+    is_finished = not recipe.step
+    is_one_budget = not recipe.start and not recipe.turn_steps
+    return objectives == ["clm", "mlm"] and is_finished and is_one_budget
 
 
 def has_paper_objectives(recipe):
-    """True if every stage is plain CLM or MLM at some masking rate, one after another."""
+    """True if every stage is plain CLM, or MLM at some masking rate, and none take turns."""
     objectives = [objective for objective, _ in recipe.stages]
-    return not recipe.turns and all(re.fullmatch(r"clm|mlm\d+", o) for o in objectives)
+    return not recipe.turn_steps and all(re.fullmatch(r"clm|mlm\d+", o) for o in objectives)
 
 
 def sections(names):
@@ -70,7 +73,7 @@ def sections(names):
     steps = [n for n, r in single_stage.items() if r.step]
     shares = names_of_shares(paper_like, finished, longest)
 
-    # a finished model is in the section "continued" if some other model continues it
+    # the section "continued" also has the finished models that others continue
     parents = {r.parent().name for r in paper_like.values() if r.start}
     continued = [n for n, r in paper_like.items() if not r.step and (r.start or n in parents)]
 
@@ -81,22 +84,23 @@ def sections(names):
 
 
 def names_of_shares(paper_like, finished, longest):
-    """CLM then MLM under a budget, and both ends of the line: MLM alone and CLM alone."""
-    two_stages = set()
-    ends = set()
+    """The section "shares": CLM then MLM under a budget, and beside it MLM alone and CLM alone."""
+    two_stages = set()      # names
+    budgets = set()         # (size, steps, objective) of the models to put beside them
     for name, recipe in paper_like.items():
         # a second stage no longer than the decay is the paper's Figure 7, not a share of CLM
         if is_clm_then_mlm(recipe) and recipe.steps - recipe.stages[0][1] > recipes.DECAY:
             two_stages.add(name)
             second_objective = recipe.stages[1][0]
-            ends.add((recipe.size, recipe.steps, CLM))
-            ends.add((recipe.size, recipe.steps, second_objective))
+            budgets.add((recipe.size, recipe.steps, CLM))
+            budgets.add((recipe.size, recipe.steps, second_objective))
     names = []
     for name, recipe in paper_like.items():
-        is_end = False
+        is_beside = False
         if name in finished:
-            end = (recipe.size, recipe.steps, first_objective(recipe))
-            is_end = recipe.steps < longest or end in ends
-        if name in two_stages or is_end:
+            # a model of a shorter budget is shown here in any case
+            budget = (recipe.size, recipe.steps, first_objective(recipe))
+            is_beside = recipe.steps < longest or budget in budgets
+        if name in two_stages or is_beside:
             names.append(name)
     return names

@@ -6,7 +6,7 @@ in two ways:
 * over test examples, with a sign-flip permutation test and Holm's correction: do these two
   checkpoints differ on examples like these? This does not see that another pretraining run would
   have given another checkpoint.
-* over pretraining seeds, with a t interval, where both models have two pretraining seeds or more.
+* over pretraining seeds, with a t interval, where both models share two seeds or more.
 """
 import os
 import zipfile
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments import recipes
-from reporting.scores import IN_WORDS, interval, select_trials
+from reporting.scores import PUBLISHED_FAMILIES, interval, select_trials
 from reporting.sections import CLM, MLM, first_objective, sections, size_of
 
-RESAMPLES = 9_999
-ALPHA = 0.05
+RESAMPLES = 9_999       # random sign patterns of a permutation test
+ALPHA = 0.05            # a corrected p value below this is significant
+# the paper's findings that are tested: orderings of models by their scores
 ORDERINGS = {
     1: "Early in pretraining CLM leads MLM: everywhere up to step 5k, at 10k on TC and IR, later "
        "on TC alone",
@@ -46,12 +47,12 @@ class Claim:
 def claims(names):
     """All claims about these models (names without pretraining seeds), sorted by ordering."""
     groups = sections(names)
-    found_claims = [*early_claims(groups["steps"]),
-                    *final_claims(groups["base"]),
-                    *share_claims(groups["shares"]),
-                    *continued_claims(groups["continued"]),
-                    *masking_rate_claims(groups["base"])]
-    return sorted(found_claims, key=lambda claim: claim.ordering)
+    unsorted_claims = [*early_claims(groups["steps"]),
+                       *final_claims(groups["base"]),
+                       *share_claims(groups["shares"]),
+                       *continued_claims(groups["continued"]),
+                       *masking_rate_claims(groups["base"])]
+    return sorted(unsorted_claims, key=lambda claim: claim.ordering)
 
 
 def grouped(names, group_key, member_key):
@@ -68,11 +69,11 @@ def grouped(names, group_key, member_key):
 
 
 def early_claims(names):
-    """Ordering 1, of checkpoints on the way."""
+    """Ordering 1, of intermediate checkpoints at the same step."""
     checkpoints = grouped(names, lambda r: (r.size, r.steps, r.step), first_objective)
     for (_, _, step), models in sorted(checkpoints.items()):
         if step <= 5_000:
-            families = tuple(IN_WORDS)
+            families = tuple(PUBLISHED_FAMILIES)
         elif step <= 10_000:
             families = ("TC", "IR")
         else:
@@ -96,15 +97,15 @@ def share_claims(names):
         quarters = [share for share in models if 0.15 < share < 0.35]
         if quarters and 0 in models:
             nearest = min(quarters, key=lambda share: (abs(share - 0.25), share))
-            yield Claim(4, models[nearest], models[0], tuple(IN_WORDS))
+            yield Claim(4, models[nearest], models[0], tuple(PUBLISHED_FAMILIES))
 
 
 def continued_claims(names):
     """Ordering 5: the same number of MLM steps after a CLM start and after an MLM start."""
 
     def start(recipe):
-        """The objective of the start; 0 for a model that is a start itself."""
-        return recipe.start and first_objective(recipe)
+        """The objective of the start; None for a model that is a start itself."""
+        return first_objective(recipe) if recipe.start else None
 
     lengths = grouped(names, lambda r: (r.size, r.steps - r.start), start)
     for (_, added_steps), models in lengths.items():
@@ -131,13 +132,13 @@ def masking_rate_claims(names):
 def sign_flip(differences, resamples=RESAMPLES, seed=0):
     """Two-sided p value that the mean of paired differences is 0. differences: [n]
 
-    If it were 0, each difference could as well have the other sign. The p value is the share of
-    sign patterns whose sum is at least as far from 0 as the observed one: of all patterns where
-    there are no more than `resamples`, else of that many random ones and the observed.
+    If the mean were 0, each difference could as well have the other sign. The p value is the share
+    of sign patterns whose sum is at least as far from 0 as the observed sum. If there are more than
+    `resamples` patterns, it is the share of so many random ones and the observed one.
     """
     d = np.asarray(differences, np.float64)
     observed = abs(d.sum())
-    # the same sum in another order of addition may differ in the last bits, and must count as equal
+    # added in another order, the same sum may differ in its last bits: it must count as equal
     threshold = observed * (1 - 1e-9)
     if not d.any():
         return 1.0
@@ -167,8 +168,8 @@ def sign_flip(differences, resamples=RESAMPLES, seed=0):
 def holm(p_values):
     """Holm's adjusted p values, in the order given.
 
-    Rejecting where they are below ALPHA gives any false rejection in at most a share ALPHA of
-    tables.
+    If all tests with an adjusted p value below ALPHA are called significant, then at most a share
+    ALPHA of such tables has any that is so by chance.
     """
     adjusted = [0.0] * len(p_values)
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -189,9 +190,9 @@ class NoExampleScores(Exception):
 def example_scores(results, name, column, seeds):
     """A model's score on each test example, and which version of the data the examples are of.
 
-    A score is the mean over the fine-tuning seeds that the rule "standard" selects, then over these
-    pretraining seeds. Raises NoExampleScores.
-    -> array [examples], the trials' "data"
+    A score is the mean over the fine-tuning seeds that the rule "standard" selects, then over the
+    pretraining seeds `seeds`. Raises NoExampleScores.
+    -> array [examples], "data" of the trials
     """
     # one array [examples] per pretraining seed, the mean over its fine-tuning seeds
     means = []
@@ -230,7 +231,7 @@ def load_example_scores(row):
 
 
 def differences_by_seed(results, claim, column):
-    """Better minus worse, in points of the selected test score.
+    """The selected test score of the better model minus that of the worse, in points.
 
     -> {pretraining seed that both models have: difference}
     """
@@ -257,16 +258,16 @@ def paired_tests(results, earlier_tests=()):
     -> a list of dicts as rows.jsonl has them, differences in points:
         ordering, better, worse, family, task
         by_seed         differences of the selected test scores, one per pretraining seed
-        items           number of examples, 0 if there is no test over examples; "why" says why not
+        items           number of examples, 0 if there is no test over examples: "why" says why
         difference      mean over the examples
         half_width      1.96 standard errors of it
         p, holm         the p value over examples, and Holm's correction over all tests
         verdict         see verdict()
 
-    earlier_tests: tests of an earlier report. They replace tests over examples that cannot be
+    earlier_tests: tests of an earlier report. They stand in for tests over examples that cannot be
     repeated, because a report's rows.jsonl has no scores of examples.
     """
-    earlier = {}
+    earlier = {}            # {(better, worse, task): a test over examples}
     for test in earlier_tests:
         if test["p"] is not None:
             earlier[test["better"], test["worse"], test["task"]] = test
@@ -326,12 +327,16 @@ def verdict(test):
     """
     by_seed = test["by_seed"]
     side_of_seeds = side_of_zero(by_seed)
+
+    # without scores of examples, the pretraining seeds alone decide
     if test["p"] is None:
         if side_of_seeds > 0:
             return "confirmed by pretraining seeds alone"
         if side_of_seeds < 0:
             return "the other way round by pretraining seeds alone"
         return "not separated by pretraining seeds" if len(by_seed) > 1 else "not tested"
+
+    # with them, both must agree
     if test["holm"] >= ALPHA:
         return "not separated"
     side_of_examples = 1 if test["difference"] > 0 else -1
@@ -358,7 +363,7 @@ def side_of_zero(values):
 
 
 def summary(tests):
-    """{ordering: its tests' verdicts in words}, of the orderings that were tested."""
+    """{ordering: the verdicts of its tests, counted in words}, for the orderings tested."""
     verdicts = defaultdict(list)
     for test in tests:
         verdicts[test["ordering"]].append(test["verdict"])

@@ -8,11 +8,11 @@ from scipy import stats
 from core.files import table_cell
 from reporting.scores import (
     DATASETS,
-    IN_WORDS,
     RULES,
     interval,
     select_trials,
     task_of,
+    unusual_settings,
     with_remarks,
 )
 
@@ -46,7 +46,7 @@ def phases_in_words(phases):
 
 
 def run_table(runs):
-    """The last validation of each run, its tokens, and its seconds of training with its trunk's."""
+    """Each run's phases, tokens and seconds of training (its trunk's included), and last losses."""
     lines = ["| run | steps | tokens | training seconds "
              "| validation CLM loss | validation MLM loss |",
              "|---|---|---|---|---|---|"]
@@ -71,44 +71,38 @@ def run_table(runs):
 def selection_in_words(selection, lrs):
     """53.16 ± 0.42 (5e-05 x 3, 1e-04 x 2†)
 
-    In parentheses are the selected learning rates. The dagger marks an edge of the grid `lrs`,
-    beyond which a better one may lie.
+    In parentheses are the selected learning rates, and for how many seeds each was selected. The
+    dagger marks an edge of the grid `lrs`, beyond which a better one may lie.
     """
     if selection is None:
         return "no trial succeeded"
     edges = {min(lrs), max(lrs)} if len(lrs) > 1 else set()
-    chosen = []
+    selected_lrs = []
     for lr, count in sorted(Counter(selection.lrs).items()):
         text = lr_in_words(lr)
         if count > 1:
             text += f" x {count}"
         if lr in edges:
             text += "†"
-        chosen.append(text)
+        selected_lrs.append(text)
     score = f"{100 * selection.mean:.2f}"
     if not math.isnan(selection.half_width):
         score += f" ± {100 * selection.half_width:.2f}"
-    return f"{score} ({', '.join(chosen)})"
+    return f"{score} ({', '.join(selected_lrs)})"
 
 
 def model_of(row):
     """The model, and how it was fine-tuned if not as usual: such trials are never mixed."""
-    remarks = []
-    if row.get("mode", "standard") != "standard":
-        remarks.append(row["mode"])
+    remarks = unusual_settings(row)
     if row.get("param_dtype", "float32") != "float32":
         remarks.append(f"{row['param_dtype']} weights")
-    if row.get("causal"):
-        remarks.append("causal")
-    if row.get("split", "hash") != "hash":
-        remarks.append(f"{row['split']} split")
     if row.get("train_on", row["task"]) != row["task"]:
         remarks.append(f"trained on {row['train_on']}")
     return with_remarks(row["model"], remarks)
 
 
-def by_task_and_model(rows):
-    """[((task, model), rows), ...], sorted"""
+def grouped_by_task_and_model(rows):
+    """[((task, model), its rows), ...], sorted by task and model"""
     groups = defaultdict(list)
     for row in rows:
         groups[task_of(row), model_of(row)].append(row)
@@ -118,20 +112,20 @@ def by_task_and_model(rows):
 def trial_table(rows):
     """A line per task and model, with both rules side by side.
 
-    A task's grid has all learning rates and seeds of the task's trials. The last column counts the
-    trials that a model lacks of that grid.
+    The grid of a task: all learning rates and all seeds that any trial of it has. The last column
+    counts the trials that a model lacks of that grid.
     """
     lines = ["| task | model "
              "| rule paper: test ± 1.96 s/√n (LR) | rule standard: test ± t s/√n (LR) "
              "| baseline | seeds | failed | missing |",
              "|---|---|---|---|---|---|---|---|"]
-    lrs = defaultdict(set)              # {task: its grid's learning rates}
-    seeds = defaultdict(set)
+    lrs = defaultdict(set)              # {task: learning rates of its grid}
+    seeds = defaultdict(set)            # {task: seeds of its grid}
     for row in rows:
         lrs[task_of(row)].add(row["lr"])
         seeds[task_of(row)].add(row["seed"])
 
-    for (task, model), group in by_task_and_model(rows):
+    for (task, model), group in grouped_by_task_and_model(rows):
         trials = {(row["lr"], row["seed"]) for row in group}
         n_missing = len(lrs[task]) * len(seeds[task]) - len(trials)
         # the estimate under each rule, and the learning rates it selects
@@ -162,7 +156,7 @@ def retrieval_table(rows):
     """
     titles = ["collection, pool", "model", "documents", "queries", *RANKING_SCORES.values()]
     lines = []
-    for (task, model), group in by_task_and_model(rows):
+    for (task, model), group in grouped_by_task_and_model(rows):
         retrieval_rows = [row for row in group if row.get("kind") == "retrieval"]
         selection = select_trials(retrieval_rows, "standard")
         if selection is None:
@@ -202,7 +196,7 @@ def score_cell(score, of_line=None):
 
 
 def seeds_in_words(score):
-    """Which seeds a Score's interval is over."""
+    """Which seeds a study's Score is over."""
     if score is None:
         return ""
     if score.over == "pretraining":
@@ -219,23 +213,25 @@ def family_table(source, names, family, paper=None):
     -> text, or "" where no model has a score
     """
     columns = list(source.columns.get(family, ()))
-    with_scores = []
+    names_with_scores = []
     for name in names:
         if any(source.score(name, [column], "paper") for column in columns):
-            with_scores.append(name)
-    if not with_scores:
+            names_with_scores.append(name)
+    if not names_with_scores:
         return ""
     if source.is_paper:
-        return paper_table(source, with_scores, family)
-    return study_table(source, with_scores, family, paper)
+        return paper_table(source, names_with_scores, family)
+    return study_table(source, names_with_scores, family, paper)
 
 
 def paper_table(paper, names, family):
-    """A line per model of the paper."""
+    """A line per model of the paper: its score on each data set, and their mean.
+
+    The last column is the same mean with a t interval.
+    """
     columns = list(paper.columns[family])
     lines = []
     for name in names:
-        # its score on each data set, the mean of all, and the same mean with a t interval
         line = [name]
         line += [score_cell(paper.score(name, [column], "paper")) for column in columns]
         line.append(f"**{score_cell(paper.score(name, columns, 'paper'))}**")
@@ -245,12 +241,14 @@ def paper_table(paper, names, family):
 
 
 def study_table(results, names, family, paper):
-    """A line per model and rule; beside it the paper's scores of the models that it has, too."""
+    """A line per model and rule. A model with a name of the paper's has the paper's scores, too."""
     columns = list(results.columns[family])
     common = results.common_columns(names, family)
-    published = [name for name in names if paper and name in paper.names]
+    published = []                  # the names that the paper has scores of
+    if paper is not None and paper.columns.get(family):
+        published = [name for name in names if name in paper.names]
     header = ["model", "rule", "interval over seeds", *columns, f"**{family}**"]
-    # columns of the paper's scores, if any model of the table has the name of one of the paper's
+    # columns for the paper's scores, if it has any
     datasets = []
     if published:
         tasks = results.columns[family].values()
@@ -279,7 +277,7 @@ def study_table(results, names, family, paper):
 
 
 def what_the_mean_is(family, columns, common):
-    """A sentence below a table: which columns its means are over, and which are left out."""
+    """The sentence below a table: which columns its means are over, and which are left out."""
     averaged = ", ".join(common) or "nothing: no task is common to all models of this table"
     sentence = f"{family} is the mean of {averaged}"
     left_out = [column for column in columns if column not in common]
@@ -331,9 +329,9 @@ def lr_tables(results):
     Scores are means over all seeds and over the tasks that all models have.
     """
     texts = []
-    for family in IN_WORDS:
+    for family, all_columns in results.columns.items():
         columns = results.common_columns(results.names, family)
-        if results.columns.get(family) and not columns:
+        if all_columns and not columns:
             texts.append(f"**{family}**: no task is common to all models that have any.\n")
         table = lr_table(results, columns)
         if table:
@@ -342,9 +340,11 @@ def lr_tables(results):
 
 
 def lr_table(results, columns):
-    """One table of lr_tables, "" where no model has a score at any learning rate. columns: tasks"""
-    # {model: for each task, its trials}
-    trials = {}
+    """One table of lr_tables, "" where no model has a score at any learning rate.
+
+    columns: the tasks that its scores are means of
+    """
+    trials = {}             # {model: [the trials of a task, for each task]}
     lrs = set()
     for name in results.names:
         trials[name] = []
@@ -353,7 +353,7 @@ def lr_table(results, columns):
             trials[name].append(rows)
             lrs |= {row["lr"] for row in rows}
 
-    # a line per model, an en dash at a learning rate that one of its tasks lacks
+    # a line per model, with NOTHING at a learning rate that one of its tasks lacks
     lines = []
     for name, trials_of_tasks in trials.items():
         means = [mean_at_lr(trials_of_tasks, lr) for lr in sorted(lrs)]
@@ -391,7 +391,7 @@ def mean_at_lr(trials_of_tasks, lr):
 # ---- two numbers that the page quotes
 
 def coverage(n):
-    """In how many of 100 cases an interval of 1.96 s / sqrt(n) covers the mean of a normal."""
+    """In how many of 100 cases 1.96 s / sqrt(n) covers the true mean of n normal values."""
     return 100 * (2 * stats.t.cdf(1.96, n - 1) - 1)
 
 

@@ -189,7 +189,7 @@ def test_pretrained_and_random_weights_causal_and_paper_are_told_apart(small, en
     assert len(rows(path)) == len(rows(os.path.join(path, "random"))) == 1
     table = trial_table(list(read_trials(run).values()))
     for model in ("clm_then_mlm-40 |", "clm_then_mlm-40-random |", "clm_then_mlm-40 (causal) |",
-                  "clm_then_mlm-40 (paper, bfloat16 weights, encodeval split) |"):
+                  "clm_then_mlm-40 (paper mode, encodeval split, bfloat16 weights) |"):
         assert f"| sst2 | {model}" in table
     scores = {r["test"]["score"] for r in read_trials(run).values()}
     assert len(scores) >= 2

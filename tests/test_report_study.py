@@ -22,10 +22,12 @@ from reporting import tables as report_tables
 from reporting.inputs import read_inputs
 from reporting.output import MARK, is_own_file, write_report
 from reporting.page import page
+from tasks import registry
+from tasks.sequence_classification import SequenceClassification
 
 
 def read(folder):
-    """-> Study, StudyResults"""
+    """-> StudyRecord, StudyResults"""
     study = read_inputs([str(folder)]).study
     return study, report_scores.StudyResults(study)
 
@@ -310,6 +312,32 @@ def test_a_trial_of_an_unknown_kind_is_refused(small):
     change(row_of(root, "610m-clm-42k"), kind="vision")
     with pytest.raises(UserError, match=r"lr5e-05_sd0.json: a trial of the kind 'vision'"):
         read(root)
+
+
+def test_a_family_that_a_fork_added_is_reported_on_its_own(small, tmp_path, monkeypatch):
+    """A class in tasks/registry.py is all that the report needs of it."""
+    class MultipleChoice(SequenceClassification):
+        title = "multiple choice"
+    monkeypatch.setitem(made.TASKS, "riddles", "choice")
+    root, out = small(tasks=("sst2", "riddles")), str(tmp_path / "report")
+    with pytest.raises(UserError, match="a trial of the kind 'choice', expected one of sequence, token, span, retrieval$"):
+        read(root)
+    monkeypatch.setitem(registry.FAMILIES, "choice", MultipleChoice)
+    draw(root, to=out)
+    text = open(f"{out}/report.md").read()
+    assert "### Multiple choice (choice)\n" in text and "choice is the mean of riddles.\n" in text and "**choice** (riddles)\n" in text
+    assert "| interval over seeds | riddles | **choice** |\n" in text                  # the paper has no column for it
+    assert page_of(f"{out}/rows.jsonl", report_figures.FIGURES)[0].count("(choice)") == text.count("(choice)")
+    # the paper's families are what they are without it
+    alone = page_of(small("alone", tasks=("sst2",)))[0]
+    table = alone[alone.index("### Table 2: "):alone.index("## Learning rates")]
+    assert table.strip() in text and "SC is the mean of sst2.\n" in table
+    # figures have a panel more for it, which is empty in the paper's row
+    figure = report_figures.FIGURES["fig02_objectives_by_size"]([read(root)[1], report_scores.PaperResults(PAPER)])
+    assert [axis.get_title().split(":")[0] for axis in figure.axes] == [
+        "SC", "TC", "QA", "IR", "choice", "SC, accuracy", "TC, F1", "QA, F1", "IR, NDCG@10", "choice, score"]
+    assert [bool(axis.patches) for axis in figure.axes] == [True, False, False, False, True, True, True, True, True, False]
+    plt.close(figure)
 
 
 def test_two_plans_are_never_one_report(small):
