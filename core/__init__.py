@@ -5,6 +5,8 @@
     tokenizer      text to ids and back: tiktoken's BPE, learned here or imported
     device         which device, which precision, is there a compiler; memory and peak FLOP/s
     distributed    torchrun's processes
+    lock           one writer a folder
+    schema         JSON of others: read it and check its shape
     files          complete writes, JSON, packed files, a background thread that reads ahead
     rng            random choices as pure functions of (seed, epoch, index)
 """

@@ -11,8 +11,9 @@
 --key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`. A
 config file is Python that assigns plain values to these names, so it can show its arithmetic.
 Both layers are strict: an unknown key is an error that names the nearest one, and a value must have
-its field's type. `run(main, Config)` turns expected errors into one line and an exit code, without
-a traceback.
+its field's type. The type also says which values make sense, as in `steps: PositiveInt`; a Path may
+begin with ~, the home folder. `run(main, Config)` turns expected errors into one line and an exit
+code, without a traceback.
 """
 
 import ast
@@ -24,6 +25,37 @@ import os
 import runpy
 import sys
 import tokenize
+import typing
+from dataclasses import dataclass
+from typing import Annotated
+
+# ---- types of settings: PositiveInt is an int of at least 1, and so on
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a setting may have, from lowest to highest; in words for the message."""
+
+    lowest: float
+    highest: float
+    words: str
+
+    def contains(self, value):
+        return self.lowest <= value <= self.highest      # False for NaN
+
+
+LARGEST_INT = 2**63 - 1                    # of torch and numpy
+SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max      # finite floats
+JUST_BELOW_1 = 1 - sys.float_info.epsilon
+
+PositiveInt = Annotated[int, Range(1, LARGEST_INT, "a whole number of at least 1")]
+NonNegativeInt = Annotated[int, Range(0, LARGEST_INT, "a whole number of at least 0")]
+Seed = Annotated[int, Range(0, LARGEST_INT, "a whole number from 0 to 2**63 - 1")]
+PositiveFloat = Annotated[float, Range(SMALLEST, LARGEST, "a number above 0")]
+NonNegativeFloat = Annotated[float, Range(0, LARGEST, "a number of at least 0")]
+Share = Annotated[float, Range(SMALLEST, 1, "a share, above 0 and at most 1")]
+Beta = Annotated[float, Range(0, JUST_BELOW_1, "a number from 0 to below 1")]
+Path = Annotated[str, "may begin with ~"]
 
 
 class UserError(Exception):
@@ -84,7 +116,7 @@ def configure(config_class, argv=None):
         word = words.pop(0)
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")   # at the first =, so the value of --x=a=b is "a=b"
-            kind = find_field(key, fields, where).type
+            kind = plain_type(find_field(key, fields, where).type)
             value = parse(text, kind) if equals else take_value(key, kind, words)
             values[key] = check(key, value, fields, where)
         elif takes_args and not word.startswith("-"):
@@ -151,16 +183,23 @@ def parse(text, kind):
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
+def plain_type(kind):
+    """The Python type of a setting's type: int for PositiveInt, tuple for tuple[PositiveFloat, ...]."""
+    if typing.get_origin(kind) is Annotated:
+        return typing.get_args(kind)[0]
+    return typing.get_origin(kind) or kind
+
+
 def check(key, value, fields, where):
-    """The value in its field's type. Raises UserError if the key or the type is wrong."""
+    """The value in its field's type. Raises UserError if the key, the type or the range is wrong."""
     field = find_field(key, fields, where)
-    kind = field.type
+    kind = plain_type(field.type)
     # An int may stand for a float, and a list or one number for a tuple.
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if kind is tuple and isinstance(value, (tuple, list)):
         value = as_tuple(value)
@@ -168,9 +207,39 @@ def check(key, value, fields, where):
         value = (value,)      # --seeds=0
     if type(value) is not kind:
         raise UserError(
-            f"{key}={value!r} in {where}: expected {kind.__name__}, as in {key}={field.default!r}"
+            f"{key}={shorten(value)} in {where}: expected {kind.__name__}, as in {key}={field.default!r}"
         )
+    if kind is str and "\0" in value:
+        raise UserError(f"{key} in {where} contains a NUL character")
+
+    # The range, of the value itself or of each of a tuple's.
+    if kind is tuple and typing.get_args(field.type):
+        item_type = typing.get_args(field.type)[0]
+        return tuple(check_range(key, item, item_type, where) for item in value)
+    return check_range(key, value, field.type, where)
+
+
+def check_range(key, value, kind, where):
+    """The value, if its type's range holds it. Raises UserError. The ~ of a path becomes the home folder."""
+    if kind == Path and type(value) is str:
+        return os.path.expanduser(value)
+    if typing.get_origin(kind) is not Annotated:
+        return value
+    number_type, allowed = typing.get_args(kind)
+    if number_type is float and type(value) is int and abs(value) <= LARGEST:
+        value = float(value)
+    if type(value) is not number_type or not allowed.contains(value):
+        raise UserError(f"{key}={shorten(value)} in {where}: expected {allowed.words}")
     return value
+
+
+def shorten(value):
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:      # an int of more digits than Python prints
+        return "(a very long number)"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def as_tuple(value):

@@ -9,7 +9,7 @@ import eval_ir
 import finetune
 import train
 from core import configurator
-from core.configurator import UserError
+from core.configurator import NonNegativeFloat, Path, PositiveFloat, PositiveInt, Seed, Share, UserError
 
 
 @dataclass
@@ -129,3 +129,48 @@ def test_every_config_file_is_valid_and_short():
             assert train.check(c, world_size=8 if c.batch_rows % (8 * c.micro_rows) == 0 else 1) > 0
         text = open(path).read()
         assert len(text.splitlines()) <= 30 and text.startswith("#"), name
+
+
+@dataclass
+class Ranged:
+    # types that say which values make sense
+    steps: PositiveInt = 10    # how many
+    clip: NonNegativeFloat = 1.0   # how much
+    share: Share = 0.5         # of it
+    lrs: tuple[PositiveFloat, ...] = (1e-3,)   # several
+    seeds: tuple[Seed, ...] = (0,)   # several, too
+    folder: Path = ""          # where
+
+
+@pytest.mark.parametrize("word, says", [
+    ("--steps=0", "steps=0 in the command line: expected a whole number of at least 1"),
+    ("--steps=9223372036854775808", "steps=9223372036854775808 in the command line: expected a whole number of at least 1"),
+    ("--clip=-1", "clip=-1.0 in the command line: expected a number of at least 0"),
+    ("--clip=1e999", "clip=inf in the command line: expected a number of at least 0"),
+    ("--clip=nan", "clip='nan' in the command line: expected float"),
+    ("--share=1.5", r"share=1.5 in the command line: expected a share, above 0 and at most 1"),
+    ("--share=0", r"share=0.0 in the command line: expected a share"),
+    ("--lrs=[1e-3,-1]", r"lrs=-1.0 in the command line: expected a number above 0"),
+    ("--lrs=[1e-3,'a']", r"lrs='a' in the command line: expected a number above 0"),
+    ("--seeds=1.5", r"seeds=1.5 in the command line: expected a whole number"),
+    ("--steps=" + "9" * 5000, "steps='9999"),
+    ("--steps=" + "[" * 9999 + "]" * 9999, "expected int"),
+    ("--clip=1" + "0" * 400, "expected float"),
+    ("--folder=a\0b", "folder in the command line contains a NUL character"),
+])
+def test_a_type_says_which_values_make_sense(word, says):
+    with pytest.raises(UserError, match=says):
+        configurator.configure(Ranged, [word])
+
+
+def test_a_config_file_is_held_to_the_same_ranges(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("clip = float('nan')\n")
+    with pytest.raises(UserError, match=r"clip=nan in .*c\.py: expected a number of at least 0"):
+        configurator.configure(Ranged, [str(file)])
+
+
+def test_values_within_their_range_are_taken_and_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    c = configurator.configure(Ranged, ["--steps=1", "--clip=0", "--share=1", "--lrs", "1", "2e-4", "--seeds=3", "--folder=~/runs"])
+    assert c == Ranged(1, 0.0, 1.0, (1.0, 2e-4), (3,), "/home/ada/runs") and type(c.lrs[0]) is float
