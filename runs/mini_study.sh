@@ -35,9 +35,6 @@ done
 use_environment requirements.txt
 began=$SECONDS
 out=runs/mini/$scale
-if [ -z "${TASKS_DIR:-}" ] && [ -d ../shared/data ]; then
-  TASKS_DIR=../shared/data
-fi
 
 # ---- tasks
 
