@@ -345,7 +345,7 @@ def test_benchs_rows_in_an_odd_folder(odd, tmp_path):
     (tmp_path / "like" / "cpu.jsonl").write_text('{"bench": "decoy"}\n')
     folder = odd("rows", tmp_path / "like")
     record(os.path.join(folder, "cpu.jsonl"), {"bench": "train"}, "cpu")
-    assert [row["bench"] for row in bench_tables.read(folder)] == ["train"]
+    assert [row["bench"] for row in bench_tables.read_rows(folder)] == ["train"]
 
 
 def test_mini_study_finds_the_tasks_of_an_odd_folder(tmp_path):
