@@ -133,21 +133,21 @@ def test_a_test_set_is_scored_at_the_threshold_that_validation_chose(small, tmp_
 
 def test_a_worker_killed_in_the_middle_costs_one_trial_and_two_more_finish_the_grid(small):
     """kill -9, then two workers: the rows of an uninterrupted run, none twice, none missing."""
-    calm, c = small("calm", seeds=(0, 1, 2), steps=40), small("torn", seeds=(0, 1, 2), steps=40)
+    calm, c = small("calm", steps=20), small("torn", steps=20)
     finetune.main(calm)
     victim = subprocess.Popen([sys.executable, *words(c)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 100
-    while len(rows(c.out_dir)) < 2 and time.time() < deadline:      # it is in its third trial or about to begin it
+    while len(rows(c.out_dir)) < 1 and time.time() < deadline:      # it is in its second trial or about to begin it
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    assert 2 <= len(rows(c.out_dir)) < 6
+    assert 1 <= len(rows(c.out_dir)) < 4
     workers = [subprocess.Popen([sys.executable, *words(c)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                for _ in range(2)]
     for worker in workers:
         assert worker.wait(timeout=200) == 0, worker.stderr.read()
     ended = rows(c.out_dir)
-    assert ended.keys() == rows(calm.out_dir).keys() and len(ended) == 6
+    assert ended.keys() == rows(calm.out_dir).keys() and len(ended) == 4
     # workers beside each other have fewer threads, which may round sums otherwise; what a user reads is the same
     for name, row in rows(calm.out_dir).items():
         assert row == ended[name], name
