@@ -35,7 +35,7 @@ from core import checkpoint
 from core.configurator import UserError, run
 from core.device import keep_freed_memory, pick_device
 from core.distributed import Processes, all_sum, shows_progress, start_processes
-from core.files import read_json
+from core.schema import read_json
 from retrieval import targets
 from retrieval.mteb_adapter import score_on_mteb
 from retrieval.pools import POOLS

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError, run
-from core.files import find_files, is_new, read_json, write_json
+from core.files import find_files, is_new, write_json
+from core.schema import read_json
 from corpus import hub, parallel
 from corpus.assemble import build_corpus
 from corpus.documents import assign_splits, batches, documents, files_of, take_training

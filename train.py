@@ -29,7 +29,8 @@ from core import checkpoint, tokenizer
 from core.configurator import UserError, run
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
 from core.distributed import all_sum, start_processes
-from core.files import read_json, write_json
+from core.files import write_json
+from core.schema import read_json
 from kernels import ATTENTION, linear_cross_entropy
 from model import SIZES, Encoder
 from objectives import objective_at

@@ -24,7 +24,8 @@ from benchmarks.rows import describe, record
 from benchmarks.settings import as_flags, settings_for
 from core.configurator import RunError, UserError
 from core.device import pick_device
-from core.files import ROOT, read_json, write_json
+from core.files import ROOT, write_json
+from core.schema import read_json
 from retrieval import search as exact_search
 
 K = 100              # results a query

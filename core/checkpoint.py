@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from core import tokenizer
 from core.configurator import RunError, UserError
-from core.files import find_files, read_json
+from core.files import find_files
+from core.schema import read_json
 from model import Encoder, ModelConfig
 
 SUMS = "SHA256SUMS"

@@ -72,12 +72,6 @@ def write_json(path, value):
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
-def read_json(path):
-    """The content of a JSON file."""
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
 def decode(raw, where):
     """Bytes -> text. Raises a UserError that names `where` if they are not UTF-8."""
     try:

@@ -30,7 +30,8 @@ import tiktoken
 import tiktoken.load
 
 from core.configurator import UserError
-from core.files import read_json, write_json, write_whole
+from core.files import write_json, write_whole
+from core.schema import read_json
 
 # How a text is cut into pieces before BPE: no token spans two pieces.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError
-from core.files import ahead, find_files, hashed, read_json, write_json, write_whole
+from core.files import ahead, find_files, hashed, write_json, write_whole
+from core.schema import read_json
 from corpus import hub
 from corpus.documents import TEXT
 from corpus.shards import SplitWriter

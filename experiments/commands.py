@@ -7,7 +7,7 @@ from functools import partial
 
 from core import checkpoint
 from core.configurator import UserError
-from core.files import read_json
+from core.schema import read_json
 from experiments.cost import cost_of
 from experiments.jobs import Job
 from experiments.layout import Place

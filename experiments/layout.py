@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from core import checkpoint
 from core.configurator import UserError, differences
-from core.files import is_new, read_json, write_json
+from core.files import is_new, write_json
+from core.schema import read_json
 from experiments.plan import run_holding
 from experiments.recipes import parse
 from experiments.scales import SCALES, Scale, batch_of

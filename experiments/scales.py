@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import read_json
+from core.schema import read_json
 
 PAPER_STEPS = 42_000
 # The paper's learning-rate grid of fine-tuning.

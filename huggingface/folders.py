@@ -4,7 +4,7 @@ import os
 import re
 
 from core.configurator import UserError
-from core.files import read_json
+from core.schema import read_json
 
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -53,8 +53,8 @@ def read_model_json(folder, name):
         return read_json(os.path.join(folder, name))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}: is it a complete Hugging Face model?") from None
-    except ValueError:
-        raise UserError(f"{folder}/{name} is not valid JSON: fetch the folder again") from None
+    except UserError as error:
+        raise UserError(f"{error}: fetch the folder again") from None
 
 
 def check_is_free(out):

@@ -20,8 +20,9 @@ import torch
 
 import objectives
 from core.configurator import RunError, UserError
-from core.files import ahead, find_files, read_json
+from core.files import ahead, find_files
 from core.rng import CUT, hashed, permute
+from core.schema import read_json
 from corpus.shards import HEADER_BYTES, read_header, verify_shard
 
 VERIFY_AT_ONCE = 2 << 30  # bytes; a larger split is verified while training runs

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
 from core.distributed import all_sum
-from core.files import is_new, read_json
+from core.files import is_new
+from core.schema import read_json
 from model import SIZES, ModelConfig
 from objectives import objective_at, recorded_objectives
 

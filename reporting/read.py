@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from core import files
+from core import files, schema
 from core.configurator import UserError
 from experiments import recipes
 
@@ -36,11 +36,11 @@ CURVE_POINTS = 200          # most points of a training curve that rows.jsonl ke
 def read_json(path, expected):
     """The content of a JSON file. Raises UserError naming the file and what was expected of it."""
     try:
-        return files.read_json(path)
+        return schema.read_json(path)
     except OSError as error:
         raise UserError(f"{path}: expected {expected}: {error.strerror.lower()}") from None
-    except ValueError:
-        raise UserError(f"{path}: expected {expected}, and it does not hold JSON") from None
+    except UserError as error:
+        raise UserError(f"expected {expected}, and {error}") from None
 
 
 def read_jsonl(path):
@@ -201,8 +201,8 @@ def read_trials(folder, below="**"):
     trials = {}
     for path in sorted(map(os.path.realpath, paths)):
         try:
-            row = files.read_json(path)
-        except ValueError:
+            row = schema.read_json(path)
+        except UserError:
             row = None
         trials[path] = check_trial(row, path) | {"path": path}
     return trials

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.configurator import UserError
-from core.files import read_json, write_whole
+from core.files import write_whole
+from core.schema import read_json
 
 POOLS = ("judged", "hard", "full")
 # The BM25 baseline is left out for larger pools. With more than a million documents it takes a

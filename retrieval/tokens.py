@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from core.distributed import shows_progress
-from core.files import read_json
+from core.schema import read_json
 from tasks import packing
 
 BATCH = 10_000  # texts tokenized at a time: only these are in memory, however large the corpus

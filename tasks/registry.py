@@ -24,7 +24,8 @@ import os
 from dataclasses import dataclass, field
 
 from core.configurator import UserError
-from core.files import find_files, read_json
+from core.files import find_files
+from core.schema import read_json
 from tasks import demo
 from tasks.question_answering import PaperQuestionAnswering, QuestionAnswering
 from tasks.sequence_classification import SequenceClassification

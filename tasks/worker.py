@@ -16,7 +16,8 @@ import torch
 from core import checkpoint, tokenizer
 from core.configurator import UserError, differences
 from core.device import pick_attention, pick_device, pick_dtype
-from core.files import ROOT, read_json, unique
+from core.files import ROOT, unique
+from core.schema import read_json
 from model import Encoder, ModelConfig
 from tasks import queue
 

@@ -15,7 +15,8 @@ import finetune
 from core import checkpoint
 from core.configurator import UserError
 from core.distributed import Processes
-from core.files import find_files, read_json
+from core.files import find_files
+from core.schema import read_json
 from reporting.read import read_trials
 from reporting.tables import trial_table
 from tasks import queue

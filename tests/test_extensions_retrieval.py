@@ -4,7 +4,8 @@ import json
 from conftest import run_python
 
 import eval_ir
-from core.files import find_files, read_json
+from core.files import find_files
+from core.schema import read_json
 
 ANIMALS = ("heron", "otter", "salmon", "beaver", "newt", "pike", "swan", "crane")
 PLACES = ("bridge", "mill", "harbour", "dam", "island", "ford", "lock", "ferry")

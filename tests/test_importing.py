@@ -209,7 +209,7 @@ SPOILED = [
     (lambda f: os.remove(os.path.join(f, "model.safetensors")), "has no model.safetensors: it is not complete, fetch it again"),
     (lambda f: os.remove(os.path.join(f, "config.json")), "has no config.json: is it a complete Hugging Face model?"),
     (lambda f: os.remove(os.path.join(f, "tokenizer.json")), "has no tokenizer.json"),
-    (lambda f: open(os.path.join(f, "config.json"), "w").write('{"model_type": "lla'), "config.json is not valid JSON: fetch the folder again"),
+    (lambda f: open(os.path.join(f, "config.json"), "w").write('{"model_type": "lla'), "config.json is not JSON"),
 ]
 
 

