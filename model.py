@@ -83,8 +83,8 @@ def rotary(cu_seqlens, T, c):
     exponent = torch.arange(0, c.head_dim, 2, device=token.device).float() / c.head_dim  # [D/2]
     frequency = c.rope_theta ** (-exponent)  # [D/2]
     if c.rope_scaling:
-        # Llama 3.1: pairs that turn few times within the old context turn slower by `factor`, those
-        # that turn often stay, and a ramp lies between.
+        # Llama 3.1: low frequencies are divided by `factor`, high ones are kept, and those between
+        # are interpolated. turns: full rotations within the original context.
         scaling = c.rope_scaling
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -116,16 +116,17 @@ class Attention(nn.Module):
     def __init__(self, c, impl):
         super().__init__()
         self.impl = impl
-        # One matrix makes q, k and v, which have so many heads.
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
-        self.qkv = nn.Linear(c.n_embd, sum(self.heads) * c.head_dim, bias=c.qkv_bias)
+        # q, k and v come from one matrix. How many heads each of them has:
+        self.head_counts = (c.n_head, c.n_kv_head, c.n_kv_head)
+        self.qkv = nn.Linear(c.n_embd, sum(self.head_counts) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cu_seqlens, causal, positions=None):
-        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # [T, H + 2 Hkv, D]
-        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, Hkv, D] x 2
+        qkv = self.qkv(x).unflatten(-1, (sum(self.head_counts), -1))  # [T, H + 2 Hkv, D]
+        q, k, v = qkv.split(self.head_counts, dim=1)  # [T, H, D], [T, Hkv, D] x 2
+        # Under autocast q_norm returns fp32. The kernels need q, k and v in one dtype.
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
         y = kernels.attention(q, k, v, cu_seqlens, causal, self.impl)  # [T, H, D]
@@ -160,7 +161,7 @@ class Block(nn.Module):
 
 
 def initialise(module):
-    """Draw the weights of linear layers and embeddings from N(0, 0.02), and set biases to 0."""
+    """Draw the weights of linear layers and embeddings with a standard deviation of 0.02; set biases to 0."""
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Embedding)):
             nn.init.normal_(m.weight, std=0.02)
@@ -170,7 +171,7 @@ def initialise(module):
 
 class Encoder(nn.Module):
     def __init__(self, config, attention="auto", checkpoint_activations=False):
-        """An Encoder with random weights: N(0, 0.02), and 1 in the norms.
+        """An Encoder with random weights: normal with standard deviation 0.02, and 1 in the norms.
 
         config: ModelConfig
         attention: "auto" or a name in kernels.ATTENTION
@@ -256,10 +257,10 @@ class Encoder(nn.Module):
         # Weights that multiply every token, and those that multiply only positions with a target:
         # all that follows the last attention.
         last = self.blocks[-1]
-        layers_at_targets = [last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head]
-        weights_at_targets = sum(m.weight.numel() for m in layers_at_targets)
-        layers = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-        all_weights = sum(m.weight.numel() for m in [*layers, self.lm_head])
+        linears_at_targets = [last.attention.out, last.mlp.gate_up, last.mlp.down, self.lm_head]
+        weights_at_targets = sum(m.weight.numel() for m in linears_at_targets)
+        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        all_weights = sum(m.weight.numel() for m in [*linears, self.lm_head])
         weights_everywhere = all_weights - weights_at_targets
 
         # Pairs of a query and a key: all L^2 of a sequence, or the L(L+1)/2 that the causal mask
@@ -268,7 +269,8 @@ class Encoder(nn.Module):
         for length in lengths:
             pairs += length * (length + 1) // 2 if causal else length * length
 
-        # 2 FLOPs a product: a multiplication and an addition. Attention has one with k, one with v.
+        # A multiplication and an addition are 2 FLOPs. For each pair and head, attention does D of
+        # them for q k and D for the weight times v.
         c = self.config
         attention = 4 * c.n_layer * c.n_head * c.head_dim * pairs
         forward = 2 * weights_everywhere * sum(lengths) + attention + 2 * weights_at_targets * num_targets

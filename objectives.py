@@ -35,7 +35,9 @@ class Objective:
     is_causal: bool  # does it train under the causal attention mask?
     hides_tokens: bool  # does it replace tokens of the input?
     # (number of tokens, least number of sequences, rate, settings) -> the most targets to expect.
-    # Every batch gets room for this many, so that shapes stay the same under torch.compile.
+    # Every batch gets room for this many, so that shapes stay the same under torch.compile. Fewer
+    # sequences mean more CLM targets, hence the least. A batch with more targets loses none: it has
+    # another shape, and is compiled again.
     most_targets: Callable
 
 
@@ -68,10 +70,10 @@ def mlm(rows, corpus, settings, rate=None):
     if share_masked < 1.0:
         # A second draw for each hidden token decides what becomes of it.
         draw = hashed(rows.position, settings.seed, rows.epoch, REPLACE)
-        number = (draw >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
+        uniform = (draw >> np.uint64(11)).astype(np.float64) / 2.0**53  # in [0, 1)
         random_ids = (mix(draw) % np.uint64(corpus.special_start)).astype(np.int64)
-        becomes_random = is_hidden & (number >= share_masked)
-        stays = is_hidden & (number >= share_masked + share_random)
+        stays = is_hidden & (uniform >= share_masked + share_random)
+        becomes_random = is_hidden & (uniform >= share_masked) & ~stays
         inputs = np.where(becomes_random, random_ids, inputs)
         inputs = np.where(stays, ids, inputs)
     return inputs, is_hidden, ids
@@ -97,20 +99,20 @@ def is_drawn(rows, settings, rate):
     return hashed(rows.position, settings.seed, rows.epoch, MASK) < threshold(rate)
 
 
-def all_but_the_last(n_tokens, n_sequences, rate, settings):
+def most_targets_of_clm(n_tokens, n_sequences, rate, settings):
     """The most targets to expect if all tokens but each sequence's last have one.
 
     With a rate, only a share of them do.
     """
     if rate is None:
         return n_tokens - n_sequences
-    return a_share(n_tokens, n_sequences, rate, settings)
+    return most_targets_at_rate(n_tokens, n_sequences, rate, settings)
 
 
-def a_share(n_tokens, _n_sequences, rate, settings):
+def most_targets_at_rate(n_tokens, _n_sequences, rate, settings):
     """The most targets to expect if each token has one with probability `rate`.
 
-    That is the mean and six standard deviations, rounded up to a multiple of 64, at which matrix
+    That is the mean plus six standard deviations, rounded up to a multiple of 64, at which matrix
     products on a GPU are fast.
     """
     rate = rate or settings.mask_rate
@@ -121,10 +123,10 @@ def a_share(n_tokens, _n_sequences, rate, settings):
 
 
 OBJECTIVES = {
-    "clm": Objective(clm, is_causal=True, hides_tokens=False, most_targets=all_but_the_last),
-    "mlm": Objective(mlm, is_causal=False, hides_tokens=True, most_targets=a_share),
-    "mntp": Objective(mntp, is_causal=False, hides_tokens=True, most_targets=a_share),
-    "cmlm": Objective(mlm, is_causal=True, hides_tokens=True, most_targets=a_share),
+    "clm": Objective(clm, is_causal=True, hides_tokens=False, most_targets=most_targets_of_clm),
+    "mlm": Objective(mlm, is_causal=False, hides_tokens=True, most_targets=most_targets_at_rate),
+    "mntp": Objective(mntp, is_causal=False, hides_tokens=True, most_targets=most_targets_at_rate),
+    "cmlm": Objective(mlm, is_causal=True, hides_tokens=True, most_targets=most_targets_at_rate),
 }
 
 

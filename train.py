@@ -168,7 +168,11 @@ def configure_optimizer(model, c):
 
 
 def compute_loss(model, lm_head, batch, autocast):
-    """The sum of the losses at a micro-batch's targets, fp32. batch: a Batch on the model's device."""
+    """The sum of the losses at a micro-batch's targets, fp32. batch: a Batch on the model's device.
+
+    model may be wrapped in DDP, which has no lm_head, so the head is passed by itself. DDP exchanges
+    its gradient all the same: it watches parameters, not calls.
+    """
     with autocast:
         hidden = model(batch.tokens, batch.cu_seqlens, batch.causal, batch.positions)  # [N, C]
         return linear_cross_entropy(hidden, lm_head.weight, batch.targets)
@@ -189,10 +193,10 @@ def validate(loss_of, val_corpus, eval_settings, c, processes):
             rank=processes.rank, world_size=processes.world_size, micro_rows=c.micro_rows,
         )
         for batch in batches:
-            with torch.no_grad():
+            with torch.no_grad():  # and no model.eval(): there is no dropout
                 loss_sum += float(loss_of(batch))
             n_targets += batch.num_targets
-        # Sum over sum: how the rows are shared out among ranks and micro-batches changes nothing.
+        # Total loss over total targets: how ranks and micro-batches share the rows does not matter.
         loss_sum, n_targets = all_sum([loss_sum, n_targets], processes)
         losses[f"val_{objective}_loss"] = loss_sum / n_targets
     return losses
@@ -267,13 +271,14 @@ def train(c, device, processes):
     config = resume.model_config(c, beginning, corpus.vocab_size)
     attention = pick_attention(c.attention, device, dtype, config)
     # On a GPU "auto" depends on timings, which may differ between ranks. So all take rank 0's
-    # choice: it sums its index with the others' zeros.
+    # choice: the others add 0 to its index.
     names = list(ATTENTION)
     index = names.index(attention) if processes.is_first else 0
     attention = names[int(all_sum([index], processes)[0])]
     torch.manual_seed(c.seed)
     model = Encoder(config, attention, c.checkpoint_activations).to(device)
     optimizer = configure_optimizer(model, c)
+    # Weights: from Hugging Face (already in memory), from a checkpoint, or else random.
     if beginning.imported:
         model.load_state_dict(beginning.imported.weights)
         beginning.imported = None  # frees this second copy of the weights
@@ -285,7 +290,7 @@ def train(c, device, processes):
     if processes.is_first:
         os.makedirs(c.out_dir, exist_ok=True)
         tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
-        log.trim(log_path, step)
+        log.trim(log_path, step)  # drops the rows that this run writes again
         if not os.path.isfile(config_path):
             run = {
                 "settings": run_settings,
@@ -318,7 +323,7 @@ def train(c, device, processes):
     wrapped_model = model
     if processes.world_size > 1:
         devices = [processes.local_rank] if device.startswith("cuda") else None
-        # Gradients are computed directly in the buckets that travel between the processes.
+        # Each .grad is a view into the buckets that DDP exchanges, which saves a copy.
         wrapped_model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     autocast = nullcontext()
     if dtype == "bfloat16":
@@ -353,6 +358,7 @@ def train(c, device, processes):
     run_log.restart_clock()
     while True:
         is_last = step == max_steps
+        # the objective of the step to come; at the end of a phase the validation names the next one
         objective = objective_at(step, c.phases)
 
         # Save first: a crash or a preemption in the validation must not cost the step's checkpoint.
@@ -380,6 +386,8 @@ def train(c, device, processes):
         # targets on all ranks, so neither world_size nor micro_rows changes the gradient.
         batches = next(stream)
         n_targets = sum(batch.num_targets for batch in batches)
+        # The same sum tells every rank whether one of them was asked to stop. This step is still
+        # done; then the top of the loop saves and leaves.
         n_targets, n_stopping = all_sum([n_targets, bool(stop_signals)], processes)
         is_stopping = n_stopping > 0
         loss_sum = torch.zeros((), device=device)

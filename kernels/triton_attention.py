@@ -37,9 +37,9 @@ For three sequences a, b and c, in blocks of four tokens:
 
 (The forward pass shifts its blocks of keys: the first one begins at the first key that is seen.)
 
-Each kernel has one loop over all the blocks it needs, with a branch that masks those outside an
-inner range. All threads take this branch together. Three loops (edge, inside, edge) would let the
-loads in flight run dry twice, and need more registers (docs/log.md).
+Each kernel has one loop over all the blocks it needs. A block that needs a mask takes a branch,
+which all threads take together. Three loops (edge, inside, edge) would empty and refill the
+pipeline of loads twice, and need more registers (docs/log.md).
 
 The backward pass. With scale = 1 / sqrt(D), and do for the gradient of the output ("d out"):
 
@@ -100,6 +100,7 @@ def bounds_kernel(CU_SEQLENS, START, END, S, T, n_steps, B: tl.constexpr):
     high = tl.zeros([B], tl.int32) + S
     for _ in range(n_steps):
         middle = (low + high) // 2
+        # A token that is found (low == high) loads T + 1, so that neither bound moves any more.
         ends_before = tl.load(CU_SEQLENS + middle + 1, mask=low < high, other=T + 1) <= tokens
         low = tl.where(ends_before, middle + 1, low)
         high = tl.where(ends_before, high, middle)
@@ -347,11 +348,11 @@ def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, START, END, scale, T, H,
 def descriptor(x, n_rows, width, is_held):
     """Return a TMA descriptor of x [T, heads, D] that loads a box of n_rows x width at a time.
 
-    A block that is loaded in the loop is described with three dimensions, [T, heads, D]: then a
-    head of 96 comes with 32 columns of zeros. A block that the program holds is described with two,
-    [T, heads * D]: then the compiler leaves it in shared memory, instead of in registers (dq at
-    head dim 128: 163 registers a thread instead of 215). Its 32 extra columns belong to the next
-    head. They do no harm: every product multiplies them by the zeros of a block of the loop.
+    A block that is loaded in the loop has three dimensions, [T, heads, D]: a head of 96 then comes
+    with 32 columns of zeros. A block that the program holds has two, [T, heads * D]: the compiler
+    then leaves it in shared memory, instead of in registers (dq at head dim 128: 163 registers a
+    thread instead of 215), but its 32 extra columns belong to the next head. Each product pairs a
+    held block with a block of the loop, whose zeros cancel them.
     """
     T, heads, D = x.shape
     if is_held:
@@ -374,7 +375,8 @@ def launch(name, kernel, held, operands, other_tensors, q, k, v, causal):
 
     name: the kernel's name in TABLE. held: "queries" or "keys", whichever of them a program holds
     while it walks over the others. operands: [(tensor, "queries" or "keys")], the tensors that TMA
-    may load, and what their rows are. other_tensors: the kernel's other tensors.
+    may load, and what their rows are. other_tensors: the tensors that follow. Both stand in the
+    order of the kernel's parameters.
     """
     T, H, D = q.shape
     n_kv_head = k.shape[1]
@@ -509,6 +511,7 @@ def setup_context(ctx, inputs, output):
     q, k, v, _, ctx.causal = inputs
     out, lse, bounds = output
     ctx.save_for_backward(q, k, v, out, lse, bounds)
+    # Do not make tensors of zeros for the gradients of lse and bounds, which nobody has.
     ctx.set_materialize_grads(False)
 
 
@@ -540,8 +543,8 @@ def why_not(device_type, dtype, head_dim):
         )
     if not INTERPRETED and dtype not in (torch.bfloat16, torch.float16):
         return f"the Triton kernels take bfloat16 and float16 on a GPU, not {dtype}"
-    # On data-centre Blackwell, warps race each other in some loops that Triton 3.6 compiles, and
-    # some of its TMA descriptors are wrong (triton#9235).
+    # Triton 3.6 has two faults on data-centre Blackwell: warps race each other in some loops
+    # (triton#9871), and the TMA descriptors of small tensors with gaps are wrong (triton#9235).
     is_data_centre_blackwell = not INTERPRETED and torch.cuda.get_device_capability()[0] == 10
     if is_data_centre_blackwell and triton_version() < (3, 7):
         return (

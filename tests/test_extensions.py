@@ -38,7 +38,7 @@ def test_a_new_objective_is_a_function_and_an_entry_of_six_lines_together(tiny, 
         last_tokens = rows.cu_seqlens[1:] - 1
         has_target[last_tokens] = has_target[last_tokens - 1] = False
         return rows.tokens, has_target, np.roll(rows.tokens, -2)
-    monkeypatch.setitem(OBJECTIVES, "skip", Objective(skip, is_causal=True, hides_tokens=False, most_targets=objectives.all_but_the_last))
+    monkeypatch.setitem(OBJECTIVES, "skip", Objective(skip, is_causal=True, hides_tokens=False, most_targets=objectives.most_targets_of_clm))
 
     run = resumed_run_equals_an_undisturbed_one(tiny, tmp_path, phases=(("skip", 12), ("mlm", 8)))
     assert losses(run)[11] < losses(run)[0]
