@@ -10,6 +10,7 @@ A checkpoint is written to a hidden temporary folder, synced to disk and renamed
 full disk at any moment leaves the checkpoints before it unchanged.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,19 @@ from core.schema import read_json
 from model import Encoder, ModelConfig
 
 SUMS = "SHA256SUMS"
+# What every state.json has. Readers that need more declare more.
+MODEL_SHAPE = {
+    "n_layer": int, "n_head": int, "n_kv_head": int, "n_embd": int, "n_ffn": int, "vocab_size": int,
+    "block_size?": int, "rope_theta?": float, "norm_eps?": float, "tied?": bool, "head_dim?": int,
+    "rope_scaling?": ({str: float}, None), "qkv_bias?": bool, "qk_norm?": bool,
+}
+STATE_SHAPE = {
+    "step": int, "model": MODEL_SHAPE, "settings": {"tokenizer_hash": str},
+    "without_optimizer_state?": [str],
+}
+ADAM = (torch.optim.Adam, torch.optim.AdamW)
+# Optimizer state that has the shape and dtype of its parameter: Adam's, and that of SGD.
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 class Damaged(Exception):
@@ -39,15 +53,26 @@ def path_of(out_dir, step):
     return os.path.join(out_dir, f"step_{step:07d}")
 
 
+def has_step_name(path):
+    """True if the last part of a path is step_NNNNNNN."""
+    return re.fullmatch(r"step_[0-9]+", os.path.basename(os.path.normpath(path))) is not None
+
+
 def step_of(path):
-    return int(re.fullmatch(r"step_(\d+)", os.path.basename(os.path.normpath(path)))[1])
+    """The step of a checkpoint: from its name or, if its folder was renamed, from its state.json."""
+    if has_step_name(path):
+        return int(os.path.basename(os.path.normpath(path)).removeprefix("step_"))
+    return read_state(path)["step"]
 
 
 def all_of(out_dir):
-    """Paths of the checkpoints in out_dir, oldest first. Their files are not checked."""
+    """Paths of the checkpoints in out_dir, oldest first. Their files are not checked.
+
+    A checkpoint may be a symbolic link, to a folder on another disk for example.
+    """
     paths = []
     for path in find_files(out_dir, "step_*"):
-        if re.fullmatch(r"step_\d+", os.path.basename(path)):
+        if has_step_name(path) and (os.path.isdir(path) or os.path.islink(path)):
             paths.append(path)
     return sorted(paths, key=step_of)
 
@@ -86,6 +111,9 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     tensors_of = {"model.safetensors": weights}
     if optimizer is not None:
         tensors_of["optimizer.safetensors"] = optimizer_state(model, optimizer)
+        without = [name for name, p in model.named_parameters() if not optimizer.state[p]]
+        if without:      # parameters that had no gradient yet
+            state = state | {"without_optimizer_state": without}
     if head is not None:
         head_weights = {name: value.float() for name, value in head.state_dict().items()}
         tensors_of["head.safetensors"] = head_weights
@@ -96,7 +124,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         os.makedirs(temporary)
         for file_name, tensors in tensors_of.items():
             on_cpu = {name: value.contiguous().cpu() for name, value in tensors.items()}
-            save_file(on_cpu, os.path.join(temporary, file_name))
+            save_tensors(on_cpu, os.path.join(temporary, file_name))
         with open(os.path.join(temporary, "state.json"), "w", encoding="utf-8") as f:
             json.dump(facts, f, indent=1)
 
@@ -109,7 +137,9 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
             sync(os.path.join(temporary, name))
 
         # Give it its name. If a checkpoint already stands there, it is a damaged one. Results of
-        # fine-tuning in it stay.
+        # fine-tuning in it stay. Of a link, only the link goes.
+        if os.path.islink(path):
+            os.unlink(path)
         if results(path):
             for name in [*file_names, SUMS]:
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
@@ -125,6 +155,15 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
             f"make room in {out_dir} and run the same command again"
         ) from None
     return path
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Write a safetensors file, {name: tensor}, with the permissions that the umask gives any file."""
+    open(path, "wb").close()
+    mode = os.stat(path).st_mode
+    save_file(tensors, path, metadata)      # this alone would let nobody but the owner read it
+    with contextlib.suppress(OSError):      # a file system without permissions
+        os.chmod(path, mode)
 
 
 def optimizer_state(model, optimizer):
@@ -166,11 +205,12 @@ def latest(out_dir, log=print):
     return None
 
 
-def prune(out_dir, keep_last, milestones):
+def prune(out_dir, keep_last, milestones, log=print):
     """Delete all but the newest `keep_last` checkpoints.
 
     Some are neither counted nor deleted: those at `milestones` (steps), those that hold results of
-    fine-tuning, and symbolic links, which may lead to another run's folder.
+    fine-tuning, and symbolic links, which may lead to another run's folder. A checkpoint that
+    cannot be deleted is logged, and stays: on NFS a file that somebody still reads keeps its folder.
     """
     deletable = []
     for path in all_of(out_dir):
@@ -178,7 +218,10 @@ def prune(out_dir, keep_last, milestones):
             deletable.append(path)
     n_to_delete = max(0, len(deletable) - keep_last)
     for path in deletable[:n_to_delete]:
-        delete(path, out_dir)
+        try:
+            delete(path, out_dir)
+        except OSError as error:
+            log(f"warning: could not delete the old checkpoint {path} ({error}); training continues")
 
 
 def delete(path, out_dir):
@@ -198,8 +241,15 @@ def results(path):
 
 
 def find(path):
-    """The path of an intact checkpoint, given its own path or its run's. Raises UserError."""
+    """The path of an intact checkpoint, given its own path or its run's. Raises UserError.
+
+    A link to a checkpoint, such as `latest` or one that was moved to another disk, is followed up
+    to the name step_NNNNNNN: beside it lies the run.
+    """
     if os.path.isfile(os.path.join(path, "state.json")):
+        path = os.path.normpath(path)
+        while os.path.islink(path) and not has_step_name(path):
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
         try:
             verify(path)
             return path
@@ -211,13 +261,30 @@ def find(path):
     return newest
 
 
-def read_state(path):
-    return read_json(os.path.join(path, "state.json"))
+def read_state(path, shape=STATE_SHAPE):
+    """The content of a checkpoint's state.json. Raises UserError if it does not have the shape."""
+    return read_json(os.path.join(path, "state.json"), shape)
 
 
 def config_of(path):
-    """The ModelConfig of a checkpoint."""
-    return ModelConfig(**read_state(path)["model"])
+    """The ModelConfig of a checkpoint. Raises UserError if it describes no model that we can make."""
+    where = os.path.join(path, "state.json")
+    sizes = read_state(path)["model"]
+    unknown = sizes.keys() - {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown:
+        raise UserError(
+            f"{where}: 'model.{min(unknown)}' is unknown here: model.py is not the one it was trained with"
+        )
+    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "vocab_size", "block_size"):
+        if sizes.get(name, 1) < 1:
+            raise UserError(f"{where}: 'model.{name}' is {sizes[name]}, not a whole number of at least 1")
+    config = ModelConfig(**sizes)
+    if config.n_head % config.n_kv_head or config.head_dim < 2 or config.head_dim % 2:
+        raise UserError(
+            f"{where}: {config.n_head} heads of {config.head_dim}, {config.n_kv_head} for keys and values: "
+            "there must be a multiple of the latter, each of an even size"
+        )
+    return config
 
 
 def same_model(stored, expected, path):
@@ -237,25 +304,54 @@ def same_model(stored, expected, path):
 def same_tensors(stored, expected, path):
     """Raises UserError, naming one, if a checkpoint has other tensors than the model.
 
-    Then model.py was changed in between. stored, expected: sets of names
+    Then model.py was changed in between. stored, expected: {name: tensor}
     """
-    missing = expected - stored
+    missing = expected.keys() - stored.keys()
     if missing:
         raise UserError(
             f"{path} lacks {min(missing)}, and the model here has it "
             f"({len(missing)} such tensors): model.py is not the one it was trained with"
         )
-    unknown = stored - expected
+    unknown = stored.keys() - expected.keys()
     if unknown:
         raise UserError(
             f"{path} has {min(unknown)}, and the model here lacks it "
             f"({len(unknown)} such tensors): model.py is not the one it was trained with"
         )
+    for name, value in stored.items():
+        if value.shape != expected[name].shape:
+            raise UserError(
+                f"{path}: {name} has the shape {list(value.shape)}, and the model here has "
+                f"{list(expected[name].shape)}"
+            )
+        if not value.is_floating_point():
+            raise UserError(f"{path}: {name} holds {name_of_dtype(value)}, not floating-point numbers")
+        check_finite(name, value, path)
+
+
+def check_finite(name, value, path):
+    """Raises UserError if a tensor of a checkpoint holds NaN or infinity."""
+    if not torch.isfinite(value).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity: choose another checkpoint")
+
+
+def name_of_dtype(value):
+    """A tensor's dtype as a word: "float32"."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def read_tensors(path):
+    """The tensors of a safetensors file, {name: tensor}. Raises UserError if it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another checkpoint") from None
 
 
 def tokenizer_of(path):
     """The tokenizer of the run that a checkpoint belongs to. Raises UserError if it was exchanged."""
-    stored = tokenizer.load(os.path.dirname(os.path.abspath(path)))
+    run = os.path.dirname(os.path.abspath(path))
+    stored = tokenizer.load(run)
     if stored.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
         raise UserError(
             f"the tokenizer beside {path} is not the one it was trained with: put the run's own "
@@ -272,10 +368,10 @@ def load(path, model, optimizer=None):
     """
     state = read_state(path)
     same_model(config_of(path), model.config, path)
-    weights = load_file(os.path.join(path, "model.safetensors"))
-    if model.config.tied:
+    weights = read_tensors(os.path.join(path, "model.safetensors"))
+    if model.config.tied and "embedding.weight" in weights:
         weights["lm_head.weight"] = weights["embedding.weight"]
-    same_tensors(weights.keys(), model.state_dict().keys(), path)
+    same_tensors(weights, model.state_dict(), path)
     model.load_state_dict(weights)
     if optimizer is not None:
         optimizer_path = os.path.join(path, "optimizer.safetensors")
@@ -283,8 +379,48 @@ def load(path, model, optimizer=None):
             raise UserError(
                 f"{path} has no optimizer.safetensors, so training cannot continue from it exactly"
             )
-        load_optimizer_state(model, optimizer, load_file(optimizer_path))
+        tensors = read_tensors(optimizer_path)
+        without_state = state.get("without_optimizer_state", [])
+        check_optimizer_state(model, optimizer, tensors, without_state, optimizer_path)
+        load_optimizer_state(model, optimizer, tensors)
     return state
+
+
+def check_optimizer_state(model, optimizer, tensors, without_state, path):
+    """Raises UserError if optimizer state does not fit the parameters it belongs to.
+
+    A fused optimizer trusts the shapes: it would read and write beyond a tensor that is too small.
+    tensors: {"KEY.PARAMETER": tensor}; without_state: names of parameters that need not have any
+    """
+    parameters = dict(model.named_parameters())
+    keys_of = defaultdict(set)      # {parameter: {"exp_avg", "step", ...}}
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        if name not in parameters:
+            raise UserError(f"{path} has {full_name}, and the model here has no parameter of that name")
+        keys_of[name].add(key)
+        shape, dtype = value.shape, value.dtype
+        if key in LIKE_PARAMETER:
+            shape, dtype = parameters[name].shape, parameters[name].dtype
+        elif key == "step":
+            shape, dtype = torch.Size(), torch.float32
+        if value.shape != shape or value.dtype != dtype:
+            raise UserError(
+                f"{path}: {full_name} is {name_of_dtype(value)} {list(value.shape)}, not "
+                f"{str(dtype).removeprefix('torch.')} {list(shape)}: choose another checkpoint"
+            )
+        check_finite(full_name, value, path)
+        if key in ("step", "exp_avg_sq") and value.min() < 0:
+            raise UserError(f"{path}: {full_name} is negative: choose another checkpoint")
+
+    for name in parameters:
+        if tensors and name not in keys_of and name not in without_state:
+            raise UserError(f"{path} has no optimizer state of {name}: choose another checkpoint")
+        # A fork's optimizer may keep anything, but Adam needs all of these.
+        needed = {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, ADAM) else set()
+        missing = needed - keys_of[name] if name in keys_of else set()
+        if missing:
+            raise UserError(f"{path} lacks {min(missing)}.{name}: choose another checkpoint")
 
 
 def load_optimizer_state(model, optimizer, tensors):

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from core import checkpoint
 from core.configurator import UserError
@@ -98,9 +98,7 @@ def write_folder(out, files, weights, card):
         with open(os.path.join(temporary, "README.md"), "w", encoding="utf-8") as f:
             f.write(card)
         path = os.path.join(temporary, "model.safetensors")
-        save_file(weights, path, metadata={"format": "pt"})
-        # safetensors makes its files readable for their owner alone.
-        shutil.copymode(os.path.join(temporary, "config.json"), path)
+        checkpoint.save_tensors(weights, path, metadata={"format": "pt"})
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -117,7 +115,8 @@ def last_checkpoints(path, count):
     """
     run = os.path.dirname(os.path.abspath(path))
     step = checkpoint.step_of(path)
-    paths = [p for p in checkpoint.all_of(run) if checkpoint.step_of(p) <= step]
+    # `path` itself may have another name: a link, or a folder that was renamed.
+    paths = [p for p in checkpoint.all_of(run) if checkpoint.step_of(p) < step] + [path]
     if count < 1 or len(paths) < count:
         noun = "checkpoints" if len(paths) > 1 else "checkpoint"
         raise UserError(

@@ -306,7 +306,7 @@ def test_an_export_leaves_its_neighbours_alone_also_when_it_fails(encoder, tmp_p
 
     def full(*args, **kwargs):
         raise OSError("no space left on device")
-    monkeypatch.setattr(exporting, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError):
         exporting.export(encoder, str(tmp_path / "second"))
     assert sorted(os.listdir(tmp_path)) == ["out", "out.writing"]
