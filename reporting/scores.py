@@ -90,8 +90,9 @@ def select_trials(rows, rule):
     "standard": One learning rate, of the best mean validation score among those with the most
                 seeds. The interval is t(0.975, n - 1) s / sqrt(n).
 
-    -> Selection, or None if no trial succeeded
+    -> Selection, or None if no trial succeeded. Raises UserError if a trial is among the rows twice.
     """
+    refuse_repeated(rows)
     succeeded = [row for row in rows if not row["failed"]]
     if not succeeded:
         return None
@@ -110,6 +111,21 @@ def select_trials(rows, rule):
         selected = by_lr[metrics.best_lr(validation_scores)]
     test_scores = [row["test"]["score"] for row in selected]
     return Selection(float(np.mean(test_scores)), interval(test_scores, rule), selected)
+
+
+def refuse_repeated(rows):
+    """Raises UserError if two rows have the same learning rate and seed: one trial is no sample of two."""
+    row_of = {}
+    for row in rows:
+        trial = row["lr"], row["seed"]
+        if trial in row_of:
+            first = row_of[trial]
+            raise UserError(
+                f"{row['task']} was trained twice from {row['model']} with learning rate {row['lr']:g} and "
+                f"seed {row['seed']} ({first.get('steps', '?')} and {row.get('steps', '?')} steps): "
+                f"{first.get('path', 'one row')} and {row.get('path', 'another')}. Give only one of the folders"
+            )
+        row_of[trial] = row
 
 
 def validation_score(row):

@@ -85,3 +85,11 @@ def test_a_file_that_is_no_row_is_named(grid):
     path = write(grid, 2e-05, 0, validation={})
     with pytest.raises(UserError, match=os.path.basename(path)):
         read_trials(grid)
+
+
+def test_a_trial_that_is_there_twice_is_refused_and_never_counted_as_two_seeds(grid, tmp_path):
+    """Two folders with the same trial, as after a change of --steps in another --out_dir."""
+    again = write(str(tmp_path / "again"), 1e-04, 0, validation={"score": 0.5}, test={"score": 0.5})
+    done = run_python(["report.py", grid, str(tmp_path / "again"), f"--to={tmp_path}/out"])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "learning rate 0.0001 and seed 0" in done.stderr and again in done.stderr and "Give only one" in done.stderr
