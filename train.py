@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import objectives
 from core import checkpoint, tokenizer
-from core.configurator import UserError, run
+from core.configurator import RunError, UserError, run
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
 from core.distributed import all_sum, start_processes
 from core.files import write_json
@@ -181,26 +181,37 @@ def compute_loss(model, lm_head, batch, autocast):
         return linear_cross_entropy(hidden, lm_head.weight, batch.targets)
 
 
+# what a rank says whose own rows are all right
+UNREADABLE_ELSEWHERE = "another process of this run could not read the corpus"
+
+
 def validate(loss_of, val_corpus, eval_settings, c, processes):
     """Mean losses of both objectives, over the same rows, cuts and masks every time.
 
     loss_of: batch -> sum of its losses; eval_settings: data.validation_settings(...)
     -> {"val_clm_loss": ..., "val_mlm_loss": ...}, the same on all ranks
+    Raises RunError, on all ranks, if one cannot read its rows.
     """
     losses = {}
     for objective in ("clm", "mlm"):
         loss_sum = 0.0
         n_targets = 0
+        failure = None
         batches = data.validation_batches(
             val_corpus, objective, eval_settings, c.eval_rows,
             rank=processes.rank, world_size=processes.world_size, micro_rows=c.micro_rows,
         )
-        for batch in batches:
-            with torch.no_grad():  # and no model.eval(): there is no dropout
-                loss_sum += float(loss_of(batch))
-            n_targets += batch.num_targets
-        # Total loss over total targets: how ranks and micro-batches share the rows does not matter.
-        loss_sum, n_targets = all_sum([loss_sum, n_targets], processes)
+        try:
+            for batch in batches:
+                with torch.no_grad():
+                    loss_sum += float(loss_of(batch))
+                n_targets += batch.num_targets
+        except RunError as error:      # the corpus cannot be read: all ranks must hear of it
+            failure = error
+        # Sum over sum: how the rows are shared out among ranks and micro-batches changes nothing.
+        loss_sum, n_targets, n_failures = all_sum([loss_sum, n_targets, failure is not None], processes)
+        if n_failures:
+            raise failure or RunError(UNREADABLE_ELSEWHERE)
         losses[f"val_{objective}_loss"] = loss_sum / n_targets
     return losses
 
@@ -245,6 +256,7 @@ def train(c, device, processes):
             f"the splits of {c.data_dir} have different tokenizers: "
             "prepare the corpus anew in an empty folder"
         )
+    corpus_tokenizer = corpus.load_tokenizer()
 
     # ---- where the run begins. config.json and the checkpoints record run_settings.
     dtype = pick_dtype(c.dtype, device)
@@ -292,7 +304,7 @@ def train(c, device, processes):
     config_path = os.path.join(c.out_dir, "config.json")
     if processes.is_first:
         os.makedirs(c.out_dir, exist_ok=True)
-        tokenizer.save(tokenizer.load(c.data_dir), c.out_dir)
+        tokenizer.save(corpus_tokenizer, c.out_dir)
         log.trim(log_path, step)  # drops the rows that this run writes again
         if not os.path.isfile(config_path):
             run = {
@@ -305,7 +317,7 @@ def train(c, device, processes):
             write_json(config_path, run)
     run_log = log.RunLog(c, beginning.totals, max_steps, device, processes)
     if c.wandb_log and processes.is_first:
-        run_log.start_wandb(read_json(config_path)["run_id"], run_settings)
+        run_log.start_wandb(read_json(config_path, resume.CONFIG_SHAPE)["run_id"], run_settings)
 
     # ---- what it runs on: torch.compile, DDP, autocast
     why_eager = "compile=false" if not c.compile else why_not_compile(device)
@@ -350,7 +362,9 @@ def train(c, device, processes):
     # ---- the loop
     stop_signals = stop_on_signals()
     is_stopping = False
+    failure = None  # why the corpus can no longer be read
     first_step = step
+    saved_step = step
     # Checkpoints that stay, so that other runs can branch from them: the end of each phase, the
     # start of the decay, and the milestones.
     kept_steps = {max_steps - c.decay_steps, *c.milestones}
@@ -365,7 +379,8 @@ def train(c, device, processes):
         objective = objective_at(step, c.phases)
 
         # Save first: a crash or a preemption in the validation must not cost the step's checkpoint.
-        if step > first_step and (step % c.save_interval == 0 or step in kept_steps or is_stopping):
+        is_due = step % c.save_interval == 0 or step in kept_steps or is_stopping
+        if step > saved_step and is_due:
             run_log.flush()
             if processes.is_first:
                 state = {
@@ -376,10 +391,15 @@ def train(c, device, processes):
                 }
                 checkpoint.save(c.out_dir, step, model, state, optimizer)
                 checkpoint.prune(c.out_dir, c.keep_last, kept_steps)
+            saved_step = step
             run_log.restart_clock()
         if (step % c.eval_interval == 0 or is_last) and not is_stopping:
             run_log.flush()
-            losses = validate(loss_of, val_corpus, eval_settings, c, processes)
+            try:
+                losses = validate(loss_of, val_corpus, eval_settings, c, processes)
+            except RunError as error:
+                failure, is_stopping = error, True
+                continue  # save, and leave
             run_log.add_validation(step, objective, losses)
             run_log.restart_clock()
         if is_last or is_stopping:
@@ -387,12 +407,22 @@ def train(c, device, processes):
 
         # Forward and backward, a micro-batch at a time. Each loss is divided by the step's number of
         # targets on all ranks, so neither world_size nor micro_rows changes the gradient.
-        batches = next(stream)
+        try:
+            batches = next(stream)
+        except RunError as error:
+            batches = []
+            failure = error
         n_targets = sum(batch.num_targets for batch in batches)
         # The same sum tells every rank whether one of them was asked to stop. This step is still
-        # done; then the top of the loop saves and leaves.
-        n_targets, n_stopping = all_sum([n_targets, bool(stop_signals)], processes)
-        is_stopping = n_stopping > 0
+        # done; then the top of the loop saves and leaves. If one cannot read its rows, no rank does
+        # the step.
+        n_targets, n_stopping, n_failures = all_sum(
+            [n_targets, bool(stop_signals), failure is not None], processes
+        )
+        is_stopping = n_stopping + n_failures > 0
+        if n_failures:
+            failure = failure or RunError(UNREADABLE_ELSEWHERE)
+            continue
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             # Let DDP exchange gradients only in the last backward pass. It reads this flag in the
@@ -430,6 +460,11 @@ def train(c, device, processes):
             run_log.flush()
 
     run_log.close()
+    if failure:
+        saved = "nothing new was trained"
+        if saved_step > first_step:
+            saved = f"the last checkpoint is {checkpoint.path_of(c.out_dir, saved_step)}"
+        raise RunError(f"{failure}; stopped at step {step}, {saved}")
     if is_stopping:
         processes.print0(f"stopped at step {step}; run the same command to resume")
     else:

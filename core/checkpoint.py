@@ -37,7 +37,7 @@ MODEL_SHAPE = {
     "rope_scaling?": ({str: float}, None), "qkv_bias?": bool, "qk_norm?": bool,
 }
 STATE_SHAPE = {
-    "step": int, "model": MODEL_SHAPE, "settings": {"tokenizer_hash": str},
+    "step": int, "model": MODEL_SHAPE, "settings?": {"tokenizer_hash?": str},
     "without_optimizer_state?": [str],
 }
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -350,9 +350,9 @@ def read_tensors(path):
 
 def tokenizer_of(path):
     """The tokenizer of the run that a checkpoint belongs to. Raises UserError if it was exchanged."""
-    run = os.path.dirname(os.path.abspath(path))
-    stored = tokenizer.load(run)
-    if stored.hash.hex() != read_state(path)["settings"]["tokenizer_hash"]:
+    stored = tokenizer.load(os.path.dirname(os.path.abspath(path)))
+    state = read_state(path, {"settings": {"tokenizer_hash": str}})
+    if stored.hash.hex() != state["settings"]["tokenizer_hash"]:
         raise UserError(
             f"the tokenizer beside {path} is not the one it was trained with: put the run's own "
             "tokenizer.tiktoken and tokenizer_info.json back"

@@ -1,20 +1,29 @@
 """The shard, the file format of a prepared corpus: a header of 1,024 bytes, then token ids.
 
 A document is its token ids followed by eos; documents lie end to end. Ids are uint16 where the
-vocabulary allows it, else uint32, so that a reader can memory-map them. A shard is written under a
-temporary name and renamed when it is complete.
+vocabulary allows it, else uint32, so that any row can be read by its place. A shard is written under
+a temporary name and renamed when it is complete.
 """
 import os
 import zlib
 
 import numpy as np
 
-from core.configurator import UserError
+from core.configurator import RunError, UserError
 
 MAGIC = 20_250_700
 VERSION = 1
 HEADER_BYTES = 1024
 CHECKED_AT_ONCE = 1 << 24    # bytes of a shard that are in memory while its checksum is computed
+
+# What the manifest.json of a corpus says of its shards. Early manifests do not list them.
+MANIFEST_SHAPE = {
+    "complete": bool,
+    "tokenizer_hash?": str,
+    "train_tokens?": int,
+    "val_tokens?": int,
+    "shards?": {str: {"tokens": int, "crc32": str}},
+}
 
 # All numbers are little-endian. A checksum is a CRC-32: `tokens_crc32` of the bytes after the
 # header, `header_crc32` of the header before this last field.
@@ -154,7 +163,8 @@ def read_header(path):
             f"{path} is not a token shard of version {VERSION}: prepare the corpus with "
             "this prepare_fineweb.py"
         )
-    if header["header_crc32"] != header_checksum(header):
+    is_valid = header["itemsize"] in (2, 4) and header["tokens"] >= 0
+    if header["header_crc32"] != header_checksum(header) or not is_valid:
         raise UserError(f"{path} has a corrupted header: {advice}")
     size = os.path.getsize(path)
     expected = HEADER_BYTES + int(header["tokens"]) * int(header["itemsize"])
@@ -167,10 +177,11 @@ def read_header(path):
 
 def verify_shard(path, header):
     """Compare the tokens with the checksum in the header. Raises UserError."""
-    body = np.memmap(path, np.uint8, "r", offset=HEADER_BYTES)
     checksum = 0
-    for start in range(0, body.size, CHECKED_AT_ONCE):
-        checksum = zlib.crc32(body[start:start + CHECKED_AT_ONCE], checksum)
+    with open(path, "rb") as f:
+        f.seek(HEADER_BYTES)
+        while body := f.read(CHECKED_AT_ONCE):
+            checksum = zlib.crc32(body, checksum)
     if checksum != header["tokens_crc32"]:
         raise UserError(
             f"{path} is corrupted (checksum): delete it and run its prepare_fineweb.py "
@@ -186,3 +197,56 @@ def shard_facts(path):
         "tokens": int(header["tokens"]),
         "crc32": f"{int(header['tokens_crc32']):08x}",
     }
+
+
+class Shard:
+    """A shard from which token ids are read.
+
+    Every read opens the file and checks that it is still the one that was checked at the start. A
+    memory map would do neither, and of a file that somebody cuts short it would kill the process.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.stamp = stamp_of(os.stat(path))
+        self.header = read_header(path)
+        self.n_tokens = int(self.header["tokens"])
+        self.dtype = np.dtype(np.uint16 if self.header["itemsize"] == 2 else np.uint32)
+        self.tokenizer_hash = self.header["tokenizer_hash"].tobytes().hex()
+
+    def read(self, first, count):
+        """Tokens [first, first + count) of the shard. -> uint16 or uint32 [count]
+
+        Raises RunError if the file is gone, cut short, or holds something else by now.
+        """
+        n_bytes = count * self.dtype.itemsize
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                if stamp_of(os.fstat(handle)) != self.stamp:
+                    self.check_again()
+                raw = os.pread(handle, n_bytes, HEADER_BYTES + first * self.dtype.itemsize)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise RunError(f"{self.path} can no longer be read ({error.strerror})") from None
+        if len(raw) != n_bytes:
+            raise RunError(f"{self.path} was cut short while it was in use: copy or prepare it again")
+        return np.frombuffer(raw, self.dtype)
+
+    def check_again(self):
+        """Accept a file that was written, replaced or touched since the start if its content is the same."""
+        stamp = stamp_of(os.stat(self.path))
+        try:
+            header = read_header(self.path)
+            if header.tobytes() != self.header.tobytes():
+                raise UserError(f"{self.path} holds other tokens than before: put the old file back")
+            verify_shard(self.path, header)
+        except UserError as error:
+            raise RunError(f"changed while it was in use: {error}") from None
+        self.stamp = stamp
+
+
+def stamp_of(stat):
+    """What changes when a file is written or replaced."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

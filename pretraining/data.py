@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 import objectives
+from core import tokenizer
 from core.configurator import RunError, UserError
 from core.files import ahead, find_files
 from core.rng import CUT, hashed, permute
 from core.schema import read_json
-from corpus.shards import HEADER_BYTES, read_header, verify_shard
+from corpus.shards import MANIFEST_SHAPE, Shard, verify_shard
 
 VERIFY_AT_ONCE = 2 << 30  # bytes; a larger split is verified while training runs
 MIN_LENGTH = 12  # tokens of the paper's shortest sequence
@@ -48,85 +49,139 @@ class DataSettings:
 
 
 class Corpus:
-    """One split ("train" or "val") of a prepared corpus: a stream of tokens in memory-mapped shards."""
+    """One split ("train" or "val") of a prepared corpus: a stream of tokens in shards."""
 
     def __init__(self, data_dir, split="train", verify=True):
         """Open the split and, if `verify`, check its checksums: a large split's in the background.
 
         Raises UserError, which says what to do, for a missing, unfinished, truncated, corrupted or
-        mixed corpus.
+        mixed corpus, and for one that is not what its manifest.json says.
         """
+        self.data_dir = data_dir
         self.split = split
-        manifest = os.path.join(data_dir, "manifest.json")
-        if not os.path.isfile(manifest):
+        manifest_path = os.path.join(data_dir, "manifest.json")
+        if not os.path.isfile(manifest_path):
             command = f"python prepare_fineweb.py --source=sotu --out={shlex.quote(data_dir)}"
             raise UserError(
                 f"no corpus in '{data_dir}'; make one with: {command} "
                 "(sotu is the demo corpus; any file or folder of text will do)"
             )
-        if not read_json(manifest)["complete"]:
+        manifest = read_json(manifest_path, MANIFEST_SHAPE)
+        if not manifest["complete"]:
             raise UserError(
                 f"the corpus in '{data_dir}' is unfinished: run its prepare_fineweb.py command again"
             )
 
-        # What the shards' headers say.
-        self.paths = find_files(data_dir, f"{split}_*.bin")
-        headers = [read_header(path) for path in self.paths]
+        # The shards that are there, and those that should be.
+        self.shards = [Shard(path) for path in find_files(data_dir, f"{split}_*.bin")]
+        for shard in self.shards:
+            if shard.tokenizer_hash != self.shards[0].tokenizer_hash:
+                raise UserError(
+                    f"{shard.path} was made with another tokenizer than {self.shards[0].path}: "
+                    "prepare the corpus anew in an empty folder"
+                )
+        check_shards(self.shards, split, manifest, manifest_path)
         # Shard i is tokens [boundaries[i], boundaries[i + 1]) of the stream.
-        self.boundaries = np.cumsum([0] + [int(header["tokens"]) for header in headers])
+        self.boundaries = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
         self.n_tokens = int(self.boundaries[-1])
         if self.n_tokens == 0:
             hint = " or with a larger --val_fraction" if split == "val" else ""
             raise UserError(f"the {split} split of '{data_dir}' is empty: prepare it from more text{hint}")
-        self.tokenizer_hash = headers[0]["tokenizer_hash"].tobytes().hex()
-        for path, header in zip(self.paths, headers):
-            if header["tokenizer_hash"].tobytes().hex() != self.tokenizer_hash:
-                raise UserError(
-                    f"{path} was made with another tokenizer than {self.paths[0]}: "
-                    "prepare the corpus anew in an empty folder"
-                )
-        self.vocab_size = int(headers[0]["vocab_size"])
-        self.eos_id = int(headers[0]["eos_id"])
-        self.mask_id = int(headers[0]["mask_id"])
-        self.special_start = int(headers[0]["special_start"])  # ids from here on are special tokens
-
-        # The tokens themselves.
-        self.shards = []
-        for path, header in zip(self.paths, headers):
-            dtype = np.uint16 if header["itemsize"] == 2 else np.uint32
-            self.shards.append(np.memmap(path, dtype, "r", offset=HEADER_BYTES))
+        header = self.shards[0].header
+        self.tokenizer_hash = self.shards[0].tokenizer_hash
+        self.vocab_size = int(header["vocab_size"])
+        self.eos_id = int(header["eos_id"])
+        self.mask_id = int(header["mask_id"])
+        self.special_start = int(header["special_start"])  # ids from here on are special tokens
 
         # The checksums. Reading a large split only for them takes minutes, so that happens in the
         # background.
         self.damage = None
-        if verify and sum(os.path.getsize(path) for path in self.paths) <= VERIFY_AT_ONCE:
-            for path, header in zip(self.paths, headers):
-                verify_shard(path, header)
+        if verify and sum(os.path.getsize(shard.path) for shard in self.shards) <= VERIFY_AT_ONCE:
+            for shard in self.shards:
+                verify_shard(shard.path, shard.header)
         elif verify:
-            threading.Thread(target=self.verify_all, args=(headers,), daemon=True).start()
+            threading.Thread(target=self.verify_all, daemon=True).start()
 
-    def verify_all(self, headers):
+    def load_tokenizer(self):
+        """The tokenizer that lies in the corpus. Raises UserError if the shards were made with another."""
+        stored = tokenizer.load(self.data_dir)
+        if stored.hash.hex() != self.tokenizer_hash:
+            raise UserError(
+                f"the tokenizer in '{self.data_dir}' is not the one its shards were made with: put the "
+                "corpus's own tokenizer.tiktoken and tokenizer_info.json back"
+            )
+        return stored
+
+    def verify_all(self):
         """Verify every shard, and keep the error of a damaged one for read() to raise."""
         try:
-            for path, header in zip(self.paths, headers):
-                verify_shard(path, header)
-        except UserError as error:
+            for shard in self.shards:
+                verify_shard(shard.path, shard.header)
+        except (UserError, OSError) as error:
             self.damage = error
 
     def read(self, start, count):
-        """Tokens [start, start + count) of the stream, from one shard or several. -> int64 [count]"""
+        """Tokens [start, start + count) of the stream, from one shard or several. -> int64 [count]
+
+        Raises RunError if a shard was damaged or removed in the meantime.
+        """
         if self.damage:
             raise RunError(str(self.damage))
         tokens = np.empty(count, np.int64)
         n_read = 0
         shard = int(np.searchsorted(self.boundaries, start, "right")) - 1
         while n_read < count:
-            place = start + n_read - self.boundaries[shard]
-            piece = self.shards[shard][place:][: count - n_read]
-            tokens[n_read : n_read + len(piece)] = piece
-            n_read += len(piece)
+            place = int(start + n_read - self.boundaries[shard])
+            n_here = min(count - n_read, self.shards[shard].n_tokens - place)
+            if n_here:
+                tokens[n_read : n_read + n_here] = self.shards[shard].read(place, n_here)
+            n_read += n_here
             shard += 1
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise RunError(
+                f"the {self.split} split of '{self.data_dir}' holds the id {tokens.max()}, and its "
+                f"vocabulary has {self.vocab_size}: prepare the corpus anew"
+            )
         return tokens
+
+
+def check_shards(shards, split, manifest, manifest_path):
+    """Raises UserError unless a split's shards are those that the manifest lists.
+
+    Early manifests have no such list, or only the totals: what is missing is not compared.
+    """
+    data_dir = os.path.dirname(manifest_path)
+    if "shards" in manifest:
+        expected = {name: facts for name, facts in manifest["shards"].items() if name.startswith(f"{split}_")}
+        present = {os.path.basename(shard.path): shard for shard in shards}
+        missing = sorted(expected.keys() - present.keys())
+        if missing:
+            raise UserError(
+                f"'{data_dir}' lacks {len(missing)} of the {len(expected)} {split} shards that its "
+                f"manifest.json lists, such as {missing[0]}: copy them there, or run its "
+                "prepare_fineweb.py command again"
+            )
+        for name, shard in present.items():
+            if name not in expected:
+                raise UserError(f"{shard.path} is not among the shards of {manifest_path}: move it away")
+            crc32 = f"{int(shard.header['tokens_crc32']):08x}"
+            if (shard.n_tokens, crc32) != (expected[name]["tokens"], expected[name]["crc32"]):
+                raise UserError(
+                    f"{shard.path} is not the shard that {manifest_path} lists: copy the right one there, or "
+                    "delete it and run its prepare_fineweb.py command again"
+                )
+    n_tokens = sum(shard.n_tokens for shard in shards)
+    if manifest.get(f"{split}_tokens", n_tokens) != n_tokens:
+        raise UserError(
+            f"{manifest_path} says {manifest[f'{split}_tokens']:,} {split} tokens, and the shards "
+            f"hold {n_tokens:,}: copy the whole corpus again"
+        )
+    if shards and manifest.get("tokenizer_hash", shards[0].tokenizer_hash) != shards[0].tokenizer_hash:
+        raise UserError(
+            f"{shards[0].path} was made with another tokenizer than {manifest_path} says: copy the "
+            "whole corpus again"
+        )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,16 +7,21 @@ for the GPU.
 import json
 import math
 import os
+import shutil
 import time
 from datetime import timedelta
 
 import torch
 
 from core import checkpoint
-from core.configurator import RunError
+from core.configurator import RunError, UserError
 from core.device import peak_flops, peak_memory
 from core.distributed import all_sum
 from core.files import write_whole
+from core.schema import parse_json
+
+# What a row of log.jsonl has. A training row has a loss, a validation has the other two.
+ROW_SHAPE = {"step": int, "loss?": float, "val_clm_loss?": float, "val_mlm_loss?": float}
 
 
 class RunLog:
@@ -164,26 +169,45 @@ class RunLog:
 
 
 def read_rows(path):
-    """The rows of a log.jsonl, and their lines: [(row, line), ...].
+    """The rows of a log.jsonl, and what is wrong with the lines that are none.
 
-    [] if there is no such file. A last line that a kill cut off is left out.
+    A last line that a kill cut off is left out, and so are blank lines and the NULs that a power
+    cut leaves. -> [(row, line), ...], ["log.jsonl, line 5 is not JSON ...", ...]
     """
     if not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        return [(json.loads(line), line) for line in f if line.endswith("\n")]
+        return [], []
+    rows = []
+    damages = []
+    with open(path, "rb") as f:
+        lines = f.read().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        line = line.strip(b"\0 \t\r")
+        if not line:
+            continue
+        try:
+            row = parse_json(line, f"{path}, line {number}", ROW_SHAPE)
+        except UserError as error:
+            damages.append(str(error))
+            continue
+        rows.append((row, line.decode() + "\n"))
+    return rows, damages
 
 
 def trim(path, step):
     """Drop the rows that a run which resumes after `step` will write again, with the same values.
 
     These are the later rows, and the validation of `step` itself. The training row of `step`
-    stays: that step was done before the checkpoint was saved.
+    stays: that step was done before the checkpoint was saved. Lines that are not rows go, too, with
+    a warning; the log that held them is kept as log.jsonl.damaged.
     """
     if not os.path.isfile(path):
         return
+    rows, damages = read_rows(path)
+    if damages:
+        shutil.copyfile(path, f"{path}.damaged")
+        print(f"warning: {damages[0]}; {len(damages)} such lines left out, see {path}.damaged", flush=True)
     kept = []
-    for row, line in read_rows(path):
+    for row, line in rows:
         is_training_row = "loss" in row
         if row["step"] < step or (row["step"] == step and is_training_row):
             kept.append(line)
@@ -192,4 +216,5 @@ def trim(path, step):
 
 def has_validation(path, step):
     """True if the log has the validation of `step`."""
-    return any(row["step"] == step and "val_mlm_loss" in row for row, _ in read_rows(path))
+    rows, _ = read_rows(path)
+    return any(row["step"] == step and "val_mlm_loss" in row for row, _ in rows)

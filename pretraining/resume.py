@@ -34,6 +34,18 @@ FREE_IN_A_BRANCH = FREE_IN_A_RESUME | {
 }
 
 
+# What is needed of a run's config.json, and of a checkpoint's state.json to continue its schedule.
+CONFIG_SHAPE = {"settings": {"size": str}, "run_id": str}
+RUN_SHAPE = checkpoint.STATE_SHAPE | {
+    "settings": {
+        "tokenizer_hash": str, "size": str, "phases": [[(str, int)]], "decay_steps": int, "batch_rows": int,
+    },
+    "first_row": int,
+    "totals": {"tokens": int, "targets": int, "flops": int, "seconds": float},
+    "objectives?": {str: {"is_causal": bool, "hides_tokens": bool, "rate": (float, None)}},
+}
+
+
 def zero_totals():
     return {"tokens": 0, "targets": 0, "flops": 0, "seconds": 0.0}
 
@@ -65,7 +77,7 @@ def start(c, run_settings, processes):
                 f"{c.out_dir} already holds a run: choose another --out_dir, "
                 "or resume it with --resume=true"
             )
-        old_settings = read_json(config_path)["settings"]
+        old_settings = read_json(config_path, CONFIG_SHAPE)["settings"]
         run_settings["size"] = run_settings["size"] or old_settings["size"]
         changed = differences(old_settings, run_settings, FREE_IN_A_RESUME)
         if changed:
@@ -83,7 +95,7 @@ def start(c, run_settings, processes):
     # Otherwise begin as the settings say.
     if c.branch_from:
         source = checkpoint.find(c.branch_from)
-        state = checkpoint.read_state(source)
+        state = read_run_state(source)
         run_settings["size"] = run_settings["size"] or state["settings"]["size"]
         check_trunk(state, c, run_settings, source)
         return continue_from(source, "branching", processes)
@@ -106,7 +118,7 @@ def newest_step(out_dir, processes):
 
 def continue_from(source, verb, processes):
     """Continue the schedule of a checkpoint. verb: "resuming" or "branching". -> Start"""
-    state = checkpoint.read_state(source)
+    state = read_run_state(source)
     processes.print0(f"{verb} from {source}")
     return Start(
         source,
@@ -115,6 +127,15 @@ def continue_from(source, verb, processes):
         first_row=state["first_row"],
         totals=state["totals"],
     )
+
+
+def read_run_state(source):
+    """The state.json of a checkpoint of train.py. Raises UserError if it has no schedule to continue."""
+    state = checkpoint.read_state(source, RUN_SHAPE)
+    for phase in state["settings"]["phases"]:
+        if len(phase) != 2 or type(phase[0]) is not str or type(phase[1]) is not int:
+            raise UserError(f"{source}/state.json: 'settings.phases' has {phase}, not [objective, steps]")
+    return state
 
 
 def from_weights(c, run_settings, processes):
@@ -144,8 +165,10 @@ def from_weights(c, run_settings, processes):
 def new_schedule(source, c, run_settings, processes):
     """Start a new schedule from the weights of a checkpoint, on rows that its run has not read. -> Start"""
     state = checkpoint.read_state(source)
-    # An imported or fine-tuned model has only its tokenizer's hash among the settings.
     old_settings = state.get("settings", {})
+    # An imported or fine-tuned model has only its tokenizer's hash among the settings.
+    if "phases" in old_settings:
+        state = read_run_state(source)
     # The same tokenizer? Two with different hashes may still give the same ids.
     old_hash = old_settings.get("tokenizer_hash", run_settings["tokenizer_hash"])
     if old_hash != run_settings["tokenizer_hash"]:

@@ -7,16 +7,22 @@ import stat
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files, rows
 from safetensors.torch import load_file, save_file
 
 import train
 from core import checkpoint
-from core.configurator import UserError
+from core.configurator import RunError, UserError
 from huggingface import exporting
 from model import SIZES, Encoder
+from pretraining import data
 
 OLD = os.path.join(ROOT, "tests", "data", "old")
+
+
+SETTINGS = dict(size="nano", block_size=64, batch_rows=8, micro_rows=8, phases=(("clm", 10), ("mlm", 10)), warmup_steps=2,
+                decay_steps=4, learning_rate=3e-3, eval_interval=10, eval_rows=8, save_interval=5, keep_last=9, log_interval=5,
+                dtype="float32", compile=False, device="cpu")
 
 
 @pytest.fixture
@@ -24,6 +30,17 @@ def run(tmp_path, monkeypatch):
     """A run of 20 steps with a checkpoint at step 10: its folder."""
     monkeypatch.setitem(SIZES, "nano", dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_ffn=64))
     return shutil.copytree(os.path.join(OLD, "run"), tmp_path / "run")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A corpus with one shard of training tokens and one of validation tokens: its folder."""
+    return shutil.copytree(os.path.join(OLD, "corpus"), tmp_path / "corpus")
+
+
+def train_on(corpus, out, **changes):
+    """20 steps of a tiny model; a folder that holds its run resumes."""
+    train.main(train.Config(data_dir=str(corpus), out_dir=str(out), **SETTINGS | changes))
 
 
 def write_sums(path):
@@ -199,3 +216,148 @@ def test_the_umask_decides_who_may_read_a_checkpoint(run, tmp_path, umask, mode)
     finally:
         os.umask(before)
     assert {stat.S_IMODE(os.stat(os.path.join(path, name)).st_mode) for name in os.listdir(path)} == {mode}
+
+
+# ---- a corpus
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def manifest(change):
+    return lambda corpus: edit_json(corpus / "manifest.json", change)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: os.remove(c / "train_00000.bin"), "lacks 1 of the 1 train shards that its manifest.json lists, such as train_00000.bin"),
+    (lambda c: shutil.copy(c / "train_00000.bin", c / "train_00001.bin"), "train_00001.bin is not among the shards of"),
+    (lambda c: shutil.copy(c / "val_00000.bin", c / "train_00000.bin"), "train_00000.bin is not the shard that"),
+    (manifest(lambda m: m["shards"]["train_00000.bin"].update(crc32="00000000")), "train_00000.bin is not the shard that"),
+    (manifest(lambda m: m.update(train_tokens=1)), "says 1 train tokens, and the shards hold 56,242"),
+    (manifest(lambda m: m.update(tokenizer_hash="00")), "another tokenizer than"),
+    (manifest(lambda m: m.update(shards=["train_00000.bin"])), "manifest.json: 'shards' is a list, not an object"),
+    (manifest(lambda m: m["shards"]["train_00000.bin"].pop("tokens")), "manifest.json: has no 'shards.train_00000.bin.tokens'"),
+    (manifest(lambda m: m.pop("complete")), "manifest.json: has no 'complete'"),
+    (lambda c: (c / "manifest.json").write_bytes(bytes(99)), "manifest.json is not JSON"),
+    (lambda c: (c / "tokenizer_info.json").write_text((c / "tokenizer_info.json").read_text().replace("eos|", "end|")),
+     "is not the one its shards were made with"),
+])
+def test_a_corpus_that_is_not_what_its_manifest_says_is_refused_before_anything_is_written(corpus, run, damage, says):
+    damage(corpus)
+    with pytest.raises(UserError, match=says) as error:
+        train_on(corpus, run.parent / "new")
+    assert "\n" not in str(error.value) and not os.path.exists(run.parent / "new")
+
+
+def test_a_corpus_of_an_early_version_whose_manifest_says_little_still_trains(corpus, run):
+    (corpus / "manifest.json").write_text('{"complete": true}')
+    train_on(corpus, run)
+    assert os.path.isdir(run / "step_0000020")
+
+
+DAMAGES = {
+    "cut short": lambda path: os.truncate(path, 2000),
+    "can no longer be read": os.remove,
+    "changed while it was in use": lambda path: overwrite(path),
+}
+
+
+def overwrite(path):
+    """Write zeros over the tokens, as `cp` or rsync --inplace would: the same file, the same size."""
+    with open(path, "r+b") as f:
+        f.seek(1024)
+        f.write(bytes(os.path.getsize(path) - 1024))
+    os.utime(path, ns=(1, 1))      # the clock of a file system may be coarser than this test is slow
+
+
+@pytest.mark.parametrize("says", DAMAGES)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_that_is_damaged_under_a_running_training_stops_it_with_a_saved_checkpoint(corpus, run, monkeypatch, split, says):
+    out = run.parent / "new"
+    real = train.learning_rate_at
+
+    def damage_at_7(step, *arguments):
+        if step == 7:
+            DAMAGES[says](corpus / f"{split}_00000.bin")
+        return real(step, *arguments)
+    monkeypatch.setattr(train, "learning_rate_at", damage_at_7)
+    with pytest.raises(RunError, match=f"{split}_00000.bin") as error:
+        train_on(corpus, out)
+    newest = checkpoint.latest(str(out))
+    assert checkpoint.step_of(newest) >= 8 and str(newest) in str(error.value) and "\n" not in str(error.value)
+    assert says in str(error.value) or "is truncated" in str(error.value)
+    assert [row["step"] for row in rows(out)] == list(range(1, checkpoint.step_of(newest) + 1))
+    # With the shard back in its place, the run ends as if nothing had happened.
+    monkeypatch.setattr(train, "learning_rate_at", real)
+    shutil.copy(os.path.join(OLD, "corpus", f"{split}_00000.bin"), corpus)
+    train_on(corpus, out)
+    train_on(corpus, run.parent / "undisturbed")
+    assert files(out / "step_0000020") == files(run.parent / "undisturbed" / "step_0000020")
+
+
+def test_a_shard_that_was_only_touched_or_copied_anew_is_read_on(corpus):
+    opened = data.Corpus(str(corpus))
+    before = opened.read(0, 1000)
+    os.utime(corpus / "train_00000.bin", ns=(1, 1))
+    assert (opened.read(0, 1000) == before).all()
+    shutil.copy(corpus / "train_00000.bin", corpus / "copy")
+    os.replace(corpus / "copy", corpus / "train_00000.bin")
+    assert (opened.read(0, 1000) == before).all()
+
+
+def test_an_id_beyond_the_vocabulary_is_one_line(corpus):
+    opened = data.Corpus(str(corpus))
+    opened.vocab_size = 300
+    with pytest.raises(RunError, match="holds the id 3.., and its vocabulary has 300"):
+        opened.read(0, 56_242)
+
+
+# ---- a run's own files
+
+@pytest.mark.parametrize("line", [b"", b"\0" * 512, b'{"step": 4, "phase": "cl', b'{"step": "4"}', b"[]", b"\xff\xfe", b'{"loss": 2.0}'],
+                         ids=["blank", "NULs", "torn", "no number", "list", "not UTF-8", "no step"])
+def test_a_line_of_the_log_that_is_not_a_row_does_not_keep_a_run_from_resuming(corpus, run, line, capsys):
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "log.jsonl").write_bytes(b"".join([*lines[:4], line + b"\n", *lines[4:]]))
+    train_on(corpus, run)
+    assert [row["step"] for row in rows(run)] == list(range(1, 21))
+    said = capsys.readouterr().out
+    is_named = "log.jsonl, line 5" in said and os.path.isfile(run / "log.jsonl.damaged")
+    assert is_named == bool(line.strip(b"\0"))
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda c: c.pop("settings"), "has no 'settings'"),
+    (lambda c: c.update(settings=None), "'settings' is null, not an object"),
+    (lambda c: c["settings"].update(size=210), "'settings.size' is 210, not a string"),
+])
+def test_a_config_that_is_not_a_runs_is_one_line_with_its_key(corpus, run, change, says):
+    edit_json(run / "config.json", change)
+    with pytest.raises(UserError, match=f"config.json: {says}"):
+        train_on(corpus, run)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda s: s["settings"].update(phases=[["clm"]]), r"'settings.phases' has \['clm'\]"),
+    (lambda s: s["settings"].update(phases="clm"), "'settings.phases' is \"clm\", not a list"),
+    (lambda s: s["settings"].pop("decay_steps"), "has no 'settings.decay_steps'"),
+    (lambda s: s["totals"].update(tokens=None), "'totals.tokens' is null, not a whole number"),
+    (lambda s: s.pop("first_row"), "has no 'first_row'"),
+    (lambda s: s.update(objectives={"clm": True}), "'objectives.clm' is true, not an object"),
+])
+def test_a_state_without_a_schedule_cannot_be_continued_and_says_which_key_is_missing(corpus, run, change, says):
+    edit_json(run / "step_0000010" / "state.json", change)
+    write_sums(run / "step_0000010")
+    for out, changes in ((run, {}), (run.parent / "branch", {"branch_from": str(run)}), (run.parent / "new", {"init_from": str(run)})):
+        with pytest.raises(UserError, match=says):
+            train_on(corpus, out, **changes)
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_a_run_may_begin(corpus, run):
+    change_tensors(run, "model.safetensors", nan_in(NORM))
+    for out, changes in ((run, {}), (run.parent / "branch", {"branch_from": str(run)}), (run.parent / "new", {"init_from": str(run)})):
+        with pytest.raises(UserError, match="norm.weight holds NaN or infinity"):
+            train_on(corpus, out, **changes)
+        assert out == run or not os.path.exists(out)
