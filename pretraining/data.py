@@ -13,6 +13,7 @@ each row is cut once into two sequences that do not see each other.
 import os
 import shlex
 import threading
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,8 +83,10 @@ class Corpus:
                 )
         check_shards(self.shards, split, manifest, manifest_path)
         # Shard i is tokens [boundaries[i], boundaries[i + 1]) of the stream.
-        self.boundaries = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
-        self.n_tokens = int(self.boundaries[-1])
+        self.boundaries = [0]
+        for shard in self.shards:
+            self.boundaries.append(self.boundaries[-1] + shard.n_tokens)
+        self.n_tokens = self.boundaries[-1]
         if self.n_tokens == 0:
             hint = " or with a larger --val_fraction" if split == "val" else ""
             raise UserError(f"the {split} split of '{data_dir}' is empty: prepare it from more text{hint}")
@@ -128,22 +131,19 @@ class Corpus:
         """
         if self.damage:
             raise RunError(str(self.damage))
-        tokens = np.empty(count, np.int64)
-        n_read = 0
-        shard = int(np.searchsorted(self.boundaries, start, "right")) - 1
-        while n_read < count:
-            place = int(start + n_read - self.boundaries[shard])
-            n_here = min(count - n_read, self.shards[shard].n_tokens - place)
-            if n_here:
-                tokens[n_read : n_read + n_here] = self.shards[shard].read(place, n_here)
-            n_read += n_here
-            shard += 1
-        if tokens.max(initial=0) >= self.vocab_size:
-            raise RunError(
-                f"the {self.split} split of '{self.data_dir}' holds the id {tokens.max()}, and its "
-                f"vocabulary has {self.vocab_size}: prepare the corpus anew"
-            )
-        return tokens
+        start = int(start)
+        number = bisect_right(self.boundaries, start) - 1
+        pieces = []
+        while count > 0:
+            first = start - self.boundaries[number]
+            piece = self.shards[number].read(first, min(count, self.shards[number].n_tokens - first))
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+            number += 1
+        if len(pieces) == 1:
+            return pieces[0].astype(np.int64)
+        return np.concatenate(pieces).astype(np.int64)
 
 
 def check_shards(shards, split, manifest, manifest_path):
@@ -276,6 +276,11 @@ def read_rows(corpus, row_numbers, epochs, settings, is_filler=None):
     L = settings.block_size
     R = len(row_numbers)
     tokens = np.concatenate([corpus.read(w * L, L) for w in row_numbers])  # [T]
+    if tokens.max() >= corpus.vocab_size:
+        raise RunError(
+            f"the {corpus.split} split of '{corpus.data_dir}' holds the id {tokens.max()}, and its "
+            f"vocabulary has {corpus.vocab_size}: prepare the corpus anew"
+        )
 
     # Where sequences begin, and where the last one ends.
     starts = np.arange(R, dtype=np.int64) * L  # [R]

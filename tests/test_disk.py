@@ -311,7 +311,7 @@ def test_an_id_beyond_the_vocabulary_is_one_line(corpus):
     opened = data.Corpus(str(corpus))
     opened.vocab_size = 300
     with pytest.raises(RunError, match="holds the id 3.., and its vocabulary has 300"):
-        opened.read(0, 56_242)
+        data.read_rows(opened, range(100), [0] * 100, data.DataSettings(64, 100))
 
 
 # ---- a run's own files
