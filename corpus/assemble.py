@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from core import tokenizer as tokenizers
-from core.configurator import RunError
+from core.configurator import RunError, UserError
 from core.files import find_files
 from corpus.parallel import DOCUMENT, SPLITS, folder_of, forget, is_of, prepare_files
-from corpus.shards import HEADER_BYTES, ShardWriter, read_header, shard_facts
+from corpus.shards import Shard, ShardWriter, shard_facts
 
 MERGE_AT_ONCE = 1 << 22    # records in memory while duplicates are looked for
 
@@ -80,6 +80,7 @@ def select_documents(job):
     enough = job.limit
     while True:
         files = prepare_files(job, range(len(job.urls)), enough, enough)
+        check_records(job.out, files)
         dropped = find_duplicates(job.out, list(files))
 
         # Go through the files until their training tokens, without duplicates, reach the limit.
@@ -103,6 +104,20 @@ def select_documents(job):
         if len(files) == len(job.urls) and all(file.is_complete for file in files.values()):
             return Selection(files, dropped, None)
         enough = job.tokens + lost
+
+
+def check_records(out, files):
+    """Raises UserError if a file's documents.bin does not have a record for each of its documents."""
+    for index, file in files.items():
+        folder = folder_of(out, index)
+        path = os.path.join(folder, "documents.bin")
+        expected = sum(file.shards.values()) * DOCUMENT.itemsize
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if size != expected:
+            raise UserError(
+                f"{path} is damaged ({size:,} bytes, expected {expected:,}): delete {folder} and run "
+                "the same command again"
+            )
 
 
 def find_duplicates(out, indices):
@@ -176,7 +191,14 @@ def place_split(out, index, split, counts, lengths, is_kept, tok):
         in_shard = slice(begin, begin + count)
         place(source, target, lengths[in_shard], is_kept[in_shard], tok)
         if is_kept[in_shard].any():
-            placed[os.path.basename(target)] = shard_facts(target)
+            facts = shard_facts(target)
+            expected = int(lengths[in_shard][is_kept[in_shard]].sum())
+            if facts["tokens"] != expected:
+                raise UserError(
+                    f"{target} holds {facts['tokens']:,} tokens and should hold {expected:,}: delete it and "
+                    "run the same command again"
+                )
+            placed[os.path.basename(target)] = facts
         begin += count
     return placed
 
@@ -194,13 +216,11 @@ def place(source, target, lengths, is_kept, tok):
         os.replace(source, target)
         return
     if is_kept.any():
-        header = read_header(source)
+        shard = Shard(source)
         writer = ShardWriter(target, tok)
-        shape = (int(header["tokens"]),)
-        tokens = np.memmap(source, writer.dtype, "r", offset=HEADER_BYTES, shape=shape)
         ends = np.cumsum(lengths, dtype=np.int64)
         for i in np.flatnonzero(is_kept):
-            writer.write(tokens[ends[i] - lengths[i] : ends[i]])
+            writer.write(shard.read(int(ends[i] - lengths[i]), int(lengths[i])))
         writer.close()
     os.remove(source)
 

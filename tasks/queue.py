@@ -79,9 +79,17 @@ def finish(path, row):
     """Write a row, complete or not at all. If the file exists, it stays unchanged."""
     temporary = unique(path)
     write_whole(temporary, json.dumps(row).encode())
-    with contextlib.suppress(FileExistsError):
+    try:
         os.link(temporary, path)          # a rename would replace an existing row
-    os.unlink(temporary)
+    except FileExistsError:
+        pass
+    except OSError:
+        # A file system without hard links (exFAT, SMB). If another worker writes this trial's row
+        # between these two lines, the later of two complete rows stays.
+        if not os.path.exists(path):
+            os.rename(temporary, path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
 
 
 # ---- claims

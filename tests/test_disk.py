@@ -5,17 +5,21 @@ import os
 import shutil
 import stat
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from conftest import ROOT, files, rows
 from safetensors.torch import load_file, save_file
 
+import prepare_fineweb
 import train
 from core import checkpoint
 from core.configurator import RunError, UserError
 from huggingface import exporting
 from model import SIZES, Encoder
 from pretraining import data
+from tasks import queue
 
 OLD = os.path.join(ROOT, "tests", "data", "old")
 
@@ -361,3 +365,50 @@ def test_weights_that_are_not_finite_are_refused_wherever_a_run_may_begin(corpus
         with pytest.raises(UserError, match="norm.weight holds NaN or infinity"):
             train_on(corpus, out, **changes)
         assert out == run or not os.path.exists(out)
+
+
+def test_a_grid_writes_its_rows_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted", source, None, target)      # exFAT, SMB
+    monkeypatch.setattr(os, "link", link)
+    trials = [{"task": "mood", "lr": 1e-3, "seed": seed} for seed in (0, 1)]
+    assert queue.work(trials, str(tmp_path), lambda trial: {"seed": trial["seed"]}) == 2
+    folder = tmp_path / "trials" / "mood"
+    assert {name: json.loads((folder / name).read_text()) for name in os.listdir(folder)} == {
+        "lr1e-03_sd0.json": {"seed": 0}, "lr1e-03_sd1.json": {"seed": 1}}
+    queue.finish(str(folder / "lr1e-03_sd0.json"), {"seed": 9})
+    assert json.loads((folder / "lr1e-03_sd0.json").read_text()) == {"seed": 0} and len(os.listdir(folder)) == 2
+
+
+# ---- a corpus that is being prepared
+
+@pytest.mark.parametrize("change, says", [
+    (lambda m: m.pop("settings"), "has no 'settings'"),
+    (lambda m: m.update(settings=[1]), "'settings' is a list, not an object"),
+    (lambda m: m.update(complete="yes"), "'complete' is \"yes\", not true or false"),
+    (lambda m: m.update(shards=3), "'shards' is 3, not an object"),
+])
+def test_a_manifest_of_another_shape_is_one_line_also_when_preparing(corpus, tmp_path, change, says):
+    edit_json(corpus / "manifest.json", change)
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(UserError, match=f"manifest.json: {says}"):
+        prepare_fineweb.prepare(prepare_fineweb.Config(source=str(tmp_path / "text.txt"), out=str(corpus)))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda folder: os.truncate(folder / "documents.bin", 50), r"documents.bin is damaged \(50 bytes, expected 63\)"),
+    (lambda folder: os.remove(folder / "documents.bin"), r"documents.bin is damaged \(0 bytes, expected 63\)"),
+    (lambda folder: edit_json(folder / "facts.json", lambda f: f.pop("rows")), "facts.json: has no 'rows'"),
+    (lambda folder: (folder / "facts.json").write_text("{"), "facts.json is not JSON"),
+])
+def test_a_damaged_folder_of_a_prepared_file_is_named_before_it_becomes_part_of_a_corpus(tmp_path, damage, says):
+    (tmp_path / "source").mkdir()
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        text = f.read()
+    texts = [text[:2000], text[2000:4000], text[4000:6000]]
+    parquet.write_table(pyarrow.table({"text": texts, "id": ["a", "b", "c"]}), tmp_path / "source" / "0.parquet")
+    settings = dict(source=f"parquet:{tmp_path}/source", tokenizer="train:320", out=str(tmp_path / "out"), val_fraction=0.0, processes=1)
+    prepare_fineweb.prepare(prepare_fineweb.Config(**settings, shard="0/1"))
+    damage(tmp_path / "out" / "files" / "00000")
+    with pytest.raises(UserError, match=says):
+        prepare_fineweb.prepare(prepare_fineweb.Config(**settings))
