@@ -21,13 +21,15 @@ for more models later. A scale shrinks models, batches and steps; names stay the
 out_dir holds one run per model, the results inside its checkpoints, the logs of all commands, and
 study.json, which tells report.py which checkpoint is which model.
 """
+import os
 import shlex
 from dataclasses import dataclass
 
+from core import lock
 from core.configurator import UserError, run
 from experiments import jobs
 from experiments.commands import jobs_of
-from experiments.layout import Launch, Study, write_study
+from experiments.layout import Launch, Study, check_folder, write_study
 from experiments.overview import print_plan
 from experiments.plan import plan_runs
 from experiments.scales import scale_called
@@ -70,12 +72,15 @@ def check_settings(c):
 
 def run_here(study, n_processes):
     """Train and score what is left of a study on this machine."""
-    lock = jobs.lock_folder(study.out_dir)
-    write_study(study)
-    all_jobs = jobs_of(study)
-    jobs.check_first(all_jobs)
-    environments = jobs.process_environments(study.device, n_processes)
-    jobs.run_jobs(all_jobs, study.out_dir, lock, environments)
+    check_folder(study.out_dir)
+    os.makedirs(study.out_dir, exist_ok=True)
+    with lock.hold(study.out_dir, "study.py") as lock_file:
+        write_study(study)
+        all_jobs = jobs_of(study)
+        jobs.check_first(all_jobs)
+        environments = jobs.process_environments(study.device, n_processes)
+        # The jobs inherit the lock: one that outlives this process keeps others out, too.
+        jobs.run_jobs(all_jobs, study.out_dir, lock_file, environments)
     report = shlex.join(["python", "report.py", study.out_dir, f"--to={study.out_dir}/report"])
     print(f"{len(study.names)} checkpoints in {study.out_dir}; for tables and figures: {report}")
 

@@ -16,8 +16,9 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import objectives
-from core import checkpoint, tokenizer
+from core import checkpoint, lock, tokenizer
 from core.configurator import RunError, UserError, run
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
 from core.distributed import all_sum, start_processes
@@ -216,10 +217,14 @@ def validate(loss_of, val_corpus, eval_settings, c, processes):
     return losses
 
 
-def stop_on_signals():
-    """Let SIGTERM and Ctrl-C finish the step, save and exit 0; a second Ctrl-C interrupts at once.
+# Ctrl-C; what Slurm, Kubernetes and a kill send; Slurm's warning; a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-    -> a list that is empty until such a signal arrives
+
+def stop_on_signals(at_exit):
+    """Let STOP_SIGNALS finish the step, save and exit 0; a second Ctrl-C interrupts at once.
+
+    -> a list that is empty until such a signal arrives. at_exit: the ExitStack that undoes all this.
     """
     signals = []
 
@@ -227,22 +232,56 @@ def stop_on_signals():
         signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in STOP_SIGNALS:
+        # nohup ignores SIGHUP, and a shell ignores Ctrl-C for what it runs in the background.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
+
+    # A terminal sends Ctrl-C to our children, too, and a compiler of torch.compile that dies of it
+    # ends the training. Children inherit what this thread blocks. So it blocks what a terminal
+    # sends, and a thread that only waits receives it for the process.
+    is_over = threading.Event()
+    threading.Thread(target=is_over.wait, daemon=True).start()
+    at_exit.callback(is_over.set)
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    at_exit.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old_mask)
     return signals
+
+
+def hold_out_dir(out_dir, processes, at_exit):
+    """Make out_dir and hold it until at_exit ends, so that no other training writes there.
+
+    Raises UserError if it holds something else than a run, or if another training holds it.
+    """
+    resume.check_out_dir(out_dir)
+    error = None
+    if processes.is_first:
+        os.makedirs(out_dir, exist_ok=True)
+        try:
+            at_exit.enter_context(lock.hold(out_dir, "train.py"))
+        except UserError as user_error:
+            error = user_error
+    # The other ranks hear whether the first one was refused.
+    n_refused = all_sum([error is not None], processes)[0]
+    if error:
+        raise error
+    if n_refused:
+        sys.exit(2)
 
 
 def main(c):
     processes, device = start_processes(pick_device(c.device))
     try:
-        train(c, device, processes)
+        with ExitStack() as at_exit:
+            train(c, device, processes, at_exit)
     finally:
         gc.unfreeze()  # what train() froze
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def train(c, device, processes):
+def train(c, device, processes, at_exit):
+    """Train a run from wherever it stands to its end. at_exit: an ExitStack for what it holds."""
     launched = time.time()
     max_steps = check(c, processes.world_size)
     keep_freed_memory()
@@ -265,6 +304,7 @@ def train(c, device, processes):
         "tokenizer_hash": corpus.tokenizer_hash,
         "train_tokens": corpus.n_tokens,
     }
+    hold_out_dir(c.out_dir, processes, at_exit)
     beginning = resume.start(c, run_settings, processes)
     step = beginning.step
     log_path = os.path.join(c.out_dir, "log.jsonl")
@@ -360,7 +400,7 @@ def train(c, device, processes):
         return compute_loss(wrapped_model, model.lm_head, batch.to(device), autocast)
 
     # ---- the loop
-    stop_signals = stop_on_signals()
+    stop_signals = stop_on_signals(at_exit)
     is_stopping = False
     failure = None  # why the corpus can no longer be read
     first_step = step

@@ -1,12 +1,21 @@
 """The processes that torchrun starts, and what they tell each other."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from core.configurator import UserError
+
+# How long a process waits for the others, e.g. for a machine whose network is down. torch's own
+# default is half an hour. A checkpoint of the 1b model is written in less.
+TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass
@@ -30,19 +39,39 @@ class Processes:
 
 def start_processes(device):
     """Join torchrun's process group. -> (Processes, this process' device)"""
-    if "RANK" not in os.environ:
+    # Some platforms set RANK for processes that torchrun did not start: then this is the only one.
+    if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")):
         return Processes(0, 0, 1), device
-    rank = int(os.environ["RANK"])
-    local_rank = int(os.environ["LOCAL_RANK"])
-    world_size = int(os.environ["WORLD_SIZE"])
+    try:
+        rank = int(os.environ["RANK"])
+        local_rank = int(os.environ["LOCAL_RANK"])
+        world_size = int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        raise UserError("RANK, LOCAL_RANK or WORLD_SIZE is not a number: start with torchrun") from None
+    if not 0 <= local_rank <= rank < world_size:
+        raise UserError(
+            f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} do not fit together: "
+            "start with torchrun"
+        )
+    die_with_parent(signal.SIGTERM)
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     # Gradients travel by nccl, and the few numbers of all_sum by gloo, so that they never wait for
     # the GPU. Without a GPU everything travels by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     return Processes(rank, local_rank, world_size), device
+
+
+def die_with_parent(number):
+    """Ask the kernel to send this process a signal when the process that started it dies. Linux only.
+
+    A kill -9 of torchrun, as by the out-of-memory killer, would otherwise leave its ranks training.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def all_sum(values, processes):

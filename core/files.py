@@ -104,7 +104,7 @@ def is_new(folder, *own_files):
         return True
     for name in os.listdir(folder):
         is_leftover = re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp", name)
-        if name not in own_files and not is_leftover:
+        if name not in (".lock", *own_files) and not is_leftover:
             return False
     return True
 

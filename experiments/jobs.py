@@ -4,8 +4,6 @@ A job is done when the files it makes exist. Nothing else is remembered: you can
 and start the same jobs again to resume. Each job is a process of its own, with a log of its own.
 """
 
-import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,12 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from core.configurator import RunError, UserError
+from core.configurator import RunError
 from core.device import pick_device
+from core.distributed import die_with_parent
 
 
 @dataclass
@@ -56,25 +56,6 @@ class Spent:
     seconds: float = 0.0
 
 
-def lock_folder(folder):
-    """Lock a folder for this process and those it starts, which inherit the open lock file.
-
-    The kernel frees the lock when the last of them ends, however it ends. Raises UserError if
-    others hold it.
-    -> the file
-    """
-    os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, "lock"), "w")  # stays open as long as the process lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another study.py, or a process it started, is at work in {folder}: "
-            "wait for it, or stop it"
-        ) from None
-    return file
-
-
 def process_environments(device, n_processes):
     """The environment variables of each process: its GPU, which several may share, or its threads.
 
@@ -102,7 +83,7 @@ def check_first(jobs):
             job.check()
 
 
-def run_jobs(jobs, folder, lock, environments):
+def run_jobs(jobs, folder, lock_file, environments):
     """Run the jobs that are not done, as many at a time as there are environments.
 
     A job's log is FOLDER/logs/NAME.txt. After the first failure the other running jobs finish their
@@ -111,7 +92,7 @@ def run_jobs(jobs, folder, lock, environments):
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
     # SIGTERM does the same as Ctrl-C: the running jobs finish their step and save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    queue = JobQueue(jobs, folder, lock, environments)
+    queue = JobQueue(jobs, folder, lock_file, environments)
     # A log needs fewer lines than a terminal.
     seconds_between_updates = 1.0 if sys.stderr.isatty() else 60.0
     n_done = len(jobs) - len(queue.waiting)
@@ -151,9 +132,9 @@ def run_jobs(jobs, folder, lock, environments):
 class JobQueue:
     """The jobs of run_jobs: those that wait, those that run, and what the ended ones took."""
 
-    def __init__(self, jobs, folder, lock, environments):
+    def __init__(self, jobs, folder, lock_file, environments):
         self.folder = folder
-        self.lock = lock
+        self.lock_file = lock_file
         self.environments = environments
         self.waiting = [job for job in jobs if not job.is_done()]
         self.running = []   # of Running
@@ -189,8 +170,8 @@ class JobQueue:
                 stdout=log,
                 stderr=log,
                 env=os.environ | self.environments[slot],
-                pass_fds=(self.lock.fileno(),),
-                preexec_fn=die_with_parent,
+                pass_fds=(self.lock_file.fileno(),),
+                preexec_fn=partial(die_with_parent, signal.SIGKILL),
             )
         return Running(job, process, slot, path, started=time.time())
 
@@ -228,16 +209,6 @@ class JobQueue:
                 running.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 running.process.kill()
-
-
-def die_with_parent():
-    """In a new process on Linux: ask to be killed when the process that started it dies.
-
-    Elsewhere the process lives on, and the lock keeps others out of the folder until it ends.
-    """
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def last_line(path):

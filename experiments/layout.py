@@ -118,15 +118,18 @@ def write_study(study):
             )
         facts = facts | old
         models = old["models"]
-    # A new study needs a new folder, which may already hold our lock.
-    elif not is_new(study.out_dir, "lock"):
-        raise UserError(
-            f"{study.out_dir} is not empty and holds no study: choose another --out_dir"
-        )
+    else:
+        check_folder(study.out_dir)
     for name in study.names:
         folder = study.path_of(study.place_of(name))
         models[name] = {"folder": os.path.relpath(folder, study.out_dir)}
     write_json(path, {"code": worker.git_commit()} | facts | {"models": models})
+
+
+def check_folder(folder):
+    """Raises UserError if a folder holds something else than a study. "lock" is of earlier versions."""
+    if not os.path.isfile(os.path.join(folder, "study.json")) and not is_new(folder, "lock"):
+        raise UserError(f"{folder} is not empty and holds no study: choose another --out_dir")
 
 
 def facts_of(study):

@@ -88,9 +88,6 @@ def start(c, run_settings, processes):
         step = newest_step(c.out_dir, processes)
         if step is not None:
             return continue_from(checkpoint.path_of(c.out_dir, step), "resuming", processes)
-    # A run that was interrupted before it wrote config.json has left its tokenizer.
-    elif not is_new(c.out_dir, "tokenizer.tiktoken", "tokenizer_info.json"):
-        raise UserError(f"{c.out_dir} is not empty and holds no run: choose another --out_dir")
 
     # Otherwise begin as the settings say.
     if c.branch_from:
@@ -102,6 +99,15 @@ def start(c, run_settings, processes):
     if c.init_from:
         return from_weights(c, run_settings, processes)
     return Start()
+
+
+def check_out_dir(out_dir):
+    """Raises UserError if out_dir holds something else than a run."""
+    if os.path.isfile(os.path.join(out_dir, "config.json")):
+        return
+    # A run that was interrupted before it wrote config.json has left its tokenizer.
+    if not is_new(out_dir, "tokenizer.tiktoken", "tokenizer_info.json"):
+        raise UserError(f"{out_dir} is not empty and holds no run: choose another --out_dir")
 
 
 def newest_step(out_dir, processes):

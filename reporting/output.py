@@ -1,4 +1,5 @@
 """Writing a report into its folder. A file that report.py did not write is never replaced."""
+import io
 import os
 
 import matplotlib.pyplot as plt
@@ -43,6 +44,7 @@ def write_report(folder, texts, figures):
         files.write_whole(os.path.join(folder, name), text.encode())
     for name, figure in figures.items():
         path = os.path.join(folder, name)
-        figure.savefig(path + ".tmp", dpi=100, format="png", metadata={"Software": SOFTWARE})
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=100, format="png", metadata={"Software": SOFTWARE})
         plt.close(figure)
-        os.replace(path + ".tmp", path)
+        files.write_whole(path, picture.getvalue())

@@ -123,7 +123,8 @@ def refuse_repeated(rows):
             raise UserError(
                 f"{row['task']} was trained twice from {row['model']} with learning rate {row['lr']:g} and "
                 f"seed {row['seed']} ({first.get('steps', '?')} and {row.get('steps', '?')} steps): "
-                f"{first.get('path', 'one row')} and {row.get('path', 'another')}. Give only one of the folders"
+                f"{first.get('path', 'one row')} and {row.get('path', 'another')}. "
+                "Give only one of the folders"
             )
         row_of[trial] = row
 

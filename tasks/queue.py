@@ -7,12 +7,12 @@ There is no server. Eight processes of torchrun, several shells, or the jobs of 
 take a trial that nobody has claimed, until all have a row. A claim is a file made with O_EXCL, and
 a row appears by a hard link: exactly one process can succeed, on local disks and on NFS. A killed
 worker costs only the trial it was in. Its claim is stale when its process is gone (same machine) or
-its heartbeat has stopped (another machine), and the next worker takes it.
+its heartbeat has stopped (another machine, or a claim that cannot be read), and the next worker
+takes it.
 """
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 
@@ -20,9 +20,14 @@ from tqdm import tqdm
 
 from core.distributed import shows_progress
 from core.files import unique, write_whole
+from core.lock import age_of, this_kernel, this_process
 
 HEARTBEAT = 10.0      # seconds between two touches of a claim
 STALE = 60.0          # seconds without a touch after which a claim is stale
+
+# Since when a claim has not been touched, as far as this process knows: {(device, inode, time of the
+# touch): a time of our own clock}. A claim that is renamed stays known, a touch makes it another one.
+silent_since = {}
 
 
 def path_of(folder, trial, ending="json"):
@@ -106,18 +111,14 @@ def claim(path):
     return True
 
 
-def this_process():
-    """The content of a claim: who holds it."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
 def owner_of(path):
-    """The process that holds a claim; {} if it has not signed yet; None if no claim can be read."""
+    """The process that holds a claim; {} if it has not signed yet, or its signature is damaged."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.loads(f.read() or "{}")
-    except (FileNotFoundError, ValueError):
-        return None
+            owner = json.loads(f.read())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 @contextlib.contextmanager
@@ -148,20 +149,28 @@ def touch_until(stop, path):
 
 def is_stale(path):
     """True if the worker that made a claim is gone."""
+    # On this machine its process id tells. Two containers may have one host name, and each a
+    # process 7; the kernel's name tells them apart.
     owner = owner_of(path)
-    if owner is None:
-        return False
-    if owner.get("host") == socket.gethostname():
+    pid = owner.get("pid")
+    if owner.get("kernel") == this_kernel() and type(pid) is int and pid > 0:
         try:
-            os.kill(owner["pid"], 0)
-        except ProcessLookupError:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:           # it is alive, and another user's
             pass
+
+    # Elsewhere its heartbeat tells: how old the last touch was, by the file system's clock, when we
+    # first saw it, and how long we have seen no other. A claim dated in the future counts as new.
     try:
-        return time.time() - os.stat(path).st_mtime > STALE
+        status = os.stat(path)
+        touch = status.st_dev, status.st_ino, status.st_mtime_ns
+        if touch not in silent_since:
+            silent_since[touch] = time.monotonic() - max(0.0, age_of(path))
     except FileNotFoundError:
         return False
+    return time.monotonic() - silent_since[touch] > STALE
 
 
 def remove_stale(path):

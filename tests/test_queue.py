@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
+from core import lock
 from tasks import queue
 
 GRID = [{"task": "t", "lr": lr, "seed": seed} for lr in (1e-5, 2e-5, 5e-4) for seed in range(4)]
@@ -83,24 +83,45 @@ def test_an_interrupted_worker_gives_its_trial_back_at_once(tmp_path):
     assert worker.returncode != 0 and not leftovers(tmp_path)
 
 
+def dead_pid():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    return gone.pid
+
+
 @pytest.mark.parametrize("owner, age, stale", [
-    ({"host": "elsewhere", "pid": 1}, 5, False), ({"host": "elsewhere", "pid": 1}, 61, True), ({"pid": "self"}, 5, False),
-    ({"pid": "dead"}, 0, True), (None, 0, False), (None, 61, True)])
+    ({"kernel": "another", "pid": 1}, 5, False), ({"kernel": "another", "pid": 1}, 61, True), ({"pid": "self"}, 5, False),
+    ({"pid": "dead"}, 0, True), ("", 0, False), ("", 61, True),
+    # a container with our host name, whose process 7 is not ours
+    ({"kernel": "another", "pid": "dead"}, 5, False), ({"kernel": "another", "pid": "self"}, 61, True),
+    # what a power cut or a hand leaves: nobody's, so it is stale without a heartbeat
+    ("\0" * 40, 5, False), ("\0" * 40, 61, True), ("[]", 61, True), ('{"host": ', 61, True), ({"pid": None}, 61, True),
+    ({"pid": -1}, 61, True), ({"pid": 10**30}, 0, True), ({"pid": "7"}, 61, True), ("[" * 100_000, 61, True)])
 def test_a_claim_is_stale_when_its_process_is_gone_or_its_heartbeat_has_stopped(tmp_path, owner, age, stale):
-    if owner and owner["pid"] == "dead":
-        gone = subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
-        owner = {"pid": gone.pid}
-    elif owner and owner["pid"] == "self":
-        owner = {"pid": os.getpid()}
+    if isinstance(owner, dict):
+        pids = {"dead": dead_pid, "self": os.getpid}
+        owner = {"kernel": lock.this_kernel()} | owner
+        if owner["pid"] in pids:
+            owner["pid"] = pids[owner["pid"]]()
+        owner = json.dumps(owner)
     path = tmp_path / "x.claim"
-    path.write_text(json.dumps({"host": socket.gethostname()} | owner) if owner else "")
+    path.write_text(owner)
     os.utime(path, (time.time() - age,) * 2)
     assert queue.is_stale(str(path)) == stale
     assert queue.claim(str(path)) == stale                              # only a stale one can be taken ...
     if stale:
         assert json.loads(path.read_text())["pid"] == os.getpid() and not queue.claim(str(path))      # ... and is ours then
     assert [p.name for p in tmp_path.iterdir()] == ["x.claim"]
+
+
+def test_a_claim_dated_in_the_future_is_stale_once_we_have_seen_no_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "STALE", 0.3)
+    path = tmp_path / "x.claim"
+    path.write_text('{"kernel": "another", "pid": 1}')
+    os.utime(path, (time.time() + 86_400,) * 2)
+    assert not queue.claim(str(path))
+    time.sleep(0.4)
+    assert queue.claim(str(path)) and [p.name for p in tmp_path.iterdir()] == ["x.claim"]
 
 
 def test_a_heartbeat_keeps_a_claim(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from conftest import ROOT, files, run_python
 
 import study
 import train
+from core import lock
 from core.configurator import RunError, UserError
 from core.files import find_files, is_new
 from experiments import jobs
@@ -176,11 +177,18 @@ def test_a_job_that_fails_stops_the_study_with_its_own_words(corpus_dir, tmp_pat
 
 
 def test_two_at_a_time_on_one_folder_are_refused(undisturbed, corpus_dir):
-    import fcntl
-    with open(f"{undisturbed}/lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock.hold(undisturbed, "study.py"):
         done = run_python(words(corpus_dir, undisturbed))
-    assert done.returncode == 2 and "another study.py" in done.stderr
+    assert done.returncode == 2 and f"study.py (pid {os.getpid()} on " in done.stderr and "is writing" in done.stderr
+
+
+def test_what_lies_in_a_folder_of_the_user_is_not_touched(corpus_dir, tmp_path):
+    """Also not a file that is called as our lock once was."""
+    for name in ("lock", "thesis.tex"):
+        (tmp_path / name).write_text("my notes")
+    done = run_python(words(corpus_dir, tmp_path))
+    assert done.returncode == 2 and "holds no study" in done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"lock": "my notes", "thesis.tex": "my notes"}
 
 
 def test_continued_pretraining_begins_from_decayed_weights_on_unread_rows(corpus_dir, tmp_path):
