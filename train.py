@@ -8,7 +8,8 @@
 Run the same command again to resume from the newest intact checkpoint in out_dir.
 --branch_from=RUN/step_0010000 continues another run with other phases, from a step before its
 learning rate decays. --init_from=CKPT starts a new schedule from finished weights (arXiv
-2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0.
+2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0. One training writes
+an out_dir at a time.
 """
 
 import gc
@@ -257,6 +258,7 @@ def hold_out_dir(out_dir, processes, at_exit):
     error = None
     if processes.is_first:
         os.makedirs(out_dir, exist_ok=True)
+        at_exit.callback(remove_if_unused, out_dir)  # e.g. if a setting turns out to be wrong
         try:
             at_exit.enter_context(lock.hold(out_dir, "train.py"))
         except UserError as user_error:
@@ -267,6 +269,13 @@ def hold_out_dir(out_dir, processes, at_exit):
         raise error
     if n_refused:
         sys.exit(2)
+
+
+def remove_if_unused(folder):
+    """Remove a folder that holds nothing but its lock."""
+    if os.listdir(folder) == [lock.NAME]:
+        os.remove(os.path.join(folder, lock.NAME))
+        os.rmdir(folder)
 
 
 def main(c):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -368,3 +369,41 @@ def test_auto_takes_bf16_only_on_cpus_whose_products_are_faster_in_it(monkeypatc
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(device, "cpu_vendor", lambda: vendor)
     assert pick_dtype("auto", "cpu") == found and pick_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_a_second_training_in_one_folder_is_refused_at_once_and_the_first_is_undisturbed(tiny, command):
+    """Also with other settings, and while the first has no checkpoint yet."""
+    c = tiny("run", phases=(("clm", 4000),))
+    first = subprocess.Popen([sys.executable, *command("run", phases=(("clm", 4000),))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "first step" not in first.stdout.readline():
+        pass
+    with pytest.raises(UserError, match=rf"train.py \(pid {first.pid} on .*\) is writing {re.escape(c.out_dir)}"):
+        train.main(tiny("run", phases=(("clm", 4000),), learning_rate=1e-4))
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    steps = [row["step"] for row in rows(c.out_dir)]
+    assert first.returncode == 0 and steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_each_signal_that_asks_for_an_end_saves_and_exits_0(tiny, command, number):
+    c = tiny("run", phases=(("clm", 4000),))
+    process = subprocess.Popen([sys.executable, *command("run", phases=(("clm", 4000),))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "first step" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run the same command to resume" in text and checkpoint.latest(c.out_dir)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent died")
+def test_kill_9_of_torchrun_ends_its_ranks_which_save_first(tiny, command):
+    c = tiny("run", phases=(("clm", 9000),), micro_rows=4)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    agent = subprocess.Popen([sys.executable, *torchrun, *command("run", phases=(("clm", 9000),), micro_rows=4)], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while "first step" not in agent.stdout.readline():
+        pass
+    agent.kill()
+    text = agent.communicate(timeout=60)[0]          # ends when the last rank closes the pipe
+    assert "run the same command to resume" in text and checkpoint.latest(c.out_dir)
