@@ -49,14 +49,18 @@ CHUNK_CHARACTERS = 100_000
 # Its time grows with the square of a piece's length, so a longer piece is cut: no word is that long.
 LONGEST_PIECE = 1_000
 LARGEST_VOCABULARY = 1 << 20
-# tiktoken's regular expressions overflow their stack at a million blanks in a row.
-LONG_BLANK = 100_000
 
 # Between a character that is not blank and a blank, where GPT2_PATTERN always cuts.
 BORDER = re.compile(r"\S(?=[ \n])")
 LONG_WHITE_SPACE = re.compile(rf"\s{{{LONGEST_PIECE}}}")
 # Runs of the kinds of characters of GPT2_PATTERN, of which each piece has one.
 LETTERS_OR_OTHERS = regex.compile(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+")
+
+# The content of tokenizer_info.json.
+INFO_SHAPE = {
+    "name": str, "pattern": str, "special_tokens": {str: int}, "eos_id": int, "mask_id": int,
+    "special_start": int, "vocab_size": int, "normalization?": str,
+}
 
 # What retrieval writes in front of a text, as in the paper.
 QUERY = "Query: "
@@ -123,30 +127,14 @@ class Tokenizer:
 
         A literal "<|mask|>" in a document is text like any other, and not the special id.
         """
-        text = self.normalized(text)
-        return self.without_dropped(text, self.encode_ordinary(text))
-
-    def encode_ordinary(self, text):
-        """Ids of a normalized text in the encoding. -> list of int"""
-        if not has_long_blank(text):
-            return self.encoding.encode_ordinary(text)
-        ids = []
-        for match in regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text)):
-            ids += self.encoding._encode_single_piece(match.group())
-        return ids
+        return self.encode_to_array(text).tolist()
 
     def encode_batch(self, texts, threads):
         """Ids of several texts. -> list of lists of int
 
         tiktoken replaces lone surrogates by U+FFFD, so every str can be encoded.
         """
-        if self.normalization:
-            texts = [self.normalized(text) for text in texts]
-        if any(has_long_blank(text) for text in texts):
-            batch = [self.encode_ordinary(text) for text in texts]
-        else:
-            batch = self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-        return [self.without_dropped(text, ids) for text, ids in zip(texts, batch)]
+        return [ids.tolist() for ids in self.encode_to_arrays(texts, threads)]
 
     def encode_to_arrays(self, texts, threads):
         """The ids of encode_batch as uint32 arrays [n].
@@ -161,17 +149,19 @@ class Tokenizer:
     def encode_to_array(self, text):
         """Ids of a text. -> uint32 [n]"""
         text = self.normalized(text)
-        if has_long_blank(text):
-            return np.array(self.without_dropped(text, self.encode_ordinary(text)), np.uint32)
         try:
             # Without disallowed_special=(), tiktoken would raise for a text like "<|mask|>".
             ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            # A lone surrogate. encode_ordinary replaces it.
-            ids = np.array(self.encoding.encode_ordinary(text), np.uint32)
+            # A lone surrogate.
+            text = as_tiktoken_reads(text)
+            return self.encode_to_array(text)
+        except ValueError:
+            # tiktoken's regular expressions run out of stack on a million spaces in a row.
+            return self.encode_by_pieces(text)
         if self.has_all_bytes or len(ids) == 0 or ids.max() < self.vocab_size:
             return ids
-        return np.array(self.without_dropped(text, ids.tolist()), np.uint32)
+        return self.encode_by_pieces(text)
 
     def normalized(self, text):
         """The text in the Unicode form that this tokenizer encodes."""
@@ -184,21 +174,25 @@ class Tokenizer:
         """True unless this is an imported vocabulary without tokens for some bytes."""
         return self.encoding.max_token_value < self.vocab_size
 
-    def without_dropped(self, text, ids):
-        """The ids of a normalized text, without the bytes that have no token.
+    def encode_by_pieces(self, text):
+        """Ids of a normalized text, without the bytes that have no token. -> uint32 [n]
 
-        text, ids: the text, and its ids in the encoding. As in Hugging Face's tokenizers, the text
-        is cut into pieces first, and then each piece loses these bytes and is merged.
+        As in Hugging Face's tokenizers, the text is cut into pieces first, and then each piece
+        loses these bytes and is merged. Raises UserError if the pattern takes more than a minute.
         """
-        if self.has_all_bytes or max(ids, default=0) < self.vocab_size:
-            return ids
         dropped = bytes(np.flatnonzero(~self.has_token).tolist())
         kept = []
-        for match in regex.finditer(self.encoding._pat_str, as_tiktoken_reads(text)):
-            piece = match.group().encode().translate(None, dropped)
-            if piece:
-                kept += self.encoding._encode_single_piece(piece)
-        return kept
+        try:
+            for match in regex.finditer(self.encoding._pat_str, text, timeout=60):
+                piece = match.group().encode().translate(None, dropped)
+                if piece:
+                    kept += self.encoding._encode_single_piece(piece)
+        except (regex.error, TimeoutError) as error:
+            raise UserError(
+                f"the tokenizer's pattern cannot cut the text that begins {text[:40]!r} "
+                f"({type(error).__name__}): shorten its runs of equal characters"
+            ) from None
+        return np.array(kept, np.uint32)
 
     @functools.cached_property
     def has_token(self):
@@ -225,7 +219,7 @@ class Tokenizer:
         (tiktoken's decode_with_offsets gives only starts, and fails where a character is cut.)
         """
         text, starts, ends = self.aligned(as_tiktoken_reads(text))
-        ids = np.array(self.without_dropped(text, self.encode_ordinary(text)), np.int32)
+        ids = self.encode_to_array(text).astype(np.int32)
 
         # The character that each byte of the text belongs to. UTF-8 takes 1 to 4 bytes for one.
         code = np.frombuffer(text.encode("utf-32-le"), "<u4")                        # [characters]
@@ -283,14 +277,6 @@ class Tokenizer:
 def as_tiktoken_reads(text):
     """The text with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def has_long_blank(text):
-    """True if the text has white space of 2 * LONG_BLANK characters in a row; maybe from LONG_BLANK on."""
-    if len(text) < LONG_BLANK:
-        return False
-    starts = range(0, len(text) - LONG_BLANK + 1, LONG_BLANK)
-    return any(text[start : start + LONG_BLANK].isspace() for start in starts)
 
 
 # ---- making a tokenizer
@@ -364,13 +350,32 @@ def build(name, ranks, pattern, specials, eos, mask, vocab_size, normalization="
     tokens; eos, mask: two of these texts.
     """
     kind = name.partition(":")[0]
-    encoding = tiktoken.Encoding(
-        kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-    )
+    encoding = new_encoding(kind, pattern, ranks, specials)
     special_start = 1 + max(i for i in ranks.values() if i < vocab_size)
     eos_id = specials[eos]
     mask_id = specials[mask]
     return Tokenizer(name, encoding, eos_id, mask_id, special_start, vocab_size, normalization)
+
+
+def new_encoding(name, pattern, ranks, specials):
+    """A tiktoken.Encoding. Raises UserError if the pattern, the ranks and the special tokens make none."""
+    ids = [*ranks.values(), *specials.values()]
+    if len(set(ids)) < len(ids):
+        raise UserError("two tokens have the same id")
+    if min(ids, default=-1) < 0 or max(ids) >= 2**32:
+        raise UserError("there is an id below 0 or above 32 bits, or there are no tokens")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"there is no token for the byte {missing[0]} ({len(missing)} such bytes)")
+    try:
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:      # a panic in Rust is not an Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"tiktoken does not take the pattern or the tokens ({reason})") from None
 
 
 def train_bpe(vocab_size, texts):
@@ -486,7 +491,7 @@ def read_ranks(path):
             for line in f:
                 if line.strip():
                     token, rank = line.split()
-                    ranks[base64.b64decode(token)] = int(rank)
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
         raise UserError(
             f"{path} is not a tiktoken rank file (one 'base64 rank' pair a line)"
@@ -504,19 +509,24 @@ def save(tokenizer, directory):
 
 def load(directory):
     """The tokenizer that save() wrote into a corpus or run directory. Raises UserError."""
+    path = os.path.join(directory, "tokenizer_info.json")
     try:
-        info = read_json(os.path.join(directory, "tokenizer_info.json"))
+        info = read_json(path, INFO_SHAPE)
     except OSError:
         raise UserError(
             f"{directory} holds no tokenizer_info.json: is it a prepared corpus or a run?"
         ) from None
+    check_info(info, path)
     name = info["name"]
-    encoding = tiktoken.Encoding(
-        name.partition(":")[0],
-        pat_str=info["pattern"],
-        mergeable_ranks=read_ranks(os.path.join(directory, "tokenizer.tiktoken")),
-        special_tokens=info["special_tokens"],
-    )
+    ranks = read_ranks(os.path.join(directory, "tokenizer.tiktoken"))
+    try:
+        encoding = new_encoding(
+            name.partition(":")[0], info["pattern"], ranks, info["special_tokens"]
+        )
+    except UserError as error:
+        raise UserError(
+            f"{directory}: tokenizer.tiktoken and tokenizer_info.json are damaged: {error}"
+        ) from None
     return Tokenizer(
         name,
         encoding,
@@ -526,3 +536,22 @@ def load(directory):
         vocab_size=info["vocab_size"],
         normalization=info.get("normalization", ""),
     )
+
+
+def check_info(info, path):
+    """Raises UserError if the ids in a tokenizer_info.json do not fit each other."""
+    vocab_size = info["vocab_size"]
+    if not 1 <= vocab_size < 2**31:
+        raise UserError(f"{path}: 'vocab_size' is {vocab_size}, not between 1 and 2**31 - 1")
+    ids = {key: info[key] for key in ("eos_id", "mask_id")}
+    for text, i in info["special_tokens"].items():
+        ids[f"special_tokens.{text}"] = i
+    for key, i in ids.items():
+        if not 0 <= i < vocab_size:
+            raise UserError(f"{path}: '{key}' is {i}, not an id below the vocabulary size {vocab_size}")
+    if not 0 <= info["special_start"] <= vocab_size:
+        raise UserError(f"{path}: 'special_start' is {info['special_start']}, not at most {vocab_size}")
+    if info["eos_id"] == info["mask_id"]:
+        raise UserError(f"{path}: 'mask_id' is {info['mask_id']}, and so is 'eos_id'")
+    if info.get("normalization", "") not in ("", "NFC", "NFD", "NFKC", "NFKD"):
+        raise UserError(f"{path}: 'normalization' is {info['normalization']!r}, not a Unicode form")

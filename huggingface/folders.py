@@ -47,12 +47,20 @@ def locate(source, patterns=JSON_FILES):
         ) from None
 
 
-def read_model_json(folder, name):
-    """The content of the JSON file `name` of a model's folder. Raises UserError."""
+ANY_OBJECT = {}
+
+
+def read_model_json(folder, name, shape=ANY_OBJECT):
+    """The content of the JSON file `name` of a model's folder. Raises UserError.
+
+    shape: what is needed of it, as in core/schema.py; an object with any keys if it is not given.
+    """
     try:
-        return read_json(os.path.join(folder, name))
+        return read_json(os.path.join(folder, name), shape)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}: is it a complete Hugging Face model?") from None
+    except OSError as error:
+        raise UserError(f"{folder}/{name} cannot be read ({error.strerror})") from None
     except UserError as error:
         raise UserError(f"{error}: fetch the folder again") from None
 

@@ -6,18 +6,35 @@ SmolLM2) and its ids are in the order of its merges. Both tokenizers then encode
 token of the vocabulary and a page of odd strings. If any id differs, the tokenizer is refused.
 """
 
+import contextlib
 import importlib.resources
 import json
 import os
 from dataclasses import dataclass
 
 from core.configurator import UserError
+from core.schema import misfit
 from core.tokenizer import GPT2_PATTERN, build, byte_of_character, ranks_of_tokenizer_json
 from huggingface.folders import locate, read_model_json
 
 # GPT-2's pattern after a step that makes each digit, or each run of digits, a piece of its own. So
 # white space before a digit is a piece of its own, too.
 DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"""
+
+LARGEST_VOCABULARY = 10_000_000
+
+# What is needed of the files of a model's tokenizer, and of config.json beside them.
+TOKENIZER_SHAPE = {
+    "added_tokens?": ([{"id": int, "content": str}], None),
+    "model": {},
+}
+BPE_SHAPE = {"type": str, "vocab": {str: int}, "unk_token?": (str, None)}
+STEP_SHAPE = {"type": str}
+TOKEN = (str, {"content": str}, None)      # a token of tokenizer_config.json: its text, or more
+ROLES = ("eos_token", "pad_token", "bos_token", "unk_token", "cls_token", "sep_token")
+SETTINGS_SHAPE = {"mask_token?": TOKEN} | {f"{role}?": TOKEN for role in ROLES}
+IDS_SHAPE = {"vocab_size?": object, "mask_token_id?": (int, None)}
+IDS_SHAPE |= {f"{role}_id?": (int, [int], None) for role in ROLES}
 
 MASK_TEXTS = ("<|mask|>", "<mask>", "[MASK]")
 
@@ -69,46 +86,38 @@ def load(source):
     -> a Tokenizer, and where its mask token comes from (see find_mask_token). Raises UserError.
     """
     folder = locate(source)
-    config = read_model_json(folder, "config.json")
-    tokenizer_json = read_model_json(folder, "tokenizer.json")
+    config = read_model_json(folder, "config.json", IDS_SHAPE)
+    tokenizer_json = read_model_json(folder, "tokenizer.json", TOKENIZER_SHAPE)
     settings = {}
     if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
-        settings = read_model_json(folder, "tokenizer_config.json")
+        settings = read_model_json(folder, "tokenizer_config.json", SETTINGS_SHAPE)
     vocab_size = config.get("vocab_size")
-    if type(vocab_size) is not int:
+    if type(vocab_size) is not int or not 1 <= vocab_size <= LARGEST_VOCABULARY:
         raise UserError(f"{folder}/config.json has no vocab_size: is it a language model?")
 
     try:
         check_is_byte_level(tokenizer_json)
         normalization = read_normalization(tokenizer_json)
+        specials = read_specials(tokenizer_json)
+        check_ids(tokenizer_json, specials, vocab_size)
         ranks = read_ranks(tokenizer_json, vocab_size)
         pattern = read_pattern(tokenizer_json)
+        eos = find_end_of_text(config, settings, specials)
+        mask = find_mask_token(config, settings, specials, {*ranks.values(), *specials.values()})
+        # A reserved token that becomes the mask token loses its old text.
+        specials = {text: i for text, i in specials.items() if i != mask.id} | {mask.text: mask.id}
+        tokenizer = build(
+            "hf", ranks, pattern, specials, eos, mask.text, mask.vocab_size, normalization
+        )
     except UserError as error:
         raise UserError(f"the tokenizer of {source}: {error}") from None
-
-    specials = {token["content"]: token["id"] for token in tokenizer_json.get("added_tokens", ())}
-    ordinary_ids = [i for i in ranks.values() if i < vocab_size]
-    last_id = max([*specials.values(), *ordinary_ids])
-    if last_id >= vocab_size:
-        raise UserError(
-            f"the tokenizer of {source} has ids up to {last_id} and the model a "
-            f"vocabulary of {vocab_size}: they do not belong together"
-        )
-
-    eos = find_end_of_text(config, settings, specials, source)
-    mask = find_mask_token(config, settings, specials, {*ranks.values(), *specials.values()})
-    # A reserved token that becomes the mask token loses its old text.
-    specials = {text: i for text, i in specials.items() if i != mask.id} | {mask.text: mask.id}
-    tokenizer = build(
-        "hf", ranks, pattern, specials, eos, mask.text, mask.vocab_size, normalization
-    )
     check_same_ids(tokenizer_json, tokenizer, source)
     return tokenizer, mask.origin
 
 
 def check_is_byte_level(tokenizer_json):
     """Raises UserError, naming the reason, if tiktoken cannot do what tokenizer.json says."""
-    model = tokenizer_json.get("model") or {}
+    model = tokenizer_json["model"]
     steps = json.dumps([tokenizer_json.get("pre_tokenizer"), tokenizer_json.get("decoder")])
     if model.get("type") != "BPE" or model.get("byte_fallback") or "ByteLevel" not in steps:
         raise UserError(
@@ -118,6 +127,57 @@ def check_is_byte_level(tokenizer_json):
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"{key}={model[key]} has no counterpart in tiktoken")
+    problem = misfit(model, BPE_SHAPE, "model")
+    if problem:
+        raise UserError(f"tokenizer.json: {problem}")
+
+
+def read_specials(tokenizer_json):
+    """Return {text: id} of the added tokens. Raises UserError if one occurs in ordinary text.
+
+    Hugging Face's tokenizers read the text of an added token as that token, wherever it stands. We
+    read every text as ordinary text. For markup such as <|endoftext|> or [MASK] this is the same on
+    texts without markup. For a run of spaces or a word it is not.
+    """
+    specials = {}
+    for token in tokenizer_json.get("added_tokens") or ():
+        text = token["content"]
+        if text == "":
+            continue  # Hugging Face's tokenizers ignore it, too
+        if not is_markup(text):
+            raise UserError(
+                f"the added token {text!r} (id {token['id']}) occurs in ordinary text, and tiktoken "
+                "would give such text other ids; hf.py import --weights_only=true takes the model "
+                "without its tokenizer"
+            )
+        if text in specials and specials[text] != token["id"]:
+            raise UserError(f"the added token {text} has two ids")
+        specials[text] = token["id"]
+    return specials
+
+
+def is_markup(text):
+    """True for the text of a token such as <|endoftext|>, [MASK] or |||EMAIL|||: letters between brackets."""
+    has_letters = any(character.isalpha() for character in text)
+    return has_letters and text[0] in "<[{|" and text[-1] in ">]}|"
+
+
+def check_ids(tokenizer_json, specials, vocab_size):
+    """Raises UserError if a token's id is no row of the embedding, or another token's id as well."""
+    special_ids = set(specials.values())
+    if len(special_ids) < len(specials):
+        raise UserError("two added tokens have the same id")
+    ids = [i for i in tokenizer_json["model"]["vocab"].values() if i not in special_ids]
+    if len(set(ids)) < len(ids):
+        raise UserError("two tokens of its vocabulary have the same id")
+    ids += special_ids
+    if not ids or min(ids) < 0:
+        raise UserError("it has no tokens, or a token with an id below 0")
+    if max(ids) >= vocab_size:
+        raise UserError(
+            f"it has ids up to {max(ids)} and the model a vocabulary of {vocab_size}: they do not "
+            "belong together"
+        )
 
 
 def read_normalization(tokenizer_json):
@@ -137,7 +197,7 @@ def read_ranks(tokenizer_json, vocab_size):
     get ids that no embedding has, and the Tokenizer drops them from every text.
     """
     model = tokenizer_json["model"]
-    added = {token["id"] for token in tokenizer_json.get("added_tokens", ())}
+    added = {token["id"] for token in tokenizer_json.get("added_tokens") or ()}
     try:
         vocab = {token: i for token, i in model["vocab"].items() if i not in added}
         ranks = ranks_of_tokenizer_json({"model": {"vocab": vocab}})
@@ -157,6 +217,11 @@ def flat(step, key):
     """Return a step, or a Sequence of steps (at any depth), as a list of steps."""
     if step is None:
         return []
+    problem = misfit(step, STEP_SHAPE)
+    if not problem and step["type"] == "Sequence":
+        problem = misfit(step, {key: [object]})
+    if problem:
+        raise UserError(f"tokenizer.json: a step of its {key}: {problem}")
     if step["type"] != "Sequence":
         return [step]
     steps = []
@@ -181,33 +246,38 @@ def read_pattern(tokenizer_json):
         if splits_by_itself and kinds == ["Digits", "ByteLevel"]:
             return DIGITS % ("" if first.get("individual_digits") else "+")
         if not splits_by_itself and kinds == ["Split", "ByteLevel"]:
-            is_plain = first["behavior"] == "Isolated" and not first.get("invert")
-            if is_plain and "Regex" in first["pattern"]:
+            is_plain = first.get("behavior") == "Isolated" and not first.get("invert")
+            if is_plain and not misfit(first, {"pattern": {"Regex": str}}):
                 return first["pattern"]["Regex"]
     raise UserError(
         f"its pre-tokenizer ({' + '.join(kinds) or 'none'}) cannot be written as one pattern"
     )
 
 
-def find_end_of_text(config, settings, specials, source):
+def find_end_of_text(config, settings, specials):
     """Return the text of the end-of-text token.
 
     It is the token whose id config.json names (the first, if it names several), else the one that
     tokenizer_config.json names. Raises UserError if neither names a token that there is.
     """
-    eos_id = config.get("eos_token_id")
-    if isinstance(eos_id, list):
-        eos_id = eos_id[0]
+    eos_ids = as_list(config.get("eos_token_id"))
     for text, i in specials.items():
-        if i == eos_id and text:
+        if eos_ids and i == eos_ids[0]:
             return text
     text = text_of(settings.get("eos_token"))
     if text not in specials:
         raise UserError(
-            f"{source} names no end-of-text token (eos_token_id in config.json) that its "
+            "the model names no end-of-text token (eos_token_id in config.json) that its "
             "tokenizer has"
         )
     return text
+
+
+def as_list(value):
+    """Return a value that may be a list or None as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def text_of(token):
@@ -219,17 +289,25 @@ def find_mask_token(config, settings, specials, taken):
     """Return the MaskToken. taken: the ids that already stand for something.
 
     It is the model's own, else a reserved token, else a new token: with an id that no token has, or
-    with a new id after the last one.
+    with a new id after the last one. It is never a token that has another role, such as eos or
+    padding: some models name one only to have a mask token at all.
     """
     vocab_size = config["vocab_size"]
     text_of_id = {i: text for text, i in specials.items()}
+    other_roles = set()
+    for role in ROLES:
+        other_roles |= {*as_list(config.get(f"{role}_id"))}
+        other_roles.add(specials.get(text_of(settings.get(role))))
 
     named = [text_of_id.get(config.get("mask_token_id")), text_of(settings.get("mask_token"))]
     for text in (*named, *MASK_TEXTS):
-        if text in specials:
+        if text in specials and specials[text] not in other_roles:
             return MaskToken(text, specials[text], "the model's own", vocab_size)
 
-    reserved = [i for i, text in text_of_id.items() if "reserved" in text]
+    reserved = []
+    for i, text in text_of_id.items():
+        if "reserved" in text and i not in other_roles:
+            reserved.append(i)
     unused = (i for i in range(vocab_size) if i not in taken)
     free = min(reserved) if reserved else next(unused, None)
     if free is not None:
@@ -272,20 +350,20 @@ def check_same_ids(tokenizer_json, tokenizer, name):
     tokenizer_json: its content, a dict. The texts are those of comparison_texts(). name: what the
     message calls the tokenizer.
     """
-    from tokenizers import Tokenizer as HubTokenizer
-
-    hub_tokenizer = HubTokenizer.from_str(json.dumps(tokenizer_json))
+    hub_tokenizer = read_with_tokenizers(tokenizer_json, name)
 
     # Hugging Face reads the text of a special token as that token, and we read it as ordinary text.
     # So such texts are left out.
-    specials = [token["content"] for token in tokenizer_json.get("added_tokens", ())]
+    specials = [token["content"] for token in tokenizer_json.get("added_tokens") or ()]
+    specials = [text for text in specials if text]
     specials += tokenizer.encoding._special_tokens
     texts = []
     for text in comparison_texts(tokenizer):
         if not any(special in text for special in specials):
             texts.append(text)
 
-    encodings = hub_tokenizer.encode_batch(texts, add_special_tokens=False)
+    with rust_errors(f"the tokenizer of {name} cannot encode our texts"):
+        encodings = hub_tokenizer.encode_batch(texts, add_special_tokens=False)
     for encoding, ids in zip(encodings, tokenizer.encode_batch(texts, os.cpu_count() or 1)):
         if encoding.ids != ids:
             i = first_difference(encoding.ids, ids)
@@ -294,6 +372,30 @@ def check_same_ids(tokenizer_json, tokenizer, name):
                 f"{tokenizer.decode(ids[: i + 1])[-30:]!r} would become {ids[i : i + 3]} here "
                 f"and is {encoding.ids[i : i + 3]} there"
             )
+
+
+def read_with_tokenizers(tokenizer_json, name):
+    """Return the content of a tokenizer.json as a tokenizer of Hugging Face's tokenizers."""
+    from tokenizers import Tokenizer as HubTokenizer
+
+    with rust_errors(f"the tokenizer of {name}: Hugging Face's tokenizers cannot read it"):
+        hub_tokenizer = HubTokenizer.from_str(json.dumps(tokenizer_json))
+        # Some files say that texts are cut or padded. It is no part of how they are encoded.
+        hub_tokenizer.no_truncation()
+        hub_tokenizer.no_padding()
+    return hub_tokenizer
+
+
+@contextlib.contextmanager
+def rust_errors(message):
+    """Raise what tokenizers raises as a UserError of one line. Its panics are not Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{message} ({reason})") from None
 
 
 def first_difference(a, b):

@@ -78,6 +78,88 @@ def test_what_tiktoken_cannot_do_is_refused_by_name(changes, message, folder):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def added(text, i=599, **more):
+    return {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False} | more
+
+
+@pytest.mark.parametrize("text", ["    ", "the", "photosynthesis", "\n\n", "==", "EOS", "<3", "(a)"])
+def test_an_added_token_that_occurs_in_ordinary_text_is_refused_by_name(text, folder):
+    """Theirs cuts it out of every text; the comparison used to leave such texts out."""
+    tokens = [added("<|endoftext|>", 600), added(text)]
+    with pytest.raises(UserError, match="occurs in ordinary text") as error:
+        hf_tokenizer.load(folder(added_tokens=tokens))
+    assert repr(text) in str(error.value) and "--weights_only=true" in str(error.value)
+
+
+def test_markup_among_the_added_tokens_is_taken(folder):
+    markup = ["<|endoftext|>", "<think>", "</tool_call>", "[MASK]", "[/INST]", "|||EMAIL|||", "<s>"]
+    tokens = [added(text, 600 - i) for i, text in enumerate(markup)] + [added("", 7)]
+    assert list(hf_tokenizer.read_specials({"added_tokens": tokens})) == markup
+
+
+@pytest.mark.parametrize("settings", [{"mask_token": "<|end|>"}, {"mask_token": "<pad>", "pad_token": {"content": "<pad>"}}, {"pad_token": "<mask>"}])
+def test_a_mask_token_that_has_another_role_is_not_the_mask(settings):
+    """Masked tokens would read as the end of a document, or as padding."""
+    config = {"vocab_size": 10, "eos_token_id": [6, 5]}
+    specials = {"<|end|>": 6, "<pad>": 7, "<mask>": 8, "<|reserved_0|>": 9}
+    mask = hf_tokenizer.find_mask_token(config, settings, specials, {*range(10)})
+    assert mask.id == (9 if settings.get("pad_token") == "<mask>" else 8)
+    mask = hf_tokenizer.find_mask_token(config | {"mask_token_id": 6, "pad_token_id": 9, "bos_token_id": 8}, settings, specials, {*range(10)})
+    assert mask.id in (7, 10) and mask.id not in (5, 6, 8, 9)
+
+
+ODD_FILES = [
+    ("tokenizer.json", [], "the content is a list, not an object"),
+    ("tokenizer.json", {"model": []}, "'model' is a list, not an object"),
+    ("tokenizer.json", {"added_tokens": [{"content": "<x>"}]}, "has no 'added_tokens[0].id'"),
+    ("tokenizer.json", {"added_tokens": [{"content": "<x>", "id": True}]}, "'added_tokens[0].id' is true, not a whole number"),
+    ("tokenizer.json", {"pre_tokenizer": {"pretokenizers": ["ByteLevel"], "type": "Sequence"}}, "a step of its pretokenizers: the content is"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence"}, "decoder": {"type": "ByteLevel"}}, "has no 'pretokenizers'"),
+    ("tokenizer.json", {"normalizer": 3}, "a step of its normalizers: the content is 3"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": [["a", 1]], "merges": []}}, "'model.vocab' is a list, not an object"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}}, "'model.vocab.a' is \"1\", not a whole number"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 1, "b": 1}, "merges": []}}, "two tokens of its vocabulary have the same id"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "an id below 0"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 601}, "merges": []}}, "has ids up to 601 and the model a vocabulary of 601"),
+    ("tokenizer.json", {"added_tokens": [added("<a>", 600), added("<b>", 600)]}, "two added tokens have the same id"),
+    ("tokenizer.json", {"pre_tokenizer": split("(unclosed")}, "tiktoken does not take the pattern or the tokens"),
+    ("tokenizer.json", {"pre_tokenizer": split("\ud800")}, "tiktoken does not take the pattern or the tokens"),
+    ("config.json", {"vocab_size": 0}, "has no vocab_size"), ("config.json", {"vocab_size": 10**30}, "has no vocab_size"),
+    ("config.json", {"eos_token_id": [], "vocab_size": 601}, "names no end-of-text token"),
+    ("config.json", {"eos_token_id": {"a": 1}}, "'eos_token_id' is an object"),
+    ("tokenizer_config.json", {"mask_token": ["<x>"]}, "'mask_token' is a list"),
+    ("tokenizer_config.json", "not JSON", "is not JSON"),
+]
+
+
+@pytest.mark.parametrize("name, changes, message", ODD_FILES, ids=[message for *_, message in ODD_FILES])
+def test_files_of_another_shape_are_refused_in_one_line(name, changes, message, folder):
+    f = folder()
+    path = os.path.join(f, name)
+    if not isinstance(changes, dict):
+        open(path, "w").write(changes if isinstance(changes, str) else json.dumps(changes))
+    else:
+        content = json.load(open(path)) if os.path.isfile(path) else {}
+        json.dump(content | changes, open(path, "w"))
+    with pytest.raises(UserError) as error:
+        hf_tokenizer.load(f)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_tokenizers_panics_or_fails_on_is_one_line(folder):
+    class Panic(BaseException):      # as pyo3's
+        pass
+
+    with pytest.raises(UserError, match=r"it failed \(over two lines\)"), hf_tokenizer.rust_errors("it failed"):
+        raise Panic("over two\nlines")
+    with pytest.raises(KeyboardInterrupt), hf_tokenizer.rust_errors("it failed"):
+        raise KeyboardInterrupt
+    content = json.load(open(os.path.join(folder(), "tokenizer.json")))
+    content["model"]["merges"] = [["no", "such token"]]
+    with pytest.raises(UserError, match="tokenizers cannot read it"):
+        hf_tokenizer.read_with_tokenizers(content, "x")
+
+
 def test_nfc_text_has_their_ids_and_spans_of_the_text_as_it_was(folder):
     tok, _ = hf_tokenizer.load(folder(normalizer={"type": "NFC"}))
     text = "cafe\u0301 naive \u1112\u1161\u11ab\u1100\u1173\u11af \u212bngstrom"

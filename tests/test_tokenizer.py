@@ -1,5 +1,6 @@
 """Tokenizers: ids as the originals', specials never from text, nothing a str can hold crashes."""
 import importlib.util
+import json
 import os
 import random
 
@@ -101,3 +102,57 @@ def test_words_encoded_one_by_one_are_the_sentence(corpus_dir):
         sentence = [random_.choice(words) for _ in range(random_.randint(1, 12))]
         apart = [i for k, word in enumerate(sentence) for i in ours.encode((" " if k else "") + word)]
         assert apart == ours.encode(" ".join(sentence))
+
+
+@pytest.mark.parametrize("pattern", [tokenizer.GPT2_PATTERN, tokenizer.LLAMA3_PATTERN])
+def test_400_000_spaces_in_a_row_are_encoded_with_the_same_ids(pattern):
+    """They overflow the stack of tiktoken's regular expressions: a panic, or a ValueError."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"  ": 256, b"    ": 257, b"ab": 258}
+    tok = tokenizer.build("x", ranks, pattern, {"<e>": 259, "<m>": 260}, "<e>", "<m>", 261)
+    for run in (" ", "\n"):
+        text = "ab cd" + run * 400_000 + "ab\ud800"
+        ids = tok.encode(text)
+        assert ids == tok.encode_batch([text], 2)[0] == tok.encode_with_offsets(text)[0].tolist()
+        assert tok.decode(ids) == text.replace("\ud800", "\ufffd")
+    # the same ids as without the overflow
+    for text in ("ab cd" + " " * 999 + "ab \r\n 12'll", "\n" * 77 + "ab"):
+        assert tok.encode_by_pieces(text).tolist() == tok.encode(text) == tok.encoding.encode_ordinary(text)
+
+
+def test_a_pattern_that_never_ends_is_one_line(monkeypatch):
+    import regex
+    finditer = regex.finditer
+    monkeypatch.setattr(regex, "finditer", lambda pattern, text, timeout: finditer(pattern, text, timeout=0.05))
+    ranks = {bytes([b]): b for b in range(256)}
+    tok = tokenizer.build("x", ranks, r"(?=a)(a|aa)+\1(?!a)b", {"<e>": 256, "<m>": 257}, "<e>", "<m>", 258)
+    with pytest.raises(UserError, match="pattern cannot cut the text that begins 'aaa"):
+        tok.encode("a" * 5000)
+
+
+INFO = {"name": "gpt2", "pattern": "a+", "special_tokens": {"<e>": 256, "<m>": 257}, "eos_id": 256, "mask_id": 257, "special_start": 256, "vocab_size": 258}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"name": None}, "'name' is null, not a string"), ({"eos_id": 258}, "'eos_id' is 258, not an id below"), ({"mask_id": -1}, "'mask_id' is -1"),
+    ({"mask_id": 256}, "'mask_id' is 256, and so is 'eos_id'"), ({"vocab_size": 0}, "'vocab_size' is 0"), ({"pattern": "("}, "are damaged: tiktoken does not take"),
+    ({"special_tokens": ["<e>"]}, "'special_tokens' is a list"), ({"special_tokens": {"<e>": 3, "<m>": 257}}, "are damaged: two tokens have the same id"),
+    ({"special_tokens": {"<e>": 1.5}}, "'special_tokens.<e>' is 1.5"), ({"special_start": 999}, "'special_start' is 999"), ({"normalization": "NFX"}, "'normalization' is 'NFX'"),
+], ids=str)
+def test_a_tokenizer_info_json_of_another_shape_is_refused(changes, message, tmp_path):
+    ranks = {bytes([b]): b for b in range(256)}
+    tok = tokenizer.build("gpt2", ranks, "a+", INFO["special_tokens"], "<e>", "<m>", 258)
+    tokenizer.save(tok, str(tmp_path))
+    assert tokenizer.load(str(tmp_path)).hash == tok.hash
+    (tmp_path / "tokenizer_info.json").write_text(json.dumps(INFO | changes))
+    with pytest.raises(UserError) as error:
+        tokenizer.load(str(tmp_path))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_rank_file_without_some_bytes_is_refused(tmp_path):
+    tok = tokenizer.build("gpt2", {bytes([b]): b for b in range(256)}, "a+", INFO["special_tokens"], "<e>", "<m>", 258)
+    tokenizer.save(tok, str(tmp_path))
+    lines = (tmp_path / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
+    (tmp_path / "tokenizer.tiktoken").write_text("".join(lines[:-2]))
+    with pytest.raises(UserError, match="there is no token for the byte 254"):
+        tokenizer.load(str(tmp_path))
