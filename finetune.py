@@ -86,12 +86,13 @@ class FineTuningWorker(worker.Worker):
         name = f"{trial['task']} lr {trial['lr']:g} seed {trial['seed']}"
         row = self.facts | self.data.facts | trial | {"time": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
-        # The seed decides the new head and the order of the data, and nothing else.
+        # The pretrained weights again. The seed decides the new head and the order of the data, and
+        # nothing else.
         self.restore(trial["seed"])
         head = self.data.family.new_head(self.encoder.config.n_embd)
         head = head.to(self.device, getattr(torch, self.c.param_dtype))
         try:
-            row["train_loss"] = self.train(head, trial, name)
+            row["train_loss"] = self.train(head, trial, name)      # about ten [step, mean loss]
         except Diverged as error:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
@@ -137,7 +138,8 @@ class FineTuningWorker(worker.Worker):
         splits = {split: Split(examples[split], sequences[split]) for split in examples}
 
         # how long it is trained
-        steps_per_epoch = math.ceil(len(sequences["train"]["example"]) / c.batch)
+        n_sequences = len(packing.lengths(sequences["train"]))
+        steps_per_epoch = math.ceil(n_sequences / c.batch)
         steps = c.steps
         if not steps:
             steps = task.epochs * steps_per_epoch if task.epochs else 1000
@@ -165,14 +167,15 @@ class FineTuningWorker(worker.Worker):
         """Train the encoder and the head on the loaded task. Returns the loss curve of fit()."""
         c, family = self.c, self.data.family
         sequences = self.data.splits["train"].sequences
-        n = len(sequences["example"])
+        n_sequences = len(packing.lengths(sequences))
 
         def micro_batches(step):
             """[((sequence indices, their targets), number of targets)] of a step."""
             # The epochs follow each other without a gap, each in an order of its own. A step takes
             # the next c.batch places of this stream; permute() says which sequence stands where.
             place = np.arange(step * c.batch, (step + 1) * c.batch)
-            indices = permute(place % n, n, trial["seed"], epoch=place // n)
+            indices = permute(place % n_sequences, n_sequences, trial["seed"],
+                              epoch=place // n_sequences)
             batches = []
             for batch_indices in packing.by_budget(indices, sequences, c.micro_tokens):
                 targets, n_targets = family.targets(sequences, batch_indices)
@@ -236,6 +239,7 @@ def main(c):
     if not out_dir:
         out_dir = os.path.join(path, "random") if c.random_weights else path
     this_worker = FineTuningWorker(c, path)
+    # {}: what else a row of the task would record is known once its data is read.
     this_worker.refuse_other_settings(out_dir, {name: {} for name in names})
 
     trials = []

@@ -9,6 +9,7 @@ The sequences of a split are a dict of arrays, here for n sequences of N tokens 
     ...               what the task's family adds, with a value per token or per sequence
 """
 import hashlib
+import inspect
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from core.files import unique
 
-VERSION = 1            # raise it when a family encodes in another way: old caches are not read then
+VERSION = 2            # raise it when this file encodes in another way: old caches are not read then
 
 
 # ---- examples to tokens
@@ -40,10 +41,10 @@ def encode(family, examples, tokenizer, max_length):
               "bounds": np.cumsum([0, *sizes])}
     for key in sequences[0]:
         values = [sequence[key] for sequence in sequences]
-        if key in family.per_sequence:
-            arrays[key] = np.stack(values).astype(np.int32)
-        else:
-            arrays[key] = np.concatenate(values)
+        array = np.stack(values) if key in family.per_sequence else np.concatenate(values)
+        if array.dtype == np.int64:
+            array = array.astype(np.int32)
+        arrays[key] = array
     return arrays
 
 
@@ -60,10 +61,12 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
         with open(path, "wb") as f:
             f.write(save(flat))
 
-    # Everything that decides the arrays. The mode is among it, since the paper's code cuts a long
-    # context and the standard mode makes windows of it.
+    # Everything that decides the arrays: the family's own code, so that you can edit it, and the
+    # mode, since the paper's code cuts a long context and the standard mode makes windows of it.
+    with open(inspect.getfile(type(family)), "rb") as f:
+        code = hashlib.sha256(f.read()).hexdigest()
     is_standard = family.mode != "paper"
-    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, max_length, is_standard, VERSION]
+    rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, code, max_length, is_standard, VERSION]
     flat = cached(folder, name, rules, write, load_file, ending=".safetensors")
     splits = {split: {} for split in examples}
     for flat_key, array in flat.items():
@@ -113,10 +116,12 @@ class Batch:
 
 
 def batch_of(sequences, indices, device, targets=None):
-    """The Batch of some sequences. targets: {name: array}, which become bool or int64 tensors."""
+    """The Batch of some sequences. targets: {name: array}, which become bool, int64 or fp32 tensors."""
     tensors = {}
     for name, array in (targets or {}).items():
-        if array.dtype != bool:
+        if array.dtype.kind == "f":
+            array = array.astype(np.float32)
+        elif array.dtype != bool:
             array = array.astype(np.int64)
         tensors[name] = torch.from_numpy(array).to(device)
     tokens, cu_seqlens = pack(sequences, indices, device)

@@ -34,15 +34,16 @@ class Prediction:
 class QuestionAnswering(Family):
     """The model points at the first and last token of the answer; the score is SQuAD's F1.
 
-    What `encode` adds to the arrays of packing.py, for n sequences of N tokens:
+    What `encode` adds to the arrays of packing.py, for n sequences (windows) with N tokens in all:
 
-        target [n, 2]   characters [start, end) of the first gold answer in its context; -1 if none
-        span [N, 2]     characters [start, end) of the context that the token stands for; -1 for
-                        tokens that are not of the context
+        answer_chars [n, 2]  characters [start, end) of the first gold answer in its context; -1 if
+                             there is none
+        token_chars [N, 2]   characters [start, end) of the context that the token stands for; -1 for
+                             tokens that are not of the context
     """
 
     title = "question answering"
-    per_sequence = ("target",)
+    per_sequence = ("answer_chars",)
     has_windows = True
 
     # ---- data
@@ -107,29 +108,31 @@ class QuestionAnswering(Family):
         # neighbouring questions often ask about the same context
         encode_context = functools.lru_cache(1000)(tokenizer.encode_with_offsets)
         for index, example in enumerate(examples):
+            # A question may take half of a window; a longer one is cut.
             prefix = tokenizer.encode(f"Question: {example['question']}\nContext: ")
             is_cut = len(prefix) > max_length // 2
             prefix = prefix[:max_length // 2]
             ids, offsets = encode_context(example["context"])       # [tokens], [tokens, 2]
             room = max_length - 1 - len(prefix)
             window_starts = self.window_starts(len(ids), room)
+            # Without windows (the paper's code) the end of a long context is lost.
             if window_starts[-1] + room < len(ids):
                 is_cut = True
 
-            # all windows of an example have the same question and the same target
-            target = np.array([-1, -1])
+            # all windows of an example have the same question and the same answer
+            answer_chars = np.array([-1, -1])
             if example["answers"]:
                 text, first_character = example["answers"][0]
-                target = np.array([first_character, first_character + len(text)])
+                answer_chars = np.array([first_character, first_character + len(text)])
             prefix_offsets = np.full((len(prefix), 2), -1, np.int32)
             eos_offsets = [[-1, -1]]
             windows = []
             for start in window_starts:
                 end = start + room
                 tokens = [*prefix, *ids[start:end], tokenizer.eos_id]
-                span = np.concatenate([prefix_offsets, offsets[start:end], eos_offsets])
-                windows.append({"tokens": np.array(tokens, np.int32), "target": target,
-                                "span": span.astype(np.int32)})
+                token_chars = np.concatenate([prefix_offsets, offsets[start:end], eos_offsets])
+                windows.append({"tokens": np.array(tokens, np.int32), "answer_chars": answer_chars,
+                                "token_chars": token_chars.astype(np.int32)})
             yield index, windows, is_cut
 
     def window_starts(self, n_tokens, room):
@@ -140,7 +143,9 @@ class QuestionAnswering(Family):
         if not self.has_windows:
             return [0]
         overlap = min(OVERLAP, room // 2)
-        return range(0, max(1, n_tokens - overlap), room - overlap)
+        stride = room - overlap
+        # A window that began in the last `overlap` tokens would show nothing new.
+        return range(0, max(1, n_tokens - overlap), stride)
 
     # ---- training
 
@@ -156,8 +161,8 @@ class QuestionAnswering(Family):
         """
         first_and_last, outside = [], []
         for i in indices:
-            offsets = rows(sequences, "span", [i])                          # [tokens, 2]
-            answer_start, answer_end = sequences["target"][i]
+            offsets = rows(sequences, "token_chars", [i])                          # [tokens, 2]
+            answer_start, answer_end = sequences["answer_chars"][i]
             eos = len(offsets) - 1
             answer_tokens = np.flatnonzero(in_answer(sequences, i))
             is_complete = (len(answer_tokens) > 0
@@ -177,8 +182,9 @@ class QuestionAnswering(Family):
         """The sum over windows of the mean of two cross-entropies: of the answer's first token, and
         of its last."""
         logits = logits.masked_fill(batch.targets["outside"][:, None], float("-inf"))
-        # The classes are the tokens of a window. [T, 2] -> [S, longest, 2]: two numbers a token, so
-        # padding is cheap here.
+        # The classes of cross_entropy are the places in a window, and it takes the last dimension,
+        # 2, as two questions of their own: start and end. [T, 2] -> [S, longest, 2]. Padding with
+        # -inf costs only two numbers a token.
         padded = pad_sequence(logits.split(batch.lengths), batch_first=True,
                               padding_value=float("-inf"))
         return F.cross_entropy(padded, batch.targets["ids"], reduction="sum") / 2
@@ -188,8 +194,8 @@ class QuestionAnswering(Family):
     def predict(self, outputs):
         """One Prediction per question.
 
-        The best span and the best entity of all its windows win. "No answer" has the score of the
-        window that gives it the lowest: one window that sees an answer is enough.
+        The best span and the best entity of all its windows win. The score of "no answer" is its
+        minimum over the windows: one window that sees an answer is enough to answer.
         """
         predictions = [Prediction() for _ in outputs.examples]
         best_span_score = [-np.inf] * len(predictions)
@@ -199,10 +205,10 @@ class QuestionAnswering(Family):
             # sequence i is a window of question q
             q = int(outputs.sequences["example"][i])
             example = outputs.examples[q]
-            offsets = rows(outputs.sequences, "span", [i])                   # [tokens, 2]
+            offsets = rows(outputs.sequences, "token_chars", [i])                   # [tokens, 2]
             in_context = offsets[:, 0] >= 0                                  # [tokens]
             start_logits, end_logits = token_logits[:, 0], token_logits[:, 1]
-            eos_score = float(token_logits[-1].sum())
+            eos_score = float(token_logits[-1].sum())       # start and end at the last token, eos
             no_answer_score[q] = min(no_answer_score[q], eos_score)
 
             # the best span
@@ -324,8 +330,8 @@ class PaperQuestionAnswering(QuestionAnswering):
 def in_answer(sequences, i):
     """True for each token of sequence i that has a character of the first gold answer. -> bool
     [tokens]"""
-    answer_start, answer_end = sequences["target"][i]
-    offsets = rows(sequences, "span", [i])
+    answer_start, answer_end = sequences["answer_chars"][i]
+    offsets = rows(sequences, "token_chars", [i])
     in_context = offsets[:, 0] >= 0
     return (offsets[:, 0] < answer_end) & (offsets[:, 1] > answer_start) & in_context
 
@@ -374,14 +380,14 @@ def squad_scores(texts, gold):
 
 def best_threshold(predictions, gold):
     """The threshold for the margin of "no answer" that has the best F1 on these questions."""
-    # what a question adds to the sum of F1 if it is given the text instead of no answer
+    # how much F1 rises if we answer a question with its text instead of "no answer"
     gains = []
     for prediction, golds in zip(predictions, gold):
         _, f1_of_text = metrics.squad(prediction.text, golds)
         _, f1_of_no_answer = metrics.squad("", golds)
         gains.append(f1_of_text - f1_of_no_answer)
 
-    # total_gain [n + 1]: at m, what the m questions with the smallest margins add
+    # total_gain[m]: how much F1 rises if we answer only the m questions with the smallest margins
     margins = np.array([prediction.no_answer_margin for prediction in predictions])
     order = np.argsort(margins, kind="stable")
     total_gain = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])

@@ -40,6 +40,17 @@ def oracle(family, examples, encoded):
     return Outputs(examples, encoded, outputs)
 
 
+def test_targets_of_a_regression_stay_fractions(tok):
+    class Regression(type(split("sotu_era")[0])):
+        def encode(self, examples, tokenizer, max_length):
+            for index, (sequence,), is_cut in super().encode(examples, tokenizer, max_length):
+                yield index, [sequence | {"target": np.array(index / 8)}], is_cut
+    family, examples = split("sotu_era")
+    encoded = packing.encode(Regression(family.task, "standard"), examples[:4], tok, max_length=32)
+    batch = packing.batch_of(encoded, [1, 3], "cpu", family.targets(encoded, [1, 3])[0])
+    assert batch.targets["ids"].dtype == torch.float32 and batch.targets["ids"].tolist() == [0.125, 0.375]
+
+
 def test_a_text_is_its_ids_and_eos_and_a_long_one_is_cut_before_it(tok):
     family, examples = split("sotu_era")
     encoded = packing.encode(family, examples, tok, max_length=32)
@@ -95,7 +106,7 @@ def check_windows(family, examples, tok, max_length):
     encoded = packing.encode(family, examples, tok, max_length)
     assert packing.lengths(encoded).max() <= max_length
     for k, e in enumerate(examples):
-        spans = [packing.rows(encoded, "span", [i]) for i in np.flatnonzero(encoded["example"] == k)]
+        spans = [packing.rows(encoded, "token_chars", [i]) for i in np.flatnonzero(encoded["example"] == k)]
         seen = {tuple(s) for part in spans for s in part.tolist() if s[0] >= 0}
         assert seen == set(map(tuple, tok.encode_with_offsets(e["context"])[1].tolist()))
     outputs = oracle(family, examples, encoded)
