@@ -30,7 +30,7 @@ from core.configurator import UserError, run
 from experiments import jobs
 from experiments.commands import jobs_of
 from experiments.layout import Launch, Study, check_folder, write_study
-from experiments.overview import print_plan
+from experiments.overview import print_plan, print_rows_read_again
 from experiments.plan import plan_runs
 from experiments.scales import scale_called
 from experiments.script import print_script
@@ -76,6 +76,7 @@ def run_here(study, n_processes):
     os.makedirs(study.out_dir, exist_ok=True)
     with lock.hold(study.out_dir, "study.py") as lock_file:
         write_study(study)
+        print_rows_read_again(study.runs, study.scale, study.data_dir)
         all_jobs = jobs_of(study)
         jobs.check_first(all_jobs)
         environments = jobs.process_environments(study.device, n_processes)

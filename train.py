@@ -382,6 +382,12 @@ def train(c, device, processes, at_exit):
         f"{corpus.n_tokens:,} training tokens, {tokens_to_train_on:,} to train on in {max_steps} "
         f"steps of {c.batch_rows} x {c.block_size}; {val_corpus.n_tokens:,} validation tokens"
     )
+    rows_again = data.count_rows_read_again(corpus, data_settings, max_steps)
+    if rows_again:
+        processes.print0(
+            f"the corpus has {data.count_rows(corpus, data_settings):,} rows: {rows_again:,} of this "
+            f"run's {max_steps * c.batch_rows:,} rows are read for the second time or more"
+        )
     if not why_eager:
         model.compile()
     wrapped_model = model

@@ -4,7 +4,7 @@
 # 42,000 steps are 99.1 B tokens. At 3.55 GFLOP a token (Encoder.flops, for sequences of 12 to 2,036
 # tokens) that is about 247 GPU-hours on an H100 at 40 % MFU: an estimate, not measured.
 size = "610m"
-data_dir = "data/fineweb-edu"
+data_dir = "data/fineweb-edu"      # 152 B tokens of sample-350BT: the command is in README.md
 out_dir = "out/610m-mlm40-42k"      # the paper's name for this model
 phases = [("mlm", 42_000)]
 batch_rows, micro_rows, block_size = 1152, 12, 2048

@@ -1,7 +1,9 @@
 """The printed plan of a study: which runs branch where, and what each group of models costs."""
 
+import os
 from dataclasses import dataclass, replace
 
+from core.schema import read_json
 from experiments import recipes
 from experiments.cost import cost_of, gpu_hours, sum_of
 from experiments.plan import plan_runs
@@ -41,6 +43,33 @@ def print_plan(names, scale, data_dir, tok_per_s):
             "other models are estimated by their FLOPs"
         )
     overview.print_comparison()
+    print_rows_read_again(runs, scale, data_dir)
+
+
+def print_rows_read_again(runs, scale, data_dir):
+    """Say in one line how many runs read rows of the corpus again, and how many rows at most.
+
+    Without a corpus in data_dir, or if it is large enough, nothing is printed.
+    """
+    path = os.path.join(data_dir, "manifest.json")
+    manifest = read_json(path, {"train_tokens?": int}) if os.path.isfile(path) else {}
+    if "train_tokens" not in manifest:
+        return
+    batch = batch_of(scale, data_dir)
+    n_rows = manifest["train_tokens"] // batch.block_size
+    rows_again = {}      # {name of a run: rows}
+    for name, run in runs.items():
+        # A continued run reads the rows after those of the run that it continues.
+        end = scale.to_step(run.recipe.steps) * batch.rows
+        first = scale.to_step(run.recipe.start) * batch.rows
+        if end > n_rows:
+            rows_again[name] = end - max(first, n_rows)
+    if rows_again:
+        name = max(rows_again, key=rows_again.get)
+        print(
+            f"{data_dir} has {n_rows:,} rows: {len(rows_again)} of {len(runs)} runs read rows for "
+            f"the second time or more, {name} {rows_again[name]:,} of them"
+        )
 
 
 @dataclass(frozen=True)

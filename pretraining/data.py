@@ -268,6 +268,13 @@ def rows_of_step(corpus, step, settings):
     return permute(index % n_rows, n_rows, settings.seed, epochs), epochs
 
 
+def count_rows_read_again(corpus, settings, n_steps):
+    """How many of the rows of steps 0 to n_steps - 1 were read before, by this run or its ancestors."""
+    first = settings.first_row
+    end = first + n_steps * settings.batch_rows
+    return max(0, end - max(first, count_rows(corpus, settings)))
+
+
 def read_rows(corpus, row_numbers, epochs, settings, is_filler=None):
     """Load rows, and cut them into sequences. -> Rows
 
