@@ -15,6 +15,8 @@
 
 `python bench.py PART --help` shows a part's settings; --to=FILE.jsonl keeps its results as rows.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import sys
 from collections import namedtuple
 

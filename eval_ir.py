@@ -21,6 +21,8 @@ states. Each query must tell its own document from the other documents of the ba
 cosines at temperature 0.05). retrieval/pools.py explains the pools of documents, and
 retrieval/collections.py how to search your own collection.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import os
 import shlex
 import time

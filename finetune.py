@@ -21,6 +21,8 @@ demo corpus. tasks/registry.py lists them, and a folder of your own data is one 
 tasks is one file, such as tasks/question_answering.py. tasks/family.py says what such a file
 provides.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import itertools
 import math
 import os

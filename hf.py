@@ -14,6 +14,8 @@ model by itself.
 Export writes safetensors, a tokenizer.json that gives our ids, and a model card with the facts of
 the training.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import json
 import shlex
 from dataclasses import dataclass

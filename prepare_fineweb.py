@@ -26,6 +26,8 @@ so many training tokens. On n machines, each runs the command with its own --sha
 ...; then one machine runs it without --shard, which puts the corpus together. The machines share
 --out, or you copy OUT/files/* of all into one folder first.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import math
 import os
 import re

@@ -17,6 +17,8 @@ of retrieval trials. There each pool of searched documents is a task of its own.
 A study gives the paper's tables, figures and tests of its claims. Its scores stand beside the
 paper's (results/paper.csv) where names match. In figures each has a row of panels of its own.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import json
 import os
 from dataclasses import dataclass

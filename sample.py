@@ -9,6 +9,8 @@ The same weights do both, so --compare shows what the swap of objectives did: a 
 after it, but not before. Without --prompt and --fill a model writes from the beginning of a
 document.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import re
 import shutil
 import textwrap

@@ -21,6 +21,8 @@ for more models later. A scale shrinks models, batches and steps; names stay the
 out_dir holds one run per model, the results inside its checkpoints, the logs of all commands, and
 study.json, which tells report.py which checkpoint is which model.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
+
 import os
 import shlex
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ learning rate decays. --init_from=CKPT starts a new schedule from finished weigh
 2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0. One training writes
 an out_dir at a time.
 """
+import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
 import gc
 import math

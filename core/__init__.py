@@ -1,6 +1,7 @@
 """What all other folders stand on. It knows nothing of pretraining or tasks.
 
     configurator   settings: a dataclass, config files, --key=value
+    ctrl_c         an interrupt during the imports
     checkpoint     folders of weights, optimizer state and facts, written completely and checked
     tokenizer      text to ids and back: tiktoken's BPE, learned here or imported
     device         which device, which precision, is there a compiler; memory and peak FLOP/s

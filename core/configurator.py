@@ -19,12 +19,15 @@ code, without a traceback.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import os
 import runpy
+import signal
 import sys
 import tokenize
+import traceback
 import typing
 from dataclasses import dataclass
 from typing import Annotated
@@ -72,10 +75,18 @@ class RunError(Exception):
 def run(main, config_class):
     """Call main(config) with the settings of the command line.
 
-    An expected error is printed as one line, and the process exits with its code.
+    An expected error is printed as one line, and the process exits with its code. Anything else is
+    a bug of ours: it is called one, and its traceback is shown. A program whose console is gone, as
+    with `| head`, works on without it.
     """
+    sys.stdout = Console(sys.stdout)
+    sys.stderr = Console(sys.stderr)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # ends the work of core.ctrl_c
+    config = None
     try:
-        main(configure(config_class))
+        config = configure(config_class)
+        main(config)
     except (UserError, RunError, OSError) as error:
         # OSError: a full disk, a folder that we may not write to.
         sys.stdout.flush()
@@ -84,6 +95,65 @@ def run(main, config_class):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        sys.stdout.flush()
+        # MemoryError, and torch.OutOfMemoryError of a GPU
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print(f"error: out of memory; take smaller batches. {error}", file=sys.stderr)
+            sys.exit(1)
+        print(f"error: this is a bug in the program, please report it. {where_state_is(config)}",
+              file=sys.stderr)
+        traceback.print_exc()
+        sys.exit(1)
+    sys.stdout.flush()
+    if sys.stdout.error:
+        print(f"error: the output above is not complete: {sys.stdout.error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def where_state_is(config):
+    """A sentence for somebody whose program has just crashed: where to find what it wrote."""
+    for name in ("out_dir", "out", "to"):
+        folder = getattr(config, name, None)
+        if folder:
+            return f"What it has written is in {folder}; the same command may resume."
+    return "Files that exist are complete."
+
+
+class Console:
+    """A text stream that takes no more once it cannot be written, and lets the program go on.
+
+    error: why output was lost, if that is worth an error. That nobody reads it any more is not.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")      # None: closed by >&-
+        self.error = None
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.give_up(error)
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        # EPIPE: the reader of a pipe has ended. EIO: the terminal is closed.
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            self.error = error
+        # What is still buffered, and all that follows, goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def configure(config_class, argv=None):

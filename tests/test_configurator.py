@@ -1,5 +1,8 @@
 """Settings: three strict layers, and errors that name what is wrong."""
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 
 import pytest
@@ -174,3 +177,69 @@ def test_values_within_their_range_are_taken_and_a_tilde_is_the_home_folder(monk
     monkeypatch.setenv("HOME", "/home/ada")
     c = configurator.configure(Ranged, ["--steps=1", "--clip=0", "--share=1", "--lrs", "1", "2e-4", "--seeds=3", "--folder=~/runs"])
     assert c == Ranged(1, 0.0, 1.0, (1.0, 2e-4), (3,), "/home/ada/runs") and type(c.lrs[0]) is float
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from dataclasses import dataclass
+from core.configurator import run
+
+@dataclass
+class Config:
+    out_dir: str = "somewhere"
+
+def main(c):
+    {body}
+
+run(main, Config)
+"""
+
+
+def program(body, stdout=subprocess.PIPE):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(root=ROOT, body=body)], stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_bug_shows_its_traceback_once_under_a_line_that_calls_it_one_and_says_where_the_state_is():
+    process = program("{}['missing']")
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 1 and text.startswith("error: this is a bug in the program") and "somewhere" in text.splitlines()[0]
+    assert text.count("Traceback") == 1 and text.rstrip().endswith("KeyError: 'missing'")
+
+
+def test_memory_that_runs_out_is_no_bug():
+    process = program("raise MemoryError")
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 1 and text.startswith("error: out of memory") and "Traceback" not in text
+
+
+def test_a_program_whose_reader_has_left_works_on_and_shows_no_traceback(tmp_path):
+    process = program(f"print(1, flush=True); import time; time.sleep(0.5); print('x' * 9000); open({str(tmp_path / 'done')!r}, 'w').close()")
+    assert process.stdout.readline() == "1\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0 and (tmp_path / "done").exists()
+
+
+def test_a_console_that_was_never_open_is_no_obstacle(tmp_path):
+    code = PROGRAM.format(root=ROOT, body="print('nobody hears')")
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_lets_the_work_finish_and_is_an_error_at_the_end(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = program(f"print(1, flush=True); open({str(tmp_path / 'done')!r}, 'w').close()", stdout=full)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 1 and "not complete" in text and "Traceback" not in text and (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "finetune", "eval_ir", "sample", "study", "bench"])
+def test_ctrl_c_while_a_program_still_imports_is_one_line(tmp_path, name):
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, f"{name}.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130 and text == "interrupted\n"
