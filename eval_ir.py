@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from core import checkpoint
-from core.configurator import UserError, run
+from core.configurator import NonNegativeInt, Path, PositiveFloat, PositiveInt, Seed, UserError, run
 from core.device import keep_freed_memory, pick_device
 from core.distributed import Processes, all_sum, shows_progress, start_processes
 from core.schema import read_json
@@ -49,24 +49,24 @@ from tasks.training import Diverged
 @dataclass
 class Config(worker.GridSettings):
     # what
-    data_dir: str = ""              # local collections instead of the hub: data_dir/<task>/ in BEIR's layout
-    seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
-    train_on: str = ""              # whose training pairs; empty: MS MARCO's (paper), else its own
-    pool: str = ""                  # judged, hard or full; empty: judged (paper, demo), full (your own)
-    hard_negatives: int = 100       # BM25's best documents for each query that are in the pool "hard"
-    finals: bool = False            # then the best learning rate's seeds again on the full pool
-    mteb: str = ""                  # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
+    data_dir: Path = ""              # local collections instead of the hub: data_dir/<task>/ in BEIR's layout
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
+    train_on: str = ""                  # whose training pairs; empty: MS MARCO's (paper), else its own
+    pool: str = ""                      # judged, hard or full; empty: judged (paper, demo), full (your own)
+    hard_negatives: PositiveInt = 100   # BM25's best documents for each query that are in the pool "hard"
+    finals: bool = False                # then the best learning rate's seeds again on the full pool
+    mteb: str = ""                    # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
     # how
-    mode: str = "standard"          # standard: NDCG@10; paper: its score, and positives among negatives
-    steps: int = 0                  # of each trial; 0: 1,000, the paper's
-    batch: int = 32                 # pairs in a step; each query's negatives are the other documents
-    temperature: float = 0.05       # of InfoNCE
+    mode: str = "standard"              # standard: NDCG@10; paper: its score, and positives among negatives
+    steps: NonNegativeInt = 0           # of each trial; 0: 1,000, the paper's
+    batch: PositiveInt = 32             # pairs in a step; each query's negatives are the other documents
+    temperature: PositiveFloat = 0.05   # of InfoNCE
     # system
-    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32; cosines are float32
-    micro_tokens: int = 16_384      # tokens in a forward and backward pass; a larger batch is embedded twice
-    eval_tokens: int = 0            # tokens in a forward pass of encoding; 0: 8,192 on a CPU, 65,536 on a GPU
-    cache_dir: str = "data/tasks"   # tokenized collections, and BM25's best documents
-    shard: bool = False             # torchrun's processes share each trial instead of the grid
+    dtype: str = "auto"              # bfloat16 (autocast) where it is fast, else float32; cosines are float32
+    micro_tokens: PositiveInt = 16_384  # tokens in a training pass; a larger batch is embedded twice
+    eval_tokens: NonNegativeInt = 0  # tokens in an encoding pass; 0: 8,192 on a CPU, 65,536 on a GPU
+    cache_dir: Path = "data/tasks"      # tokenized collections, and BM25's best documents
+    shard: bool = False                 # torchrun's processes share each trial instead of the grid
 
 
 # The facts about a search that all rows of its folder of trials must share.
@@ -272,11 +272,6 @@ def check(c):
     if c.pool not in ("", *POOLS):
         raise UserError(
             f"pool={c.pool}: expected {', '.join(POOLS)}, or nothing for each collection's own"
-        )
-    if not 0 < c.temperature < float("inf") or c.hard_negatives < 1:
-        raise UserError(
-            f"temperature={c.temperature}, hard_negatives={c.hard_negatives}: "
-            "expected numbers above 0"
         )
     if c.finals and all(search.pool == "full" for search in searches):
         raise UserError(

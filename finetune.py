@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from core import checkpoint
-from core.configurator import UserError, run
+from core.configurator import NonNegativeInt, Path, PositiveInt, Seed, UserError, run
 from core.device import keep_freed_memory
 from core.distributed import shows_progress
 from core.rng import permute
@@ -47,17 +47,17 @@ from tasks.training import Diverged, fit
 @dataclass
 class Config(worker.GridSettings):
     # what
-    tasks: str = "demo"             # names with commas between them, all (the paper's nine) or demo
-    data_dir: str = ""              # data_dir/<task>/{train,validation,test}.jsonl instead of the hub
-    seeds: tuple = (0, 1, 2, 3, 4)  # of the new head and of the order of the data, and of nothing else
-    keep: bool = False              # keep each trial's encoder and head as a checkpoint beside its row
+    tasks: str = "demo"                 # names with commas between them, all (the paper's nine) or demo
+    data_dir: Path = ""                 # data_dir/<task>/{train,validation,test}.jsonl instead of the hub
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the new head and the data's order, and of nothing else
+    keep: bool = False                  # keep each trial's encoder and head as a checkpoint beside its row
     # how
-    mode: str = "standard"          # standard, or paper: the labels, heads and scores of the paper's code
+    mode: str = "standard"              # standard, or paper: the labels, heads and scores of the paper's code
     split: str = "hash"             # cut of validation: hash (of the text) or encodeval (the paper's, by row)
-    steps: int = 0                  # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
+    steps: NonNegativeInt = 0         # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
     # system
-    micro_tokens: int = 16_384      # tokens in a forward and backward pass; a step is cut to fit
-    eval_tokens: int = 8_192        # tokens in a forward pass of evaluation; more fall out of a CPU's caches
+    micro_tokens: PositiveInt = 16_384  # tokens in a forward and backward pass; a step is cut to fit
+    eval_tokens: PositiveInt = 8_192  # tokens in a forward pass of evaluation; more leave a CPU's caches
 
 
 # ---- one process
@@ -227,9 +227,8 @@ def check(c):
     for name in names:
         if registry.find(name, c.data_dir).kind == "retrieval":
             raise UserError(f"{name} is a retrieval collection: python eval_ir.py --tasks={name}")
-    if c.split not in ("hash", "encodeval") or c.eval_tokens < 1:
-        raise UserError(f"split={c.split}, eval_tokens={c.eval_tokens}: expected hash or "
-                        "encodeval, and at least 1 token")
+    if c.split not in ("hash", "encodeval"):
+        raise UserError(f"split={c.split}: expected hash or encodeval")
     return names
 
 

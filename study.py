@@ -28,7 +28,7 @@ import shlex
 from dataclasses import dataclass
 
 from core import lock
-from core.configurator import UserError, run
+from core.configurator import NonNegativeFloat, Path, PositiveInt, Seed, UserError, Workers, run
 from experiments import jobs
 from experiments.commands import jobs_of
 from experiments.layout import Launch, Study, check_folder, write_study
@@ -44,22 +44,22 @@ class Config:
     args: tuple = ()
     # which models
     only: str = ""                      # comma-separated names, patterns or groups; empty: all of the paper's
-    scale: str = "paper"                # paper, gpu, cpu or smoke: see experiments/scales.py
-    seeds: tuple = (42,)                # of pretraining: each model once with each
+    scale: str = "paper"                 # paper, gpu, cpu or smoke: see experiments/scales.py
+    seeds: tuple[Seed, ...] = (42,)      # of pretraining: each model once with each
     # what they read
-    data_dir: str = "data/fineweb-edu"  # a corpus of prepare_fineweb.py
-    tasks_dir: str = ""                 # local data sets; finetune.py's and eval_ir.py's data_dir
-    tasks: str = ""                     # what each checkpoint is scored on, instead of the scale's tasks
-    evaluate: bool = True               # fine-tune and search with each checkpoint, too
+    data_dir: Path = "data/fineweb-edu"  # a corpus of prepare_fineweb.py
+    tasks_dir: Path = ""                 # local data sets; finetune.py's and eval_ir.py's data_dir
+    tasks: str = ""                      # what each checkpoint is scored on, instead of the scale's tasks
+    evaluate: bool = True                # fine-tune and search with each checkpoint, too
     # where and how
-    out_dir: str = "out/study"          # the study's folder
-    launch: str = "local"               # local: run it here; torchrun or slurm: print the commands
-    nodes: int = 1                      # machines of a printed training command
-    nproc_per_node: int = 8             # GPUs of each machine
-    jobs: int = 0                       # processes at a time here; 0: one per GPU, or per core, at most 8
-    device: str = "auto"                # cuda if there is a GPU, else cpu
-    compile: bool = True                # train.py's
-    tok_per_s: float = 0.0              # plan: tokens per second of one GPU with the 610m model
+    out_dir: Path = "out/study"          # the study's folder
+    launch: str = "local"                # local: run it here; torchrun or slurm: print the commands
+    nodes: PositiveInt = 1               # machines of a printed training command
+    nproc_per_node: PositiveInt = 8      # GPUs of each machine
+    jobs: Workers = 0                    # processes at a time here; 0: one per GPU, or per core, at most 8
+    device: str = "auto"                 # cuda if there is a GPU, else cpu
+    compile: bool = True                 # train.py's
+    tok_per_s: NonNegativeFloat = 0.0    # plan: tokens per second of one GPU with the 610m model
 
 
 def check_settings(c):
@@ -68,7 +68,7 @@ def check_settings(c):
         raise UserError("plan or run? python study.py plan, python study.py run --scale=cpu ...")
     if c.launch not in ("local", "torchrun", "slurm"):
         raise UserError(f"launch={c.launch}: expected local, torchrun or slurm")
-    if not c.seeds or any(type(seed) is not int or seed < 0 for seed in c.seeds):
+    if not c.seeds:
         raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 42,43,44")
 
 

@@ -29,7 +29,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 import objectives
 from core import checkpoint, lock, tokenizer
-from core.configurator import RunError, UserError, run
+from core.configurator import (
+    Beta,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Path,
+    PositiveFloat,
+    PositiveInt,
+    RunError,
+    Seed,
+    Share,
+    UserError,
+    run,
+    shorten,
+)
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
 from core.distributed import all_sum, start_processes
 from core.files import write_json
@@ -44,50 +57,54 @@ from pretraining.data import DataSettings
 @dataclass
 class Config:
     # input and output
-    data_dir: str = "data/sotu"              # a corpus made by prepare_fineweb.py
-    out_dir: str = "out"                     # the run: config.json, log.jsonl, step_NNNNNNN/
+    data_dir: Path = "data/sotu"             # a corpus made by prepare_fineweb.py
+    out_dir: Path = "out"                    # the run: config.json, log.jsonl, step_NNNNNNN/
     resume: bool = True                      # resume a run that exists; false: refuse it
-    branch_from: str = ""                    # RUN/step_NNNNNNN: continue from there with other phases
-    init_from: str = ""                      # checkpoint, hf:ORG/NAME or its folder: new schedule
+    branch_from: Path = ""                   # RUN/step_NNNNNNN: continue from there with other phases
+    init_from: Path = ""                     # checkpoint, hf:ORG/NAME or its folder: new schedule
     keep_moments: bool = True                # with init_from: load its optimizer state, too
-    save_interval: int = 1_000               # steps between checkpoints
-    keep_last: int = 2                       # newest checkpoints to keep, besides those to branch from
-    milestones: tuple = ()                   # more steps to keep, e.g. (1000, 2000)
-    eval_interval: int = 500                 # steps between validations
-    eval_rows: int = 128                     # validation rows, always the same ones
-    eval_mask_rate: float = 0.4              # masking rate of validation; the same for runs to compare
-    log_interval: int = 10                   # steps between console lines; log.jsonl gets every step
+    save_interval: PositiveInt = 1_000       # steps between checkpoints
+    keep_last: PositiveInt = 2               # newest checkpoints to keep, besides those to branch from
+    milestones: tuple[PositiveInt, ...] = ()  # more steps to keep, e.g. (1000, 2000)
+    eval_interval: PositiveInt = 500         # steps between validations
+    eval_rows: PositiveInt = 128             # validation rows, always the same ones
+    eval_mask_rate: Share = 0.4              # masking rate of validation; the same for runs to compare
+    log_interval: PositiveInt = 10           # steps between console lines; log.jsonl gets every step
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
     # model
     size: str = ""                           # a row of model.SIZES; empty: the given weights' size, else 210m
     tied: bool = False                       # share the LM head with the embedding (the paper does not)
     # objective
-    phases: tuple = (("clm", 10_000), ("mlm", 32_000))   # (objective, steps); see objectives.py
-    mask_rate: float = 0.4                   # share of tokens an MLM step hides; "mlm20" has its own
+    phases: tuple = (("clm", 10_000), ("mlm", 32_000))  # (objective, steps); see objectives.py
+    mask_rate: Share = 0.4                   # share of tokens an MLM step hides; "mlm20" has its own
     mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden: (mask, random, unchanged); BERT (0.8, 0.1, 0.1)
     # data
-    block_size: int = 2048                   # tokens in a row
+    block_size: PositiveInt = 2048           # tokens in a row
     random_length: bool = True               # cut each row once (the paper's footnote 6)
     document_mask: bool = False              # also cut at document ends; the paper does not
-    batch_rows: int = 1152                   # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
-    micro_rows: int = 12                     # rows a GPU takes at once
-    seed: int = 42                           # of weights, data order, cuts and masks
+    batch_rows: PositiveInt = 1152           # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
+    micro_rows: PositiveInt = 12             # rows a GPU takes at once
+    seed: Seed = 42                          # of weights, data order, cuts and masks
     # optimizer: AdamW on every parameter, warmup - stable - linear decay
-    learning_rate: float = 5e-4              # of the stable stretch
-    warmup_steps: int = 2_000                # linear, from 0
-    decay_steps: int = 2_000                 # linear to 0, the last steps of the last phase
-    beta1: float = 0.9                       # AdamW
-    beta2: float = 0.95                      # AdamW
-    adam_eps: float = 1e-5                   # AdamW
-    weight_decay: float = 0.1                # on everything, also norms, as in the paper's code
-    grad_clip: float = 1.0                   # largest global norm of the gradients; 0: no clipping
+    learning_rate: PositiveFloat = 5e-4      # of the stable stretch
+    warmup_steps: NonNegativeInt = 2_000     # linear, from 0
+    decay_steps: NonNegativeInt = 2_000      # linear to 0, the last steps of the last phase
+    beta1: Beta = 0.9                        # AdamW
+    beta2: Beta = 0.95                       # AdamW
+    adam_eps: PositiveFloat = 1e-5           # AdamW
+    weight_decay: NonNegativeFloat = 0.1     # on everything, also norms, as in the paper's code
+    grad_clip: NonNegativeFloat = 1.0        # largest global norm of the gradients; 0: no clipping
     # system
     device: str = "auto"                     # cuda where there is one, else cpu
     dtype: str = "auto"                      # bfloat16 (autocast) where it is fast, else float32
     compile: bool = True                     # torch.compile where a compiler is installed
     attention: str = "auto"                  # triton or varlen (CUDA), sdpa (anywhere), reference
     checkpoint_activations: bool = False     # less memory for a third more work
+
+
+MOST_STEPS = 10**12
+MOST_TOKENS = 2**31 - 1  # of a step: places in it are int32
 
 
 def check(c, world_size):
@@ -98,19 +115,23 @@ def check(c, world_size):
     # the schedule
     if not c.phases:
         raise UserError("phases is empty: expected (objective, steps) pairs")
+    phases = shorten(c.phases)
     for phase in c.phases:
-        if type(phase) is not tuple or len(phase) != 2 or type(phase[1]) is not int or phase[1] < 1:
-            raise UserError(f"phases={c.phases}: expected (objective, steps) pairs")
+        is_pair = type(phase) is tuple and [type(part) for part in phase] == [str, int]
+        if not is_pair or not 1 <= phase[1] <= MOST_STEPS:
+            raise UserError(f"phases={phases}: expected (objective, steps) pairs")
         try:
             objectives.parse(phase[0])
         except ValueError as error:
-            raise UserError(f"phases={c.phases}: {error}") from None
+            raise UserError(f"phases={phases}: {error}") from None
     steps = sum(n for _, n in c.phases)
     if c.warmup_steps + c.decay_steps > steps:
         raise UserError(
             f"warmup_steps + decay_steps = {c.warmup_steps + c.decay_steps} is more than "
             f"the {steps} steps of phases"
         )
+    if max(c.milestones, default=0) > steps:
+        raise UserError(f"milestones={shorten(c.milestones)}: phases end at step {steps}")
     if c.branch_from and c.init_from:
         raise UserError("branch_from continues a schedule and init_from starts one: give one of them")
 
@@ -122,32 +143,37 @@ def check(c, world_size):
             f"size={c.size}: expected one of {', '.join(SIZES)} "
             "(model.SIZES; add a line for a new one)"
         )
-    if min(c.batch_rows, c.micro_rows) < 1 or c.batch_rows % (c.micro_rows * world_size):
+    if c.batch_rows % (c.micro_rows * world_size):
         processes = "process" if world_size == 1 else "processes"
         raise UserError(
             f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x "
             f"{world_size} {processes}: change one of them"
         )
 
-    # masking
-    for name in ("mask_rate", "eval_mask_rate"):
-        rate = getattr(c, name)
-        if not 0.0 < rate <= 1.0:
-            raise UserError(f"{name}={rate}: expected a share of the tokens, 0 < {name} <= 1")
-    are_shares = all(type(share) in (int, float) and share >= 0 for share in c.mask_replace)
-    if len(c.mask_replace) != 3 or not are_shares or abs(sum(c.mask_replace) - 1) > 1e-6:
-        raise UserError(f"mask_replace={c.mask_replace}: expected three shares that add up to 1")
+    if c.block_size < 2:
+        raise UserError("block_size=1: a row of one token has nothing to predict")
+    data.check_block_size(c.block_size, c.random_length)
+    if c.batch_rows * c.block_size > MOST_TOKENS:
+        raise UserError(
+            f"batch_rows={c.batch_rows} x block_size={c.block_size}: expected at most {MOST_TOKENS:,} "
+            "tokens in a step"
+        )
 
-    # the rest
-    if min(c.save_interval, c.eval_interval, c.log_interval, c.eval_rows, c.keep_last) < 1:
+    # masking
+    are_shares = all(type(share) in (int, float) and share >= 0 for share in c.mask_replace)
+    if len(c.mask_replace) != 3 or not are_shares or not abs(sum(c.mask_replace) - 1) <= 1e-6:
         raise UserError(
-            "save_interval, eval_interval, log_interval, eval_rows and keep_last must be at least 1"
+            f"mask_replace={shorten(c.mask_replace)}: expected three shares that add up to 1"
         )
-    if not c.grad_clip >= 0:  # NaN fails, too
-        raise UserError(
-            f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients may have, "
-            "or 0 for no clipping"
-        )
+    # A step or a validation without a target would have no loss.
+    for name, rate, rows in (
+        ("mask_rate", c.mask_rate, c.batch_rows),
+        ("eval_mask_rate", c.eval_mask_rate, c.eval_rows),
+    ):
+        if rate * rows * c.block_size < 1:
+            raise UserError(
+                f"{name}={rate} hides less than one of {rows} x {c.block_size} tokens: raise it"
+            )
     return steps
 
 
@@ -215,6 +241,8 @@ def validate(loss_of, val_corpus, eval_settings, c, processes):
         loss_sum, n_targets, n_failures = all_sum([loss_sum, n_targets, failure is not None], processes)
         if n_failures:
             raise failure or RunError(UNREADABLE_ELSEWHERE)
+        if n_targets == 0:
+            raise RunError("the validation has no token to predict: raise eval_mask_rate or eval_rows")
         losses[f"val_{objective}_loss"] = loss_sum / n_targets
     return losses
 
@@ -478,6 +506,10 @@ def train(c, device, processes, at_exit):
         is_stopping = n_stopping + n_failures > 0
         if n_failures:
             failure = failure or RunError(UNREADABLE_ELSEWHERE)
+            continue
+        if n_targets == 0:
+            failure = RunError("this step has no token to predict: raise mask_rate or batch_rows")
+            is_stopping = True
             continue
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(batches):

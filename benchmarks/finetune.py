@@ -25,7 +25,7 @@ import torch
 from benchmarks.rows import describe, record
 from benchmarks.settings import as_flags, check_sizes, settings_for
 from core import checkpoint, tokenizer
-from core.configurator import RunError, UserError
+from core.configurator import Path, PositiveInt, RunError, UserError
 from core.device import pick_device, pick_dtype, synchronize
 from core.files import ROOT
 from huggingface import weights as hf_weights
@@ -40,17 +40,17 @@ BATCH = 32
 @dataclass
 class Config:
     # the model, from random weights
-    size: str = "small"          # a key of model.SIZES
-    vocab_size: int = 8192       # of the tokenizer
+    size: str = "small"             # a key of model.SIZES
+    vocab_size: PositiveInt = 8192  # of the tokenizer
     # the grid
-    task: str = "sotu_era"       # a sequence classification task of tasks/registry.py
-    task_dir: str = ""           # local data for it, as finetune.py's data_dir
-    trials: int = 8              # at two learning rates, half of them at each
-    trial_steps: int = 50        # steps of a trial
+    task: str = "sotu_era"          # a sequence classification task of tasks/registry.py
+    task_dir: Path = ""             # local data for it, as finetune.py's data_dir
+    trials: PositiveInt = 8         # at two learning rates, half of them at each
+    trial_steps: PositiveInt = 50   # steps of a trial
     # how
-    device: str = "auto"         # cuda where there is one, else cpu
-    dtype: str = "auto"          # bfloat16 or float32
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    device: str = "auto"            # cuda where there is one, else cpu
+    dtype: str = "auto"             # bfloat16 or float32
+    to: Path = ""                   # append the rows, with device and versions, to this .jsonl file
 
 
 def finetune(c):

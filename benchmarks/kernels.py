@@ -25,7 +25,7 @@ from tqdm import tqdm
 import kernels
 from benchmarks.rows import describe, error_in_words, record, versions
 from benchmarks.settings import check_sizes
-from core.configurator import UserError
+from core.configurator import NonNegativeFloat, Path, PositiveInt, Share, UserError
 from core.device import keep_freed_memory, pick_device
 from core.rng import CUT, hashed
 from model import SIZES
@@ -35,16 +35,16 @@ from pretraining.data import MIN_LENGTH
 @dataclass
 class Config:
     # the cases
-    sizes: tuple = ("210m", "610m", "1b")   # keys of model.SIZES, for their heads and widths
-    packings: tuple = ("cuts", "equal")     # rows cut once at random, or whole
-    shares: tuple = (0.4, 1.0)   # shares of the tokens for which the loss has a target
-    tokens: int = 24_576         # in a call: 12 rows of 2,048
-    head_vocab: int = 128_256    # vocabulary size of the loss
+    sizes: tuple[str, ...] = ("210m", "610m", "1b")  # keys of model.SIZES, for their heads and widths
+    packings: tuple[str, ...] = ("cuts", "equal")  # rows cut once at random, or whole
+    shares: tuple[Share, ...] = (0.4, 1.0)  # shares of the tokens for which the loss has a target
+    tokens: PositiveInt = 24_576            # in a call: 12 rows of 2,048
+    head_vocab: PositiveInt = 128_256       # vocabulary size of the loss
     # how
-    rounds: int = 5              # after a round that is not timed
-    seconds: float = 0.0         # begin nothing new after so long; 0: do all
-    device: str = "auto"         # cuda where there is one, else cpu
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    rounds: PositiveInt = 5                 # after a round that is not timed
+    seconds: NonNegativeFloat = 0.0         # begin nothing new after so long; 0: do all
+    device: str = "auto"                    # cuda where there is one, else cpu
+    to: Path = ""                           # append the rows, with device and versions, to this .jsonl file
 
 
 def kernel_bench(c):

@@ -15,15 +15,15 @@ from benchmarks.contestants import write_corpus
 from benchmarks.race import ContestantConfig, Runner
 from benchmarks.rows import log, record
 from benchmarks.settings import StepSettings, settings_for
-from core.configurator import RunError, UserError
+from core.configurator import NonNegativeFloat, Path, RunError, UserError
 from core.device import pick_device
 
 
 @dataclass
 class Config(StepSettings):
     # the device
-    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    memory_gib: NonNegativeFloat = 0.0  # use no more of the device's memory than this; 0: all of it
+    to: Path = ""                       # append the rows, with device and versions, to this .jsonl file
 
 
 def memory(c):

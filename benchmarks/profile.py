@@ -18,7 +18,7 @@ from benchmarks.contestants import contestants, write_corpus
 from benchmarks.rows import describe, log, record
 from benchmarks.settings import StepSettings
 from benchmarks.train import choose_contestants
-from core.configurator import UserError
+from core.configurator import Path, UserError
 from core.device import keep_freed_memory, pick_device, synchronize, why_not_compile
 from core.files import write_whole
 
@@ -29,9 +29,9 @@ STEPS = 3
 class Config(StepSettings):
     # whose steps
     contestants: str = ""        # the first of these; "": ours
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
+    nanogpt: Path = ""           # folder of a clone of karpathy/nanoGPT
     compile: bool = True         # torch.compile ours, where a compiler is installed
-    to: str = ""                 # FILE.jsonl: append a row of GPU kernels; else: write the table
+    to: Path = ""                # FILE.jsonl: append a row of GPU kernels; else: write the table
 
 
 def profile(c):

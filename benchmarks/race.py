@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.contestants import NAMES, contestants, write_corpus
 from benchmarks.settings import StepSettings, as_flags, settings_for
+from core.configurator import NonNegativeFloat, Path, PositiveInt
 from core.device import keep_freed_memory, limit_memory, peak_memory, pick_device, synchronize
 from core.files import ROOT
 
@@ -31,11 +32,11 @@ AT_ONCE = 4            # contestants in a group beside the first: each needs 2 t
 
 @dataclass
 class ContestantConfig(StepSettings):
-    args: tuple = ()             # the contestant's key in NAMES
-    data_dir: str = "data/demo"  # the corpus
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT
-    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
-    steps: int = 4               # in a round
+    args: tuple = ()                    # the contestant's key in NAMES
+    data_dir: Path = "data/demo"        # the corpus
+    nanogpt: Path = ""                  # folder of a clone of karpathy/nanoGPT
+    memory_gib: NonNegativeFloat = 0.0  # use no more of the device's memory than this; 0: all of it
+    steps: PositiveInt = 4              # in a round
 
 
 def run_contestant(c):

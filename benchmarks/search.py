@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.rows import describe, record
 from benchmarks.settings import as_flags, settings_for
-from core.configurator import RunError, UserError
+from core.configurator import Path, PositiveInt, RunError, UserError
 from core.device import pick_device
 from core.files import ROOT, write_json
 from core.schema import read_json
@@ -41,12 +41,12 @@ NAMES = {
 @dataclass
 class Config:
     # the corpus
-    documents: int = 1_000_000   # random unit vectors
-    queries: int = 1000          # random unit vectors, too
-    width: int = 768             # of an embedding: 210m's
+    documents: PositiveInt = 1_000_000  # random unit vectors
+    queries: PositiveInt = 1000         # random unit vectors, too
+    width: PositiveInt = 768            # of an embedding: 210m's
     # how
-    device: str = "auto"         # of ours: cuda where there is one, else cpu
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    device: str = "auto"                # of ours: cuda where there is one, else cpu
+    to: Path = ""                       # append the rows, with device and versions, to this .jsonl file
 
 
 def search(c):

@@ -1,27 +1,28 @@
 """The settings that several parts of bench.py share, and how child processes get theirs."""
 from dataclasses import dataclass, fields
 
-from core.configurator import UserError
+from core.configurator import PositiveInt, Share, UserError
 from model import SIZES, ModelConfig
-from pretraining.data import DataSettings
+from pretraining.data import DataSettings, check_block_size
 
 
 @dataclass
 class StepSettings:
     """A training step: the model, its data, and the machine."""
     # the model, and one training step of it
-    size: str = "small"          # a key of model.SIZES
-    vocab_size: int = 8192       # of embedding and head
-    block_size: int = 512        # tokens in a row
-    rows: int = 8                # rows in a step
-    random_length: bool = True   # cut each row once, as train.py does; false: whole rows
-    mask_rate: float = 0.4       # share of the tokens that MLM hides
-    checkpoint_activations: bool = False   # ours with this setting of train.py
-    device: str = "auto"         # cuda where there is one, else cpu
-    dtype: str = "auto"          # of ours and Hugging Face's; nanoGPT takes what it ships with
+    size: str = "small"                   # a key of model.SIZES
+    vocab_size: PositiveInt = 8192        # of embedding and head
+    block_size: PositiveInt = 512         # tokens in a row
+    rows: PositiveInt = 8                 # rows in a step
+    random_length: bool = True            # cut each row once, as train.py does; false: whole rows
+    mask_rate: Share = 0.4                # share of the tokens that MLM hides
+    checkpoint_activations: bool = False  # ours with this setting of train.py
+    device: str = "auto"                  # cuda where there is one, else cpu
+    dtype: str = "auto"                   # of ours and Hugging Face's; nanoGPT takes what it ships with
 
     def __post_init__(self):
         check_sizes((self.size,), f"size={self.size}")
+        check_block_size(self.block_size, self.random_length)
 
     def model_config(self):
         dimensions = SIZES[self.size]

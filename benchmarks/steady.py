@@ -10,7 +10,7 @@ from benchmarks import runs
 from benchmarks.contestants import write_corpus
 from benchmarks.rows import describe, record
 from benchmarks.settings import StepSettings
-from core.configurator import UserError
+from core.configurator import Path, PositiveInt, UserError
 from core.device import pick_device, pick_dtype
 
 WARMUP = 100      # steps before the ones that count
@@ -19,8 +19,8 @@ WARMUP = 100      # steps before the ones that count
 @dataclass
 class Config(StepSettings):
     # the run
-    run_steps: int = 1000        # after the warm-up
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    run_steps: PositiveInt = 1000  # after the warm-up
+    to: Path = ""                  # append the rows, with device and versions, to this .jsonl file
 
 
 def steady(c):

@@ -20,6 +20,7 @@ from benchmarks import contestants
 from benchmarks.rows import describe, error_in_words, log, record
 from benchmarks.settings import StepSettings, check_sizes, settings_for
 from benchmarks.summary import step_in_words
+from core.configurator import NonNegativeFloat, Path, PositiveInt, Share
 from core.device import (
     keep_freed_memory,
     peak_flops,
@@ -34,20 +35,20 @@ from core.device import (
 @dataclass
 class Config:
     # the models, and one training step of them
-    sizes: tuple = ("210m", "610m", "1b")   # keys of model.SIZES
-    vocab_size: int = 8192       # of embedding and head
-    block_size: int = 512        # tokens in a row
-    rows: int = 8                # rows in a step
-    random_length: bool = True   # cut each row once, as train.py does; false: whole rows
-    mask_rate: float = 0.4       # share of the tokens that MLM hides
-    checkpoint_activations: bool = False   # ours with this setting of train.py
+    sizes: tuple[str, ...] = ("210m", "610m", "1b")  # keys of model.SIZES
+    vocab_size: PositiveInt = 8192        # of embedding and head
+    block_size: PositiveInt = 512         # tokens in a row
+    rows: PositiveInt = 8                 # rows in a step
+    random_length: bool = True            # cut each row once, as train.py does; false: whole rows
+    mask_rate: Share = 0.4                # share of the tokens that MLM hides
+    checkpoint_activations: bool = False  # ours with this setting of train.py
     # how
-    steps: int = 4               # that are timed, of each
-    seconds: float = 0.0         # begin nothing new after so long; 0: do all
-    compile: bool = True         # torch.compile where a compiler is installed
-    device: str = "auto"         # cuda where there is one, else cpu
-    dtype: str = "auto"          # bfloat16 or float32
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    steps: PositiveInt = 4                # that are timed, of each
+    seconds: NonNegativeFloat = 0.0       # begin nothing new after so long; 0: do all
+    compile: bool = True                  # torch.compile where a compiler is installed
+    device: str = "auto"                  # cuda where there is one, else cpu
+    dtype: str = "auto"                   # bfloat16 or float32
+    to: Path = ""                         # append the rows, with device and versions, to this .jsonl file
 
 
 def steps(c):

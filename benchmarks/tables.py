@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 
 from benchmarks.contestants import NAMES
+from core.configurator import Path
 from core.files import ROOT, find_files, write_whole
 
 # The page with the tables, which stand between these two marks.
@@ -32,7 +33,7 @@ CPU_COLUMN = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "ra
 
 @dataclass
 class Config:
-    rows: str = "results/speed"  # folder of the .jsonl files with the rows
+    rows: Path = "results/speed"  # folder of the .jsonl files with the rows
 
 
 def readme(c):

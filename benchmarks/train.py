@@ -17,19 +17,19 @@ from benchmarks import race
 from benchmarks.contestants import NAMES, contestants
 from benchmarks.rows import describe, record
 from benchmarks.settings import StepSettings, settings_for
-from core.configurator import UserError
+from core.configurator import NonNegativeFloat, Path, PositiveInt, UserError
 from core.device import peak_flops, pick_device, pick_dtype
 
 
 @dataclass
 class Config(StepSettings):
     # who and how often
-    contestants: str = ""        # which, e.g. ours,eurobert; "": all that can run here
-    nanogpt: str = ""            # folder of a clone of karpathy/nanoGPT; "": without nanoGPT
-    steps: int = 4               # of each contestant in a round
-    rounds: int = 5              # each contestant takes two steps before the first
-    memory_gib: float = 0.0      # use no more of the device's memory than this; 0: all of it
-    to: str = ""                 # append the rows, with device and versions, to this .jsonl file
+    contestants: str = ""               # which, e.g. ours,eurobert; "": all that can run here
+    nanogpt: Path = ""                  # folder of a clone of karpathy/nanoGPT; "": without nanoGPT
+    steps: PositiveInt = 4              # of each contestant in a round
+    rounds: PositiveInt = 5             # each contestant takes two steps before the first
+    memory_gib: NonNegativeFloat = 0.0  # use no more of the device's memory than this; 0: all of it
+    to: Path = ""                       # append the rows, with device and versions, to this .jsonl file
 
 
 def train(c):

@@ -9,7 +9,8 @@
     python train.py config/demo_mlm.py --mask_rate=0.3
 
 --key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`. A
-config file is Python that assigns plain values to these names, so it can show its arithmetic.
+word that ends in .py is a config file, unless it is the value of a text: `--prompt a.py`. A config
+file is Python that assigns plain values to these names, so it can show its arithmetic.
 Both layers are strict: an unknown key is an error that names the nearest one, and a value must have
 its field's type. The type also says which values make sense, as in `steps: PositiveInt`; a Path may
 begin with ~, the home folder. `run(main, Config)` turns expected errors into one line and an exit
@@ -57,8 +58,10 @@ Seed = Annotated[int, Range(0, LARGEST_INT, "a whole number from 0 to 2**63 - 1"
 PositiveFloat = Annotated[float, Range(SMALLEST, LARGEST, "a number above 0")]
 NonNegativeFloat = Annotated[float, Range(0, LARGEST, "a number of at least 0")]
 Share = Annotated[float, Range(SMALLEST, 1, "a share, above 0 and at most 1")]
+Fraction = Annotated[float, Range(0, JUST_BELOW_1, "a share, from 0 to below 1")]
 Beta = Annotated[float, Range(0, JUST_BELOW_1, "a number from 0 to below 1")]
-Path = Annotated[str, "may begin with ~"]
+Workers = Annotated[int, Range(0, 1024, "a whole number from 0 to 1,024")]      # threads or processes
+Path = Annotated[str, "may begin with ~, also after a prefix such as parquet:"]
 
 
 class UserError(Exception):
@@ -173,32 +176,50 @@ def configure(config_class, argv=None):
     values = {}
 
     # the config files
-    files = [word for word in argv if not word.startswith("-") and word.endswith(".py")]
+    files, words = split_config_files(argv, fields)
     for path in files:
         for key, value in read_file(path).items():
             values[key] = check(key, value, fields, where=path)
 
     # the command line
     where = "the command line"
-    words = [word for word in argv if word not in files]
     args = []
     while words:
         word = words.pop(0)
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")   # at the first =, so the value of --x=a=b is "a=b"
-            kind = plain_type(find_field(key, fields, where).type)
+            kind = find_field(key, fields, where).type
             value = parse(text, kind) if equals else take_value(key, kind, words)
             values[key] = check(key, value, fields, where)
         elif takes_args and not word.startswith("-"):
             args.append(word)
         else:
             raise UserError(
-                f"what is '{word}'? Settings are --key=value, config files end in .py; --help "
+                f"what is {shorten(word)}? Settings are --key=value, config files end in .py; --help "
                 "lists every key"
             )
     if takes_args:
         values["args"] = tuple(args)
     return config_class(**values)
+
+
+def split_config_files(argv, fields):
+    """The config files among the words of a command line, and its other words. -> (files, words)
+
+    A word that ends in .py is a config file, wherever it stands, but not after the --key of a text.
+    """
+    files = []
+    words = []
+    previous = ""
+    for word in argv:
+        field = fields.get(previous.removeprefix("--")) if previous.startswith("--") else None
+        is_value = field is not None and plain_type(field.type) is str
+        if word.endswith(".py") and not word.startswith("-") and not is_value:
+            files.append(word)
+        else:
+            words.append(word)
+        previous = word
+    return files, words
 
 
 def read_file(path):
@@ -207,9 +228,10 @@ def read_file(path):
         raise UserError(f"config file {path} does not exist")
     try:
         names = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A user's file can raise anything: report it in its own words.
-        raise UserError(f"config file {path} does not run: {type(error).__name__}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"config file {path} does not run: {type(error).__name__}: {reason}") from None
     return {key: value for key, value in names.items() if not key.startswith("_")}
 
 
@@ -221,7 +243,7 @@ def take_value(key, kind, words):
     # Config files are not among the words, so --fast has no value in "--fast config.py".
     if n_values == 0:
         raise UserError(f"--{key} needs a value: write --{key}=VALUE")
-    if kind is not tuple:
+    if plain_type(kind) is not tuple:
         return parse(words.pop(0), kind)
 
     # A tuple takes all the words. A single word may hold the whole tuple: --phases "(('mlm', 3),)".
@@ -235,9 +257,9 @@ def take_value(key, kind, words):
 def find_field(key, fields, where):
     """The field called `key`. Raises UserError that names the nearest key."""
     if key not in fields:
-        nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(key[:100], fields, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown key '{key}' in {where}; the nearest is '{nearest}' (--help lists every key)"
+            f"unknown key {shorten(key)} in {where}; the nearest is '{nearest}' (--help lists every key)"
         )
     return fields[key]
 
@@ -245,15 +267,16 @@ def find_field(key, fields, where):
 def parse(text, kind):
     """The Python value that a word of the command line stands for.
 
-    A word that is not a Python literal stays a str; check() then decides.
+    A word that is not a Python literal stays a str; check() then decides. Several texts need
+    brackets, as in --compare="('a', 'b')": without them a run called 1e3 is no number.
     """
-    if kind is str:
+    if plain_type(kind) is str or (item_type(kind) is str and not text.startswith(("(", "["))):
         return text
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -264,43 +287,72 @@ def plain_type(kind):
     return typing.get_origin(kind) or kind
 
 
+def item_type(kind):
+    """The plain type of what a tuple[..., ...] holds; None for a plain tuple and for other types."""
+    if typing.get_origin(kind) is not tuple:
+        return None
+    return plain_type(typing.get_args(kind)[0])
+
+
 def check(key, value, fields, where):
     """The value in its field's type. Raises UserError if the key, the type or the range is wrong."""
     field = find_field(key, fields, where)
     kind = plain_type(field.type)
-    # An int may stand for a float, and a list or one number for a tuple.
-    if kind is float and type(value) is int and abs(value) <= LARGEST:
-        value = float(value)
-    if kind is tuple and isinstance(value, (tuple, list)):
-        value = as_tuple(value)
-    if kind is tuple and type(value) in (int, float):
-        value = (value,)      # --seeds=0
+    # A list or one number may stand for a tuple, and an int for a float.
+    if kind is tuple:
+        if isinstance(value, (tuple, list)):
+            try:
+                value = as_tuple(value)
+            except RecursionError:
+                raise UserError(f"{key} in {where} is nested too deep") from None
+        elif type(value) in (int, float):
+            value = (value,)      # --seeds=0
+    value = as_float(value, kind)
     if type(value) is not kind:
         raise UserError(
             f"{key}={shorten(value)} in {where}: expected {kind.__name__}, as in {key}={field.default!r}"
         )
-    if kind is str and "\0" in value:
-        raise UserError(f"{key} in {where} contains a NUL character")
 
     # The range, of the value itself or of each of a tuple's.
-    if kind is tuple and typing.get_args(field.type):
-        item_type = typing.get_args(field.type)[0]
-        return tuple(check_range(key, item, item_type, where) for item in value)
+    if item_type(field.type):
+        kind_of_item = typing.get_args(field.type)[0]
+        return tuple(check_range(key, item, kind_of_item, where) for item in value)
     return check_range(key, value, field.type, where)
 
 
-def check_range(key, value, kind, where):
-    """The value, if its type's range holds it. Raises UserError. The ~ of a path becomes the home folder."""
-    if kind == Path and type(value) is str:
-        return os.path.expanduser(value)
-    if typing.get_origin(kind) is not Annotated:
-        return value
-    number_type, allowed = typing.get_args(kind)
-    if number_type is float and type(value) is int and abs(value) <= LARGEST:
-        value = float(value)
-    if type(value) is not number_type or not allowed.contains(value):
-        raise UserError(f"{key}={shorten(value)} in {where}: expected {allowed.words}")
+def as_float(value, kind):
+    """The value, an int as a float if the type asks for one."""
+    if plain_type(kind) is float and type(value) is int and abs(value) <= LARGEST:
+        return float(value)
     return value
+
+
+def check_range(key, value, kind, where):
+    """The value, if it has this type and is in its range. Raises UserError.
+
+    The ~ of a Path becomes the home folder.
+    """
+    value = as_float(value, kind)
+    if plain_type(kind) is str and type(value) is str:
+        if "\0" in value:
+            raise UserError(f"{key} in {where} contains a NUL character")
+        return expand_home(value) if kind == Path else value
+    allowed = typing.get_args(kind)[1] if typing.get_origin(kind) is Annotated else None
+    if isinstance(allowed, Range):
+        is_allowed = type(value) is plain_type(kind) and allowed.contains(value)
+        expected = allowed.words
+    else:
+        is_allowed = type(value) is plain_type(kind)
+        expected = plain_type(kind).__name__
+    if not is_allowed:
+        raise UserError(f"{key}={shorten(value)} in {where}: expected {expected}")
+    return value
+
+
+def expand_home(path):
+    """A path with its ~ replaced by the home folder, also in "parquet:~/folder"."""
+    prefix, colon, rest = path.rpartition(":")
+    return prefix + colon + os.path.expanduser(rest)
 
 
 def shorten(value):
@@ -309,6 +361,8 @@ def shorten(value):
         text = repr(value)
     except ValueError:      # an int of more digits than Python prints
         return "(a very long number)"
+    except RecursionError:
+        return "(nested very deep)"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -248,12 +248,17 @@ def count_rows(corpus, settings):
             f"block_size={settings.block_size} is more than the {corpus.n_tokens:,} tokens "
             f"of the {corpus.split} split: make it smaller, or prepare {hint}"
         )
-    if settings.random_length and settings.block_size < 2 * MIN_LENGTH:
+    check_block_size(settings.block_size, settings.random_length)
+    return n_rows
+
+
+def check_block_size(block_size, random_length):
+    """Raises UserError if a row is too short to be cut in two."""
+    if random_length and block_size < 2 * MIN_LENGTH:
         raise UserError(
-            f"block_size={settings.block_size} is too small to cut rows in two: "
+            f"block_size={block_size} is too small to cut rows in two: "
             f"use at least {2 * MIN_LENGTH}, or random_length=false"
         )
-    return n_rows
 
 
 def rows_of_step(corpus, step, settings):

@@ -14,7 +14,18 @@ import numpy as np
 import torch
 
 from core import checkpoint, tokenizer
-from core.configurator import UserError, differences
+from core.configurator import (
+    Beta,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Path,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UserError,
+    differences,
+)
 from core.device import pick_attention, pick_device, pick_dtype
 from core.files import ROOT, unique
 from core.schema import read_json
@@ -30,34 +41,36 @@ class GridSettings:
     comment.
     """
     # what
-    ckpt: str = ""                  # RUN/step_NNNNNNN, or RUN for its newest one
-    tasks: str = "demo"             # names with commas between them, all (the paper's) or demo
-    data_dir: str = ""              # local data instead of the hub
-    out_dir: str = ""               # where trials/ is written; the checkpoint's folder if empty
-    lrs: tuple = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)   # peak learning rates, the paper's six
-    seeds: tuple = (0, 1, 2, 3, 4)  # of the order of the data, and of a new head
-    random_weights: bool = False    # the same model from random weights: what pretraining is worth
-    keep: bool = False              # keep each trial's encoder as a checkpoint beside its row
+    ckpt: Path = ""                       # RUN/step_NNNNNNN, or RUN for its newest one
+    tasks: str = "demo"                   # names with commas between them, all (the paper's) or demo
+    data_dir: Path = ""                   # local data instead of the hub
+    out_dir: Path = ""                    # where trials/ is written; the checkpoint's folder if empty
+    lrs: tuple[PositiveFloat, ...] = (    # peak learning rates, the paper's six
+        1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4,
+    )
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the order of the data, and of a new head
+    random_weights: bool = False          # the same model from random weights: what pretraining is worth
+    keep: bool = False                    # keep each trial's encoder as a checkpoint beside its row
     # how
-    mode: str = "standard"          # standard, or paper: as the paper's code has it
-    steps: int = 0                  # of each trial; 0: the paper's
-    batch: int = 32                 # sequences in a step: examples, or windows of long ones
-    warmup: float = 0.1             # share of the steps
-    beta1: float = 0.9              # AdamW
-    beta2: float = 0.95             # AdamW
-    adam_eps: float = 1e-5          # AdamW
-    weight_decay: float = 0.1       # on matrices, not on norms and biases
-    grad_clip: float = 1.0          # global norm; 0: no clipping
-    max_length: int = 0             # tokens of a sequence; 0: 0.99 of the encoder's own (2,028 of 2,048)
-    causal: bool = False            # keep the causal mask, as an ablation
-    param_dtype: str = "float32"    # of weights and AdamW state; bfloat16: the paper's, loses small updates
+    mode: str = "standard"                # standard, or paper: as the paper's code has it
+    steps: NonNegativeInt = 0             # of each trial; 0: the paper's
+    batch: PositiveInt = 32               # sequences in a step: examples, or windows of long ones
+    warmup: Fraction = 0.1                # share of the steps
+    beta1: Beta = 0.9                     # AdamW
+    beta2: Beta = 0.95                    # AdamW
+    adam_eps: PositiveFloat = 1e-5        # AdamW
+    weight_decay: NonNegativeFloat = 0.1  # on matrices, not on norms and biases
+    grad_clip: NonNegativeFloat = 1.0     # global norm; 0: no clipping
+    max_length: NonNegativeInt = 0       # tokens of a sequence; 0: 0.99 of the encoder's own (2,028 of 2,048)
+    causal: bool = False                  # keep the causal mask, as an ablation
+    param_dtype: str = "float32"      # of weights and AdamW state; bfloat16: the paper's, loses small updates
     # system
-    device: str = "auto"            # cuda where there is one, else cpu
-    dtype: str = "auto"             # bfloat16 (autocast) where it is fast, else float32
-    attention: str = "auto"         # triton or varlen (CUDA), sdpa (anywhere) or reference
-    micro_tokens: int = 16_384      # tokens in a forward and backward pass
-    eval_tokens: int = 8_192        # tokens in a forward pass of evaluation
-    cache_dir: str = "data/tasks"   # tokenized data sets
+    device: str = "auto"                  # cuda where there is one, else cpu
+    dtype: str = "auto"                   # bfloat16 (autocast) where it is fast, else float32
+    attention: str = "auto"               # triton or varlen (CUDA), sdpa (anywhere) or reference
+    micro_tokens: PositiveInt = 16_384    # tokens in a forward and backward pass
+    eval_tokens: PositiveInt = 8_192      # tokens in a forward pass of evaluation
+    cache_dir: Path = "data/tasks"        # tokenized data sets
 
 
 # Settings that may differ between the processes of a grid: they say how and where a process runs,
@@ -89,23 +102,12 @@ def check(c, all_names, demo_names):
         names = demo_names
     else:
         names = split_names(c.tasks)
-    wrong_lrs = [lr for lr in c.lrs if type(lr) is not float or not 0 < lr < float("inf")]
-    if not names or not c.lrs or wrong_lrs:
-        raise UserError(f"tasks={c.tasks}, lrs={c.lrs}: expected names, and learning rates above "
-                        "0 written as in 1e-5")
-    wrong_seeds = [seed for seed in c.seeds if type(seed) is not int or seed < 0]
-    if not c.seeds or wrong_seeds:
-        raise UserError(f"seeds={c.seeds}: expected whole numbers, as in 0,1,2")
+    if not names or not c.lrs or not c.seeds:
+        raise UserError("tasks, lrs and seeds need at least one value each, as in --tasks=sst2")
     if c.mode not in ("standard", "paper"):
         raise UserError(f"mode={c.mode}: expected standard or paper")
     if c.param_dtype not in ("float32", "bfloat16"):
         raise UserError(f"param_dtype={c.param_dtype}: expected float32 or bfloat16")
-    if min(c.batch, c.micro_tokens) < 1 or min(c.eval_tokens, c.steps) < 0 or not 0 <= c.warmup < 1:
-        raise UserError("batch, micro_tokens and eval_tokens must be at least 1, steps at least "
-                        "0, and 0 <= warmup < 1")
-    if not c.grad_clip >= 0:      # true for NaN, too
-        raise UserError(f"grad_clip={c.grad_clip}: expected the largest norm a step's gradients "
-                        "may have, or 0 for no clipping")
     return tuple(dict.fromkeys(names))      # each name once
 
 

@@ -173,6 +173,37 @@ def test_a_config_file_is_held_to_the_same_ranges(tmp_path):
         configurator.configure(Ranged, [str(file)])
 
 
+def test_a_word_that_ends_in_py_is_a_value_after_the_key_of_a_text(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("steps = 5\n")
+    c = configure("--size", "a.py", str(file))
+    assert (c.size, c.steps) == ("a.py", 5)
+
+
+def test_several_texts_are_taken_as_they_are_written(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    @dataclass
+    class Texts:
+        runs: tuple[Path, ...] = ()    # several
+    take = lambda *words: configurator.configure(Texts, list(words)).runs  # noqa: E731
+    assert take("--runs", "1e3", "~/b", "None") == ("1e3", "/home/ada/b", "None")
+    assert take("--runs=('a', 'parquet:~/b')") == ("a", "parquet:/home/ada/b")
+    with pytest.raises(UserError, match="runs=1 in the command line: expected str"):
+        take("--runs=(1, 2)")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("steps = [3]\nfor _ in range(200_000): steps = [steps]\n", "steps=.nested very deep. in .*expected int"),
+    ("phases = []\nfor _ in range(200_000): phases = [phases]\n", "phases in .*is nested too deep"),
+    ("raise SystemExit('no')\n", "does not run: SystemExit: no"),
+])
+def test_a_config_file_that_does_odd_things_is_one_line(tmp_path, text, says):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        configure(str(file))
+
+
 def test_values_within_their_range_are_taken_and_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     c = configurator.configure(Ranged, ["--steps=1", "--clip=0", "--share=1", "--lrs", "1", "2e-4", "--seeds=3", "--folder=~/runs"])

@@ -266,18 +266,16 @@ def test_a_grad_clip_of_0_is_no_clipping(small):
     finetune.main(far_away)
     row, = rows(off.out_dir).values()
     assert rows(off.out_dir) == rows(far_away.out_dir) and row["train_loss"][-1][1] < 0.5 * row["train_loss"][0][1]
-    with pytest.raises(UserError, match="grad_clip=nan: expected the largest norm"):
-        finetune.main(small(grad_clip=float("nan")))
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"grad_clip": -1.0}, "grad_clip=-1.0: expected the largest norm a step's gradients may have, or 0 for no clipping"),
+    ({"grad_clip": -1.0}, "grad_clip=-1.0 in the command line: expected a number of at least 0"),
     ({"tasks": "sst"}, "unknown task 'sst': expected one of conll2003, "),
     ({"ckpt": ""}, "which encoder?"),
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
-    ({"lrs": ()}, "expected names, and learning rates above 0"),
-    ({"lrs": (1,)}, "learning rates above 0 written as in 1e-5"),
-    ({"seeds": (0.5,)}, "seeds=(0.5,): expected whole numbers"),
+    ({"lrs": ()}, "tasks, lrs and seeds need at least one value each"),
+    ({"lrs": (-1.0,)}, "lrs=-1.0 in the command line: expected a number above 0"),
+    ({"seeds": (0.5,)}, "seeds=0.5 in the command line: expected a whole number"),
     ({"mode": "papers"}, "mode=papers: expected standard or paper"),
     ({"max_length": 4}, "max_length=4: expected at least 16"),
     ({"attention": "flash"}, "attention=flash: expected auto or one of"),

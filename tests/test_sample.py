@@ -97,7 +97,7 @@ def test_comparing_shows_each_checkpoint_in_its_column(encoder):
     ({}, "which checkpoint?"),
     ({"ckpt": "a", "compare": ("b",)}, "which checkpoint?"),
     ({"ckpt": "x", "prompt": "a", "fill": "b"}, "give one of them"),
-    ({"ckpt": "x", "show": 0}, "at least 1"),
+    ({"ckpt": "x", "num_samples": 10**9}, "at most 1,000"),
 ])
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
