@@ -87,6 +87,9 @@ def sync(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not os.path.isdir(path):      # SMB and some FUSE systems sync files, but no folders
+            raise
     finally:
         os.close(handle)
 
@@ -101,8 +104,10 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     Raises RunError if the disk does not take it, and leaves the earlier checkpoints unchanged.
     """
     path = path_of(out_dir, step)
-    temporary = os.path.join(out_dir, f".writing_{step:07d}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = os.path.join(out_dir, f".writing_{step:07d}_{os.urandom(4).hex()}")
+    replaced = f"{temporary}_replaced"
+    for leftover in find_files(out_dir, ".writing_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
     # What goes into which file.
     weights = model.state_dict()
@@ -145,8 +150,11 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
             os.rmdir(temporary)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            # Out of the way first: on NFS a file that somebody still reads keeps its folder.
+            if os.path.isdir(path):
+                os.replace(path, replaced)
             os.replace(temporary, path)
+            shutil.rmtree(replaced, ignore_errors=True)
         sync(out_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

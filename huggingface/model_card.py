@@ -7,10 +7,14 @@ import json
 import os
 
 from core import checkpoint
+from core.configurator import UserError
 from core.files import table_cell
+from core.schema import parse_json
 from huggingface.history import lineage
 from objectives import recorded_objectives
 
+# What is read of a row of log.jsonl.
+LOG_SHAPE = {"step": int, "val_clm_loss?": float, "val_mlm_loss?": float}
 # {the end of a class's name: the hub's name for what such a model does}
 PIPELINE_TAGS = {
     "": "sentence-similarity",
@@ -156,9 +160,13 @@ def validation_facts(state, path):
         return []
     # A resumed run may have logged the same step twice.
     newest = None
-    with open(log, encoding="utf-8") as f:
-        for row in map(json.loads, f):
-            if row["step"] == state["step"] and "val_mlm_loss" in row:
+    with open(log, "rb") as f:
+        for line in f:
+            try:
+                row = parse_json(line, log, LOG_SHAPE)
+            except UserError:
+                continue  # a blank or torn line
+            if row["step"] == state["step"] and "val_mlm_loss" in row and "val_clm_loss" in row:
                 newest = row
     if newest is None:
         return []

@@ -141,6 +141,8 @@ def read_run_state(source):
     for phase in state["settings"]["phases"]:
         if len(phase) != 2 or type(phase[0]) is not str or type(phase[1]) is not int:
             raise UserError(f"{source}/state.json: 'settings.phases' has {phase}, not [objective, steps]")
+    if checkpoint.has_step_name(source) and checkpoint.step_of(source) != state["step"]:
+        raise UserError(f"{source}/state.json says step {state['step']}: give the folder its own name back")
     return state
 
 

@@ -211,6 +211,31 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch)
     assert len(said) == 1 and "could not delete the old checkpoint" in said[0] and "step_0000010" in said[0]
 
 
+def test_a_damaged_checkpoint_that_cannot_be_deleted_does_not_keep_its_step_from_being_saved(run, monkeypatch):
+    model = checkpoint.load_model(str(run))
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)       # NFS, while somebody reads it
+    (run / "step_0000010" / "model.safetensors").write_bytes(b"")
+    (run / ".writing_0000010_old").mkdir()
+    for _ in range(2):
+        checkpoint.verify(checkpoint.save(str(run), 10, model, {"settings": {"tokenizer_hash": ""}}))
+    monkeypatch.setattr(shutil, "rmtree", real)
+    checkpoint.save(str(run), 11, model, {"settings": {"tokenizer_hash": ""}})
+    assert not [name for name in os.listdir(run) if name.startswith(".writing")]
+
+
+def test_a_file_system_that_cannot_sync_a_folder_still_takes_checkpoints(run, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+    model = checkpoint.load_model(str(run))
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.verify(checkpoint.save(str(run), 11, model, {"settings": {"tokenizer_hash": ""}}))
+
+
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_the_umask_decides_who_may_read_a_checkpoint(run, tmp_path, umask, mode):
     model = checkpoint.load_model(str(run))
@@ -332,6 +357,13 @@ def test_a_line_of_the_log_that_is_not_a_row_does_not_keep_a_run_from_resuming(c
     assert is_named == bool(line.strip(b"\0"))
 
 
+def test_a_log_with_torn_lines_does_not_keep_a_run_from_being_exported(run, tmp_path):
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "log.jsonl").write_bytes(b"".join([b"\n", bytes(9) + b"\n", lines[3][:40] + b"\n", *lines]))
+    exporting.export(str(run), str(tmp_path / "exported"))
+    assert "| validation loss | CLM " in (tmp_path / "exported" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("change, says", [
     (lambda c: c.pop("settings"), "has no 'settings'"),
     (lambda c: c.update(settings=None), "'settings' is null, not an object"),
@@ -357,6 +389,12 @@ def test_a_state_without_a_schedule_cannot_be_continued_and_says_which_key_is_mi
     for out, changes in ((run, {}), (run.parent / "branch", {"branch_from": str(run)}), (run.parent / "new", {"init_from": str(run)})):
         with pytest.raises(UserError, match=says):
             train_on(corpus, out, **changes)
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_resumed(corpus, run):
+    os.rename(run / "step_0000010", run / "step_0000015")
+    with pytest.raises(UserError, match="step_0000015/state.json says step 10: give the folder its own name back"):
+        train_on(corpus, run)
 
 
 def test_weights_that_are_not_finite_are_refused_wherever_a_run_may_begin(corpus, run):
