@@ -8,8 +8,8 @@
 
 Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model),
 without their remote code. It refuses, by name, what it does not know: a tensor, a key of
-config.json, a tokenizer that is not a byte-level BPE. train.py --init_from=hf:ORG/NAME imports a
-model by itself.
+config.json, a tokenizer that is not a byte-level BPE. A model that was saved without its LM head is
+for finetune.py and eval_ir.py only. train.py --init_from=hf:ORG/NAME imports a model by itself.
 
 Export writes safetensors, a tokenizer.json that gives our ids, and a model card with the facts of
 the training.
@@ -28,6 +28,7 @@ class Config:
     # import
     weights_only: bool = False      # import no tokenizer, e.g. of a Llama 2: the model reads ids only
     ignore: str = ""                # keys of config.json that change nothing, with commas between
+    allow_bin: bool = False         # read a pytorch_model.bin, by torch.load(weights_only=True)
     # export
     average: PositiveInt = 1        # export the mean of so many checkpoints of the run
     causal: str = "auto"            # auto: as it was last trained; true: decoder; false: encoder
@@ -51,11 +52,14 @@ def import_model(c, source, out):
     # Imported here, so that an export does not load it.
     from huggingface import importing
     ignore = c.ignore.replace(" ", "").split(",")
-    imported, path = importing.write(source, out, c.weights_only, [key for key in ignore if key])
+    ignore = [key for key in ignore if key]
+    imported, path = importing.write(source, out, c.weights_only, ignore, c.allow_bin)
 
     print(importing.describe(imported))
     print(f"written to {path}")
-    if imported.tokenizer:
+    if imported.tokenizer and not imported.facts.get("has_lm_head", True):
+        print(f"to fine-tune it: {shlex.join(['python', 'finetune.py', f'--ckpt={out}'])}")
+    elif imported.tokenizer:
         name = shlex.quote("hf:" + source.removeprefix("hf:"))
         prepare = f"python prepare_fineweb.py --source=FILES --out=DATA --tokenizer={name}"
         print(f"a corpus for it:     {prepare}")

@@ -30,6 +30,7 @@ from core.configurator import (
     run,
 )
 from core.device import pick_attention, pick_device
+from huggingface.history import NO_HEAD, has_lm_head
 
 
 @dataclass
@@ -131,6 +132,8 @@ def fill(model, tok, text, show, device):
 
 def answer(c, path, device):
     """Return what a checkpoint answers: a text for each gap of --fill, or for each sample."""
+    if not has_lm_head(checkpoint.read_state(path)):
+        raise UserError(f"{path} cannot write or fill in: {NO_HEAD}, which predicts the tokens")
     tok = checkpoint.tokenizer_of(path)
     config = checkpoint.config_of(path)
     pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here

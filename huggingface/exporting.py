@@ -18,7 +18,7 @@ from core.tokenizer import DOCUMENT, QUERY
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.folders import check_is_free
-from huggingface.history import was_causal
+from huggingface.history import has_lm_head, was_causal
 from huggingface.model_card import model_card
 
 # {kind of task: the tensors of its head}. They have the same names in Hugging Face's EuroBert.
@@ -58,6 +58,11 @@ def export(ckpt, out, average=1, causal="auto"):
         "mask_token_id": tokenizer.mask_id,
         "classifier_pooling": "mean",
     }
+    if not has_lm_head(state):
+        hub_config["tie_word_embeddings"] = False
+        hub_config["architectures"] = ["LlamaModel" if is_causal else "EuroBertModel"]
+        if hub_config["model_type"] == "qwen3":
+            hub_config["architectures"] = ["Qwen3Model"]
     if "fine_tuned" in state:
         # The LM head is left over from pretraining. It no longer fits the encoder.
         weights.pop("lm_head.weight", None)

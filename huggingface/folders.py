@@ -4,6 +4,7 @@ import os
 import re
 
 from core.configurator import UserError
+from core.files import is_new
 from core.schema import read_json
 
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -65,9 +66,9 @@ def read_model_json(folder, name, shape=ANY_OBJECT):
         raise UserError(f"{error}: fetch the folder again") from None
 
 
-def check_is_free(out):
-    """Raises UserError if `out` exists already, unless it is an empty folder."""
-    if not os.path.exists(out):
+def check_is_free(out, own_files=()):
+    """Raises UserError if `out` exists already, unless it is a folder with nothing but `own_files`."""
+    if not os.path.lexists(out):
         return
-    if not os.path.isdir(out) or os.listdir(out):
+    if not os.path.isdir(out) or not is_new(out, *own_files):
         raise UserError(f"{out} already exists: choose another folder")

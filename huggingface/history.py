@@ -28,6 +28,18 @@ def was_causal(state):
     return is_causal
 
 
+# Why some programs refuse an imported model.
+NO_HEAD = "it was saved without its LM head"
+
+
+def has_lm_head(state):
+    """False if a checkpoint comes from a model that was imported without an LM head."""
+    for ancestor in lineage(state):
+        if not ancestor.get("imported", {}).get("has_lm_head", True):
+            return False
+    return True
+
+
 def lineage(state):
     """Return the states of a checkpoint and of those it comes from, the newest first."""
     states = [state]

@@ -1,5 +1,6 @@
 """A Hugging Face model -> our config, weights and tokenizer, in memory or as a run folder."""
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass
 
@@ -7,12 +8,17 @@ import torch
 
 from core import checkpoint
 from core import tokenizer as tokenizers
+from core.lock import NAME, hold
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.folders import JSON_FILES, check_is_free, locate, read_model_json
+from huggingface.history import NO_HEAD
 from model import Encoder, ModelConfig
 
 FILES = (*JSON_FILES, "*.safetensors", "model.safetensors.index.json")
+BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# What an import that was interrupted may have left in its folder.
+OWN_FILES = (NAME, "tokenizer.tiktoken", "tokenizer_info.json", ".writing_0000000")
 
 
 @dataclass
@@ -31,20 +37,22 @@ def is_foreign(source):
     return os.path.isfile(path) and "model_type" in read_model_json(source, "config.json")
 
 
-def read(source, weights_only=False, ignore=()):
+def read(source, weights_only=False, ignore=(), allow_bin=False):
     """Read a Hugging Face model. -> Imported
 
     source: a folder, or hf:ORG/NAME[@REVISION]. weights_only: leave the tokenizer out.
-    ignore: keys of config.json that are known to be harmless. Raises UserError if there is no such
-    model, or it has something that is not known here.
+    ignore: keys of config.json that are known to be harmless. allow_bin: read pytorch_model.bin if
+    there are no safetensors files. Raises UserError if there is no such model, or it has something
+    that is not known here.
     """
-    folder = locate(source, FILES)
+    folder = locate(source, FILES + BIN_FILES if allow_bin else FILES)
     config, kind = hf_weights.read_config(folder, ignore)
     tokenizer = None
     mask_origin = "none"
     if not weights_only:
         tokenizer, mask_origin = hf_tokenizer.load(folder)
-    weights = hf_weights.read_weights(folder, config)
+    weights = hf_weights.read_weights(folder, config, allow_bin)
+    has_lm_head = config.tied or "lm_head.weight" in weights
 
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         # The tokenizer has a new mask token, which needs a row of its own. A random row would be an
@@ -53,6 +61,9 @@ def read(source, weights_only=False, ignore=()):
             mean = weights[name].mean(0, keepdim=True)  # [1, C]
             weights[name] = torch.cat([weights[name], mean])  # [V + 1, C]
         config.vocab_size = tokenizer.vocab_size
+    # A body without an LM head gets the embedding as its head, so that it loads like any model. The
+    # facts say so, and what needs a trained head refuses it.
+    config.tied = config.tied or not has_lm_head
     if config.tied:
         weights["lm_head.weight"] = weights["embedding.weight"]
     facts = describe_source(source, folder) | {
@@ -60,6 +71,8 @@ def read(source, weights_only=False, ignore=()):
         "mask": mask_origin,
         "causal": is_causal(kind),
     }
+    if not has_lm_head:
+        facts["has_lm_head"] = False
     return Imported(config, weights, tokenizer, facts)
 
 
@@ -83,28 +96,33 @@ def is_causal(kind):
     return kind != "eurobert"
 
 
-def write(source, out, weights_only=False, ignore=()):
+def write(source, out, weights_only=False, ignore=(), allow_bin=False):
     """Import a model as the run folder `out`, with a checkpoint of step 0 and the tokenizer.
 
-    The other arguments are those of read(), and so are the errors. -> Imported, and the checkpoint's
-    path
+    The other arguments are those of read(), and so are the errors. What an import into `out` that
+    was interrupted left there is replaced. -> Imported, and the checkpoint's path
     """
-    check_is_free(out)
-    imported = read(source, weights_only, ignore)
+    check_is_free(out, OWN_FILES)
+    imported = read(source, weights_only, ignore, allow_bin)
     with torch.device("meta"):  # no time spent on random weights
         model = Encoder(imported.config)
     model.load_state_dict(imported.weights, assign=True)
-    os.makedirs(out, exist_ok=True)
-    tokenizer_hash = ""
-    if imported.tokenizer:
-        tokenizers.save(imported.tokenizer, out)
-        tokenizer_hash = imported.tokenizer.hash.hex()
+    tokenizer_hash = imported.tokenizer.hash.hex() if imported.tokenizer else ""
     state = {"settings": {"tokenizer_hash": tokenizer_hash}, "imported": imported.facts}
-    return imported, checkpoint.save(out, 0, model, state)
+    os.makedirs(out, exist_ok=True)
+    with hold(out, "hf.py"):
+        check_is_free(out, OWN_FILES)  # another import may have ended in the meantime
+        for name in ("tokenizer.tiktoken", "tokenizer_info.json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out, name))  # an interrupted import's
+        if imported.tokenizer:
+            tokenizers.save(imported.tokenizer, out)
+        path = checkpoint.save(out, 0, model, state)
+    return imported, path
 
 
 def describe(imported):
-    """Return two lines to print: one about the model, one about its tokenizer."""
+    """Return the lines to print: about the model, and about its tokenizer."""
     facts = imported.facts
     tokenizer = imported.tokenizer
     shape = []
@@ -112,6 +130,8 @@ def describe(imported):
         if value not in (None, False):
             shape.append(f"{key} {value}")
     model_line = f"{facts['model_type']} from {facts['source']}: {', '.join(shape)}"
+    if not facts.get("has_lm_head", True):
+        model_line += f"\n{NO_HEAD}: finetune.py and eval_ir.py take it, train.py and sample.py do not"
     if tokenizer is None:
         return f"{model_line}\nwithout its tokenizer: it reads ids only"
     return (

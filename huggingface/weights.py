@@ -8,14 +8,19 @@ is only almost the same computes something else.
 """
 
 import dataclasses
+import functools
+import json
+import math
 import os
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from core.checkpoint import name_of_dtype
 from core.configurator import UserError
 from core.files import find_files
+from core.schema import misfit
 from huggingface.folders import read_model_json
 from model import ModelConfig
 
@@ -37,6 +42,28 @@ NEEDED = {
 ALSO_WRITTEN = (
     "n_kv_head", "head_dim", "tied", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm",
 )
+# No model has more of anything: a larger number is a typing error, and would only exhaust the memory.
+MOST_LAYERS = 10_000
+LARGEST_SIZE = 100_000_000
+# The types of the settings that are read.
+CONFIG_SHAPE = {
+    "model_type?": object,
+    **{f"{key}?": (int, None) for key in NEEDED.values()},
+    "rms_norm_eps?": (float, None),
+    "num_key_value_heads?": (int, None),
+    "head_dim?": (int, None),
+    "tie_word_embeddings?": (bool, None),
+    "attention_bias?": (bool, None),
+    "use_sliding_window?": (bool, None),
+    "sliding_window?": (int, None),
+    "rope_theta?": (float, None),
+    "rope_scaling?": ({}, None),
+    "rope_parameters?": ({}, None),
+}
+ROPE_SHAPE = {
+    "rope_theta?": (float, None), "rope_type?": (str, None), "type?": (str, None),
+    "partial_rotary_factor?": float,
+}
 # The keys of config.json that read_config reads.
 READ = {
     *NEEDED.values(), "model_type", "num_key_value_heads", "head_dim", "tie_word_embeddings",
@@ -64,7 +91,7 @@ def read_config(folder, ignore=()):
     ignore: keys that the caller knows to be harmless. Raises UserError, naming every setting that
     our model does not compute.
     """
-    config = read_model_json(folder, "config.json")
+    config = read_model_json(folder, "config.json", CONFIG_SHAPE)
     path = os.path.join(folder, "config.json")
     kind = config.get("model_type")
     check_config(config, kind, path, ignore)
@@ -93,7 +120,19 @@ def read_config(folder, ignore=()):
             f"its layers look back {window:,} tokens, ours to the beginning: the same up to "
             f"{window:,} tokens, which becomes its block_size"
         )
+    check_heads(c, path)
     return c, kind
+
+
+def check_heads(c, path):
+    """Raises UserError if the heads that config.json describes cannot be made."""
+    if not 1 <= c.n_kv_head <= c.n_head or c.n_head % c.n_kv_head:
+        raise UserError(
+            f"{path}: num_key_value_heads={c.n_kv_head}: expected a divisor of "
+            f"num_attention_heads={c.n_head}"
+        )
+    if not 2 <= c.head_dim <= LARGEST_SIZE or c.head_dim % 2:
+        raise UserError(f"{path}: heads of {c.head_dim} dimensions: expected an even number")
 
 
 def check_config(config, kind, path, ignore):
@@ -105,6 +144,17 @@ def check_config(config, kind, path, ignore):
     missing = [key for key in NEEDED.values() if config.get(key) is None]
     if missing:
         raise UserError(f"{path} does not say {', '.join(missing)}")
+    for field, key in NEEDED.items():
+        value = config[key]
+        largest = MOST_LAYERS if field == "n_layer" else LARGEST_SIZE
+        if field != "norm_eps" and not 1 <= value <= largest:
+            raise UserError(f"{path}: {key}={value}: expected a whole number from 1 to {largest:,}")
+    if not 0 < config["rms_norm_eps"] < 1:
+        raise UserError(
+            f"{path}: rms_norm_eps={config['rms_norm_eps']}: expected a number between 0 and 1"
+        )
+    if (config.get("sliding_window") or 0) < 0:
+        raise UserError(f"{path}: sliding_window={config['sliding_window']}: expected a number above 0")
     if config.get("quantization_config"):
         raise UserError(
             f"{path}: quantization_config: the weights are quantized; fetch the original, or "
@@ -115,7 +165,9 @@ def check_config(config, kind, path, ignore):
         key for key, value in config.items() if key not in accepted and value not in (None, False)
     ]
     if unknown:
-        settings = ", ".join(f"{key}={config[key]}" for key in unknown)
+        settings = " ".join(", ".join(f"{key}={config[key]}" for key in unknown).split())
+        if len(settings) > 300:
+            settings = f"{settings[:300]}..."
         raise UserError(
             f"{path}: {settings}: not known here, and may change what the model computes; "
             f"if it does not: hf.py import --ignore={','.join(unknown)}"
@@ -131,11 +183,16 @@ def read_rope(config, kind, path):
     rope = config.get("rope_parameters")
     if not rope:
         rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    problem = misfit(rope, ROPE_SHAPE, "rope_parameters")
+    if problem:
+        raise UserError(f"{path}: {problem}")
     theta = rope.get("rope_theta") or config.get("rope_theta")
     if not theta and kind in ("llama", "mistral"):
         theta = 10_000.0  # the first Llamas all had this one, so their configs do not say it
     if not theta:
         raise UserError(f"{path} does not say rope_theta")
+    if not 0 < theta < math.inf:
+        raise UserError(f"{path}: rope_theta={theta}: expected a number above 0")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     rotated_share = rope.get("partial_rotary_factor", 1)
     if rope_type not in ("default", "llama3") or rotated_share != 1:
@@ -146,7 +203,15 @@ def read_rope(config, kind, path):
     if rope_type == "default":
         return float(theta), None
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return float(theta), {key: rope[key] for key in keys}
+    scaling = {}
+    for key in keys:
+        value = rope.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key}={value} of its rope type llama3: expected a number above 0")
+        scaling[key] = value
+    if scaling["low_freq_factor"] == scaling["high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor and high_freq_factor are equal: expected two numbers")
+    return float(theta), scaling
 
 
 def write_config(c, causal):
@@ -206,6 +271,9 @@ def check_can_be_written(c, causal):
 
 
 # ---- tensors
+
+INDEX_SHAPE = {"weight_map": {str: str}}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def names(c):
@@ -272,49 +340,121 @@ def list_names(tensors):
     return text
 
 
-def tensor_files(folder):
-    """Return the names of a folder's safetensors files. Raises UserError if one is missing."""
-    index = "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if os.path.isfile(os.path.join(folder, index)):
-        file_of_tensor = read_model_json(folder, index).get("weight_map", {})
-        files = sorted(set(file_of_tensor.values()))
+def tensor_files(folder, allow_bin):
+    """Return the names of the files with a folder's weights. Raises UserError if one is missing.
+
+    allow_bin: take pytorch_model.bin if there are no safetensors files.
+    """
+    files = list_files(folder, "model.safetensors")
+    bin_files = list_files(folder, "pytorch_model.bin")
+    has_safetensors = files != ["model.safetensors"] or os.path.isfile(os.path.join(folder, files[0]))
+    has_bin = all(os.path.isfile(os.path.join(folder, name)) for name in bin_files)
+    if allow_bin and has_bin and not has_safetensors:
+        return bin_files
     missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
     pickled = []
     for kind in ("bin", "pth", "pt"):
         pickled += [os.path.basename(path) for path in find_files(folder, f"*.{kind}")]
     if missing == ["model.safetensors"] and pickled:
         raise UserError(
-            f"{folder} holds only pickled weights ({min(pickled)}), and unpickling runs whatever "
-            "a file says: if you trust it, convert it with transformers: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+            f"{folder} holds only pickled weights ({min(pickled)}): hf.py import --allow_bin=true "
+            "reads a pytorch_model.bin with torch's restricted unpickler; or, if you trust it, convert "
+            "it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)"
         )
     if missing:
-        raise UserError(f"{folder} has no {', '.join(missing)}: it is not complete, fetch it again")
+        hint = ""
+        if missing == ["model.safetensors"] and not allow_bin:
+            hint = "; if the model has only a pytorch_model.bin: hf.py import --allow_bin=true"
+        raise UserError(
+            f"{folder} has no {', '.join(missing)}: it is not complete, fetch it again{hint}"
+        )
     return files
 
 
-def find_tensors(folder):
-    """Return where each tensor of a folder lies: {tensor: (file, the tensor's name in it)}.
+def list_files(folder, name):
+    """Return the names of the files that hold a model's weights: `name`, or those that its index lists."""
+    index = f"{name}.index.json"
+    if not os.path.isfile(os.path.join(folder, index)):
+        return [name]
+    file_of_tensor = read_model_json(folder, index, INDEX_SHAPE)["weight_map"]
+    extension = os.path.splitext(name)[1]
+    for tensor, file in file_of_tensor.items():
+        if os.path.basename(file) != file or not file.endswith(extension):
+            raise UserError(
+                f"{folder}/{index}: {tensor} lies in {file!r}, which is not a {extension} file of "
+                "this folder"
+            )
+    return sorted(set(file_of_tensor.values())) or [name]
+
+
+def find_tensors(folder, allow_bin):
+    """Return each tensor of a folder: {name: a function that reads it}.
 
     Models without a head are saved without "model." before the names. Here all names have it.
-    Raises UserError if a file is missing or damaged.
+    Raises UserError if a file is missing or damaged, or if two tensors have the same name.
     """
-    places = {}
-    for file in tensor_files(folder):
-        try:
-            with safe_open(os.path.join(folder, file), "pt") as f:
-                stored_names = list(f.keys())
-        except SafetensorError as error:
-            raise UserError(
-                f"{folder}/{file} is damaged or not complete ({error}): fetch it again"
-            ) from None
-        for stored in stored_names:
+    readers = {}
+    for file in tensor_files(folder, allow_bin):
+        path = os.path.join(folder, file)
+        tensors = open_bin(path) if file.endswith(".bin") else open_safetensors(path)
+        for stored, read in tensors.items():
             if stored.endswith("rotary_emb.inv_freq"):
                 continue  # frequencies in old Llama files, which follow from rope_theta
             has_prefix = stored.startswith(("model.", "lm_head."))
-            places[stored if has_prefix else f"model.{stored}"] = (file, stored)
-    return places
+            name = stored if has_prefix else f"model.{stored}"
+            if name in readers:
+                raise UserError(f"{folder} has two tensors {name}: which of them is the model's?")
+            readers[name] = read
+    return readers
+
+
+def open_safetensors(path):
+    """Return {name: a function that reads the tensor} of a safetensors file. Raises UserError."""
+    try:
+        check_header(path)
+        file = safe_open(path, "pt")
+        return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged or not complete ({reason}): fetch it again") from None
+
+
+def check_header(path):
+    """Raises ValueError if the header of a safetensors file has a name twice: safe_open takes the last."""
+    def check_pairs(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("a name stands twice in its header")
+        return dict(pairs)
+
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > os.path.getsize(path):
+            raise ValueError("its header is cut off")
+        try:
+            json.loads(f.read(length), object_pairs_hook=check_pairs)
+        except RecursionError:
+            raise ValueError("its header is nested too deep") from None
+
+
+def open_bin(path):
+    """Return {name: a function that reads the tensor} of a pytorch_model.bin. Raises UserError.
+
+    torch's restricted unpickler makes tensors and containers, and runs nothing that a file says.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip files, of pickles and of torch
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a file of tensors only, or is damaged ({reason})") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+    readers = {}
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path} holds more than tensors by name ({str(name)[:60]!r})")
+        readers[name] = value.detach
+    return readers
 
 
 def check_names(folder, c, present, expected):
@@ -325,6 +465,8 @@ def check_names(folder, c, present, expected):
     and a bias of zeros on the attention's output, which our own export of a model with Qwen2's
     biases writes
     """
+    if "lm_head.weight" not in present:
+        expected = expected - {"lm_head.weight"}
     extra = set()
     for name in present - expected:
         is_copy_of_head = c.tied and name == "lm_head.weight"
@@ -337,34 +479,38 @@ def check_names(folder, c, present, expected):
         raise UserError(f"{folder} has tensors that are not known here: {list_names(unknown)}")
     missing = expected - present
     if missing:
-        hint = ""
-        if missing == {"lm_head.weight"}:
-            hint = (
-                "; it was saved without its LM head: save AutoModelForMaskedLM or "
-                "AutoModelForCausalLM"
-            )
-        raise UserError(f"{folder} lacks: {list_names(missing)}{hint}")
+        raise UserError(f"{folder} lacks: {list_names(missing)}")
     return extra
 
 
-def read_weights(folder, c):
+def read_weights(folder, c, allow_bin=False):
     """Return the tensors of a folder as Encoder(c)'s state dict, in fp32.
 
-    Raises UserError, by name, for tensors that are unknown, missing or of another shape.
+    allow_bin: take pytorch_model.bin if there are no safetensors files. A model that was saved
+    without its LM head has no lm_head.weight here, whatever c says. Raises UserError, by name, for
+    tensors that are unknown, missing, or of another shape or type, or that hold NaN or infinity.
     """
-    places = find_tensors(folder)
+    readers = find_tensors(folder, allow_bin)
     table = names(c)
     shapes = {}
     for pieces in table.values():
         shapes |= dict(pieces)
 
-    extra = check_names(folder, c, places.keys(), shapes.keys())
-    names_of_files = {file for file, _ in places.values()}
-    files = {file: safe_open(os.path.join(folder, file), "pt") for file in names_of_files}
+    extra = check_names(folder, c, readers.keys(), shapes.keys())
+    if "lm_head.weight" not in readers:
+        table.pop("lm_head.weight", None)
 
     def read(name):
-        file, stored = places[name]
-        return files[file].get_tensor(stored).float()
+        value = readers[name]()
+        if value.dtype not in DTYPES:
+            raise UserError(
+                f"{folder}: {name} holds {name_of_dtype(value)}, not floating-point numbers of 16 bits "
+                "or more: fetch the model with weights that are not quantized"
+            )
+        value = value.float()
+        if not torch.isfinite(value).all():
+            raise UserError(f"{folder}: {name} holds NaN or infinity: the model is damaged")
+        return value
 
     # Stack Hugging Face's tensors to ours.
     weights = {}

@@ -19,6 +19,7 @@ from core.configurator import UserError, differences
 from core.distributed import all_sum
 from core.files import is_new
 from core.schema import read_json
+from huggingface.history import NO_HEAD, has_lm_head
 from model import SIZES, ModelConfig
 from objectives import objective_at, recorded_objectives
 
@@ -156,6 +157,7 @@ def from_weights(c, run_settings, processes):
     if not importing.is_foreign(c.init_from):
         return new_schedule(checkpoint.find(c.init_from), c, run_settings, processes)
     imported = importing.read(c.init_from)
+    refuse_without_head(imported.facts.get("has_lm_head", True), c.init_from)
     if not imported.tokenizer.same_ids(tokenizer.load(c.data_dir)):
         source = c.init_from if c.init_from.startswith("hf:") else f"hf:{c.init_from}"
         raise UserError(
@@ -170,9 +172,19 @@ def from_weights(c, run_settings, processes):
     return Start(source, imported)
 
 
+def refuse_without_head(has_head, source):
+    """Raises UserError if pretraining cannot continue from a model because it has no LM head."""
+    if not has_head:
+        raise UserError(
+            f"{source} cannot be trained further: {NO_HEAD}, which predicts the tokens; it can be "
+            "fine-tuned (finetune.py, eval_ir.py)"
+        )
+
+
 def new_schedule(source, c, run_settings, processes):
     """Start a new schedule from the weights of a checkpoint, on rows that its run has not read. -> Start"""
     state = checkpoint.read_state(source)
+    refuse_without_head(has_lm_head(state), source)
     old_settings = state.get("settings", {})
     # An imported or fine-tuned model has only its tokenizer's hash among the settings.
     if "phases" in old_settings:

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import smollm2
@@ -10,14 +11,18 @@ from conftest import losses, run_python
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
+import finetune
 import prepare_fineweb
+import sample
 import train
-from core import checkpoint, tokenizer
+from core import checkpoint, lock, tokenizer
 from core.configurator import UserError
+from core.distributed import Processes
 from corpus.documents import documents, files_of
 from huggingface import exporting, importing
 from huggingface import weights as hf_weights
-from pretraining import data
+from pretraining import data, resume
+from tasks import queue
 
 ROPE3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": 32}
@@ -179,6 +184,28 @@ def add_tensor(name, value):
     return spoil
 
 
+def spoil_tensor(change):
+    def spoil(folder):
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_file(path)
+        save_file(tensors | {"model.norm.weight": change(tensors["model.norm.weight"])}, path)
+    return spoil
+
+
+def name_twice(folder):
+    path = os.path.join(folder, "model.safetensors")
+    content = open(path, "rb").read()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8:8 + length].rstrip()
+    name, value = next((k, v) for k, v in json.loads(header).items() if k != "__metadata__")
+    header = header[:-1] + b"," + json.dumps({name: value})[1:].encode()
+    open(path, "wb").write(len(header).to_bytes(8, "little") + header + content[8 + length:])
+
+
+def write_index(folder, file):
+    json.dump({"weight_map": {"a": file}}, open(os.path.join(folder, "model.safetensors.index.json"), "w"))
+
+
 def cut(folder):
     path = os.path.join(folder, "model.safetensors")
     content = open(path, "rb").read()
@@ -203,7 +230,27 @@ SPOILED = [
     (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not the embedding, and config.json says they are tied"),
     (add_tensor("model.layers.1.self_attn.q_norm.weight", torch.ones(16)), "not known here: model.layers.1.self_attn.q_norm.weight"),
     (add_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(96)), "not known here: model.layers.0.self_attn.q_proj.bias"),
-    (add_tensor("lm_head.weight", None), "lacks: lm_head.weight; it was saved without its LM head"),
+    (spoil_tensor(lambda x: x.to(torch.uint8)), "model.norm.weight holds uint8, not floating-point numbers"),
+    (spoil_tensor(lambda x: x.long()), "model.norm.weight holds int64"), (spoil_tensor(lambda x: x > 0), "model.norm.weight holds bool"),
+    (spoil_tensor(lambda x: x.to(torch.complex64)), "model.norm.weight holds complex64"), (spoil_tensor(lambda x: x / 0), "holds NaN or infinity"),
+    (spoil_tensor(lambda x: x.to(torch.float8_e4m3fn)), "holds float8_e4m3fn"),
+    (spoil_tensor(lambda x: x.double() * 1e300), "holds NaN or infinity"), (spoil_tensor(lambda x: x * float("nan")), "holds NaN or infinity"),
+    (add_tensor("norm.weight", torch.ones(96)), "has two tensors model.norm.weight"), (name_twice, "a name stands twice in its header"),
+    (lambda f: write_index(f, "../other/model.safetensors"), "lies in '../other/model.safetensors', which is not a .safetensors file of this folder"),
+    (lambda f: write_index(f, "/etc/passwd"), "lies in '/etc/passwd', which is not"), (lambda f: write_index(f, 3), "'weight_map.a' is 3, not a string"),
+    (lambda f: write_index(f, "config.json"), "lies in 'config.json', which is not"),
+    (lambda f: json.dump([], open(os.path.join(f, "model.safetensors.index.json"), "w")), "the content is a list, not an object"),
+    (lambda f: json.dump({}, open(os.path.join(f, "model.safetensors.index.json"), "w")), "has no 'weight_map'"),
+    (lambda f: json.dump([], open(os.path.join(f, "config.json"), "w")), "config.json: the content is a list, not an object"),
+    (lambda f: edit(f, max_position_embeddings=0), "max_position_embeddings=0: expected a whole number from 1"),
+    (lambda f: edit(f, num_attention_heads=0), "num_attention_heads=0: expected"), (lambda f: edit(f, num_hidden_layers=10**12), "num_hidden_layers=1000000000000: expected"),
+    (lambda f: edit(f, num_hidden_layers="3"), "'num_hidden_layers' is \"3\", not a whole number"), (lambda f: edit(f, hidden_size=True), "'hidden_size' is true"),
+    (lambda f: edit(f, num_key_value_heads=4), "num_key_value_heads=4: expected a divisor"), (lambda f: edit(f, head_dim=17), "heads of 17 dimensions"),
+    (lambda f: edit(f, rms_norm_eps=float("nan")), "rms_norm_eps=nan"), (lambda f: edit(f, tie_word_embeddings="false"), "'tie_word_embeddings' is \"false\""),
+    (lambda f: edit(f, rope_parameters={"rope_type": "default", "rope_theta": "10000"}), "'rope_parameters.rope_theta' is \"10000\", not a number"),
+    (lambda f: edit(f, rope_parameters={"rope_type": "default", "rope_theta": -1.0}), "rope_theta=-1.0"),
+    (lambda f: edit(f, rope_parameters={k: v for k, v in ROPE3.items() if k != "factor"}), "factor=None of its rope type llama3"),
+    (lambda f: edit(f, rope_parameters=[1]), "'rope_parameters' is a list"), (lambda f: edit(f, sliding_window=-5), "sliding_window=-5"),
     (cut, "model.safetensors is damaged or not complete"),
     (only_pickled, "holds only pickled weights (pytorch_model.bin)"),
     (lambda f: os.remove(os.path.join(f, "model.safetensors")), "has no model.safetensors: it is not complete, fetch it again"),
@@ -220,6 +267,126 @@ def test_what_is_incomplete_or_unknown_is_refused_by_name(spoil, message, foreig
     with pytest.raises(UserError) as error:
         importing.write(folder, str(tmp_path / "run"), weights_only="tokenizer" not in message)       # which takes seconds to compare
     assert message in str(error.value) and "\n" not in str(error.value) and not os.path.exists(tmp_path / "run")
+
+
+# ---- the paper's checkpoints, in the layouts they may have
+
+def without_head(folder, prefix="", as_bin=False):
+    """Save a model's folder again, without its LM head, with another prefix before its tensors' names or as .bin."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors = {prefix + name.removeprefix("model."): value for name, value in load_file(path).items() if name != "lm_head.weight"}
+    os.remove(path)
+    if as_bin:
+        torch.save(tensors, os.path.join(folder, "pytorch_model.bin"))
+    else:
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_body_without_lm_head_comes_in_with_its_hidden_states(prefix, as_bin, foreign, tmp_path):
+    folder, original = foreign("sl_model")
+    without_head(folder, prefix, as_bin)
+    imported, path = importing.write(folder, str(tmp_path / "run"), weights_only=True, allow_bin=as_bin)
+    assert "without its LM head: finetune.py and eval_ir.py take it" in importing.describe(imported)
+    tokens = torch.arange(40)
+    model = checkpoint.load_model(path)
+    with torch.no_grad():
+        hidden = model(tokens, torch.tensor([0, 40], dtype=torch.int32), False)
+        expected = original.model(input_ids=tokens[None]).last_hidden_state[0]
+    assert (hidden - expected).abs().max() <= 1e-4
+
+
+def test_a_body_without_lm_head_is_fine_tuned_and_neither_sampled_from_nor_pretrained(foreign, tmp_path, monkeypatch):
+    folder, _ = foreign("sl_model", vocab_size=608)
+    without_head(folder)
+    monkeypatch.setattr(importing.hf_tokenizer, "check_same_ids", lambda *_: None)      # takes seconds, and other tests hold it
+    run = str(tmp_path / "run")
+    _, path = importing.write(folder, run)
+    task = tmp_path / "tasks" / "mood"
+    os.makedirs(task)
+    (task / "info.json").write_text('{"label_names": ["good", "bad"], "text_fields": ["text"], "label_field": "label"}')
+    for split, begin in (("train", 0), ("validation", 20), ("test", 30)):
+        lines = [json.dumps({"text": f"day {i} was fine", "label": i % 2}) for i in range(begin, begin + 10)]
+        (task / f"{split}.jsonl").write_text("\n".join(lines))
+    finetune.main(finetune.Config(ckpt=run, tasks="mood", data_dir=str(tmp_path / "tasks"), lrs=(1e-4,), seeds=(0,), steps=2, batch=4, device="cpu", keep=True,
+                                  cache_dir=str(tmp_path / "cache")))
+    trial = {"task": "mood", "lr": 1e-4, "seed": 0}
+    assert json.load(open(queue.path_of(path, trial)))["failed"] is False
+    for source in (run, queue.path_of(path, trial, "encoder")):
+        with pytest.raises(UserError, match="cannot write or fill in: it was saved without its LM head"):
+            sample.main(sample.Config(ckpt=source, prompt="a", device="cpu"))
+    for source in (folder, run):
+        settings = SimpleNamespace(init_from=source, data_dir="no corpus is read", keep_moments=False, block_size=64)
+        with pytest.raises(UserError, match="cannot be trained further: it was saved without its LM head"):
+            resume.from_weights(settings, {"tokenizer_hash": ""}, Processes(0, 0, 1))
+    # it leaves as the body that it came as
+    about, _ = exporting.export(run, str(tmp_path / "out"), causal="false")
+    assert about["architectures"] == ["EuroBertModel"] and "lm_head.weight" not in load_file(str(tmp_path / "out" / "model.safetensors"))
+    assert importing.read(str(tmp_path / "out"), weights_only=True).facts["has_lm_head"] is False
+
+
+def test_a_pickle_is_read_only_when_allowed_and_only_tensors(foreign, tmp_path):
+    folder, _ = foreign("sl_model")
+    path = os.path.join(folder, "pytorch_model.bin")
+    tensors = load_file(os.path.join(folder, "model.safetensors"))
+    expected = importing.read(folder, weights_only=True).weights
+    os.remove(os.path.join(folder, "model.safetensors"))
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match="--allow_bin=true .* or, if you trust it, convert"):
+        importing.read(folder, weights_only=True)
+    weights = importing.read(folder, weights_only=True, allow_bin=True).weights
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+    for content in ({"model.norm.weight": Runs()}, [1, 2], {"model.norm.weight": "text"}, {3: torch.ones(1)}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="tensors"):
+            importing.read(folder, weights_only=True, allow_bin=True)
+    open(path, "wb").write(b"PK not a zip")
+    with pytest.raises(UserError, match="is not a file of tensors only, or is damaged"):
+        importing.read(folder, weights_only=True, allow_bin=True)
+    assert not os.path.exists(tmp_path / "it ran")
+
+
+def test_an_import_that_was_killed_is_repeated_by_the_same_command(foreign, tmp_path, monkeypatch):
+    folder, _ = foreign("llama", vocab_size=608)
+    monkeypatch.setattr(importing.hf_tokenizer, "check_same_ids", lambda *_: None)
+    run = str(tmp_path / "run")
+    expected = importing.write(folder, str(tmp_path / "whole"))[0].weights
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+    for module, name in ((importing.tokenizers, "write_json"), (checkpoint, "save_tensors"), (checkpoint, "sync")):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            m.setattr(module, name, kill)
+            importing.write(folder, run)
+        assert os.listdir(run) and not os.path.isdir(os.path.join(run, "step_0000000"))
+    open(os.path.join(run, "tokenizer_info.json.7-0123abcd.tmp"), "w").close()
+    importing.write(folder, run)
+    assert checkpoint.tokenizer_of(checkpoint.find(run)).vocab_size == 608
+    assert torch.equal(checkpoint.load_model(run).embedding.weight, expected["embedding.weight"])
+    with pytest.raises(UserError, match="already exists"):
+        importing.write(folder, run)
+    # a file of somebody's is no leftover
+    os.makedirs(tmp_path / "theirs")
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        importing.write(folder, str(tmp_path / "theirs"))
+
+
+def test_two_imports_into_one_folder_are_one(foreign, tmp_path):
+    folder, _ = foreign("llama")
+    run = str(tmp_path / "run")
+    os.makedirs(run)
+    with lock.hold(run, "hf.py"), pytest.raises(UserError, match="is writing"):
+        importing.write(folder, run, weights_only=True)
+    importing.write(folder, run, weights_only=True)
 
 
 def test_a_key_known_to_be_harmless_can_be_ignored(foreign, tmp_path):
