@@ -28,7 +28,7 @@ class Config:
     # import
     weights_only: bool = False      # import no tokenizer, e.g. of a Llama 2: the model reads ids only
     ignore: str = ""                # keys of config.json that change nothing, with commas between
-    allow_bin: bool = False         # read a pytorch_model.bin, by torch.load(weights_only=True)
+    allow_bin: bool = False         # read a pytorch_model.bin, with the weights_only unpickler of torch
     # export
     average: PositiveInt = 1        # export the mean of so many checkpoints of the run
     causal: str = "auto"            # auto: as it was last trained; true: decoder; false: encoder
