@@ -44,7 +44,7 @@ from core.configurator import (
     shorten,
 )
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
-from core.distributed import all_sum, start_processes
+from core.distributed import all_sum, naming_the_missing, start_processes, wait_for_all
 from core.files import write_json
 from core.schema import read_json
 from kernels import ATTENTION, linear_cross_entropy
@@ -101,6 +101,7 @@ class Config:
     compile: bool = True                     # torch.compile where a compiler is installed
     attention: str = "auto"                  # triton or varlen (CUDA), sdpa (anywhere), reference
     checkpoint_activations: bool = False     # less memory for a third more work
+    timeout: PositiveInt = 300               # seconds to wait for another process or machine
 
 
 MOST_STEPS = 10**12
@@ -286,13 +287,17 @@ def hold_out_dir(out_dir, processes, at_exit):
     resume.check_out_dir(out_dir)
     error = None
     if processes.is_first:
+        is_made = not os.path.isdir(out_dir)
         os.makedirs(out_dir, exist_ok=True)
-        at_exit.callback(remove_if_unused, out_dir)  # e.g. if a setting turns out to be wrong
         try:
             at_exit.enter_context(lock.hold(out_dir, "train.py"))
+            if is_made:
+                at_exit.callback(remove_if_unused, out_dir)  # e.g. if a setting turns out to be wrong
         except UserError as user_error:
             error = user_error
-    # The other ranks hear whether the first one was refused.
+    # The other ranks hear whether the first one was refused. One on each machine has verified the
+    # corpus until now, which may take longer than --timeout.
+    wait_for_all(processes)
     n_refused = all_sum([error is not None], processes)[0]
     if error:
         raise error
@@ -301,16 +306,16 @@ def hold_out_dir(out_dir, processes, at_exit):
 
 
 def remove_if_unused(folder):
-    """Remove a folder that holds nothing but its lock."""
+    """Remove a folder that holds nothing but its lock, which is ours."""
     if os.listdir(folder) == [lock.NAME]:
         os.remove(os.path.join(folder, lock.NAME))
         os.rmdir(folder)
 
 
 def main(c):
-    processes, device = start_processes(pick_device(c.device))
+    processes, device = start_processes(pick_device(c.device), c.timeout)
     try:
-        with ExitStack() as at_exit:
+        with naming_the_missing(processes), ExitStack() as at_exit:
             train(c, device, processes, at_exit)
     finally:
         gc.unfreeze()  # what train() froze

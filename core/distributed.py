@@ -1,8 +1,10 @@
 """The processes that torchrun starts, and what they tell each other."""
 
+import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from core.configurator import UserError
+from core.configurator import RunError, UserError
 
-# How long a process waits for the others, e.g. for a machine whose network is down. torch's own
-# default is half an hour. A checkpoint of the 1b model is written in less.
-TIMEOUT = timedelta(minutes=5)
+# What torchrun tells each process that it starts.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ANSWER = 5.0      # seconds in which a living process answers when another is missed
+
+store = None      # where torchrun's processes leave each other notes, once they have joined
 
 
 @dataclass
@@ -37,31 +41,63 @@ class Processes:
             print(text, flush=True)
 
 
-def start_processes(device):
-    """Join torchrun's process group. -> (Processes, this process' device)"""
-    # Some platforms set RANK for processes that torchrun did not start: then this is the only one.
-    if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")):
-        return Processes(0, 0, 1), device
-    try:
-        rank = int(os.environ["RANK"])
-        local_rank = int(os.environ["LOCAL_RANK"])
-        world_size = int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        raise UserError("RANK, LOCAL_RANK or WORLD_SIZE is not a number: start with torchrun") from None
-    if not 0 <= local_rank <= rank < world_size:
+def start_processes(device, timeout=1800):
+    """Join torchrun's process group. -> (Processes, this process' device)
+
+    timeout: seconds to wait for another process before it is given up. Raises UserError if the
+    variables that torchrun sets do not fit together.
+    """
+    global store
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        # Some platforms set a few of them for a process that is the only one.
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return Processes(0, 0, 1), device
         raise UserError(
-            f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} do not fit together: "
-            "start with torchrun"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {' and '.join(missing)} is not set: "
+            "start with torchrun, or unset WORLD_SIZE for a single process"
         )
-    die_with_parent(signal.SIGTERM)
+    rank, local_rank, world_size = (number_in(name) for name in VARIABLES[:3])
+    port = number_in("MASTER_PORT")
+    if not 0 <= local_rank <= rank < world_size or port > 65535:
+        raise UserError(
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size} and MASTER_PORT={port} do "
+            "not fit together: start with torchrun, or unset them for a single process"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:      # our parent is torchrun
+        die_with_parent(signal.SIGTERM)
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, but this process sees {torch.cuda.device_count()} GPUs: start "
+                "as many processes on a machine as it has GPUs"
+            )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+    if world_size == 1:
+        return Processes(0, 0, 1), device
     # Gradients travel by nccl, and the few numbers of all_sum by gloo, so that they never wait for
     # the GPU. Without a GPU everything travels by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    limit = timedelta(seconds=min(timeout, 10**7))      # four months; gloo's clock ends somewhere beyond
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+        store.set(f"host of {rank}", socket.gethostname())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    except (RuntimeError, OSError) as error:      # torch's DistError is a RuntimeError
+        raise RunError(
+            f"the {world_size} processes did not find each other at {os.environ['MASTER_ADDR']}:{port} in "
+            f"{timeout} s ({first_line(error)}); {who_is_missing(rank, world_size)}"
+        ) from None
     return Processes(rank, local_rank, world_size), device
+
+
+def number_in(name):
+    """The number in a variable of torchrun. Raises UserError."""
+    text = os.environ[name]
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UserError(f"{name}={text!r} is not a number: start with torchrun, or unset it")
+    return int(text)
 
 
 def die_with_parent(number):
@@ -71,7 +107,60 @@ def die_with_parent(number):
     """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
+        parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:      # it died a moment ago
+            os.kill(os.getpid(), number)
+
+
+def wait_for_all(processes, hours=12):
+    """Wait until all processes have come this far, however long one of them has to read.
+
+    A process that dies meanwhile ends all: torchrun sees to that.
+    """
+    if processes.world_size > 1:
+        store.set(f"ready {processes.rank}", "")
+        store.wait([f"ready {rank}" for rank in range(processes.world_size)], timedelta(hours=hours))
+
+
+@contextlib.contextmanager
+def naming_the_missing(processes):
+    """Turn the error of a process that waited in vain for another into a RunError that says for whom."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch raises a DistError for nccl and the store, and a plain RuntimeError for gloo.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RunError(
+            f"lost another process of this run ({first_line(error)}); "
+            f"{who_is_missing(processes.rank, processes.world_size)}. The last checkpoint stays: run the "
+            "same command to resume, with a larger --timeout if it was only slow"
+        ) from None
+
+
+def who_is_missing(rank, world_size):
+    """In words, which processes do not answer."""
+    try:
+        store.set(f"answer of {rank}", "")
+        time.sleep(ANSWER)
+        names = []
+        for other in range(world_size):
+            if not store.check([f"answer of {other}"]):
+                host = "an unknown machine"
+                if store.check([f"host of {other}"]):
+                    host = store.get(f"host of {other}").decode()
+                names.append(f"rank {other} on {host}")
+    except (RuntimeError, AttributeError):      # AttributeError: not even a store was found
+        return f"the first machine, {os.environ.get('MASTER_ADDR')}, does not answer"
+    if not names:
+        return "all answer now"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"no answer from {', '.join(names[:8])}{more}"
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0][:200]
 
 
 def all_sum(values, processes):

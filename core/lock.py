@@ -61,6 +61,9 @@ def hold(folder, program):
             # Some network file systems have no such locks: then the heartbeat alone decides.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+        # A holder that wrote nothing removes the lock with its folder: what we opened may be gone.
+        if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            raise UserError(busy(folder, owner))
         owner = read_owner(file)      # it may have changed before we got the lock
         if owner and owner.get("kernel") != this_kernel() and is_alive(path):
             raise UserError(busy(folder, owner))

@@ -27,7 +27,7 @@ from objectives import objective_at, recorded_objectives
 FREE_IN_A_RESUME = {
     "data_dir", "out_dir", "resume", "save_interval", "keep_last", "milestones", "eval_interval",
     "log_interval", "wandb_log", "wandb_project", "micro_rows", "device", "compile", "attention",
-    "checkpoint_activations",
+    "checkpoint_activations", "timeout",
 }
 # A branch may also change these: how it began, and what comes after the branching point.
 FREE_IN_A_BRANCH = FREE_IN_A_RESUME | {
