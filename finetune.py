@@ -53,11 +53,11 @@ class Config(worker.GridSettings):
     keep: bool = False                  # keep each trial's encoder and head as a checkpoint beside its row
     # how
     mode: str = "standard"              # standard, or paper: the labels, heads and scores of the paper's code
-    split: str = "hash"             # cut of validation: hash (of the text) or encodeval (the paper's, by row)
-    steps: NonNegativeInt = 0         # of each trial; 0: 1,000 or one epoch, as the paper has it for the task
+    split: str = "hash"                 # who is in validation: by hash of the text, or encodeval: by row
+    steps: NonNegativeInt = 0           # of each trial; 0: 1,000 or one epoch, as in the paper
     # system
     micro_tokens: PositiveInt = 16_384  # tokens in a forward and backward pass; a step is cut to fit
-    eval_tokens: PositiveInt = 8_192  # tokens in a forward pass of evaluation; more leave a CPU's caches
+    eval_tokens: PositiveInt = 8_192    # tokens in a forward pass of evaluation; more leave a CPU's caches
 
 
 # ---- one process

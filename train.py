@@ -59,16 +59,16 @@ class Config:
     # input and output
     data_dir: Path = "data/sotu"             # a corpus made by prepare_fineweb.py
     out_dir: Path = "out"                    # the run: config.json, log.jsonl, step_NNNNNNN/
-    resume: bool = True                      # resume a run that exists; false: refuse it
+    resume: bool = True                      # if out_dir holds a run: true resumes it, false refuses
     branch_from: Path = ""                   # RUN/step_NNNNNNN: continue from there with other phases
-    init_from: Path = ""                     # checkpoint, hf:ORG/NAME or its folder: new schedule
+    init_from: Path = ""                     # new schedule from the weights of a checkpoint or hf:ORG/NAME
     keep_moments: bool = True                # with init_from: load its optimizer state, too
     save_interval: PositiveInt = 1_000       # steps between checkpoints
     keep_last: PositiveInt = 2               # newest checkpoints to keep, besides those to branch from
     milestones: tuple[PositiveInt, ...] = ()  # more steps to keep, e.g. (1000, 2000)
     eval_interval: PositiveInt = 500         # steps between validations
     eval_rows: PositiveInt = 128             # validation rows, always the same ones
-    eval_mask_rate: Share = 0.4              # masking rate of validation; the same for runs to compare
+    eval_mask_rate: Share = 0.4              # masking rate of validation; keep it equal in runs to compare
     log_interval: PositiveInt = 10           # steps between console lines; log.jsonl gets every step
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
@@ -78,10 +78,10 @@ class Config:
     # objective
     phases: tuple = (("clm", 10_000), ("mlm", 32_000))  # (objective, steps); see objectives.py
     mask_rate: Share = 0.4                   # share of tokens an MLM step hides; "mlm20" has its own
-    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden: (mask, random, unchanged); BERT (0.8, 0.1, 0.1)
+    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become mask, random, unchanged
     # data
     block_size: PositiveInt = 2048           # tokens in a row
-    random_length: bool = True               # cut each row once (the paper's footnote 6)
+    random_length: bool = True               # cut each row into two at a random place (footnote 6)
     document_mask: bool = False              # also cut at document ends; the paper does not
     batch_rows: PositiveInt = 1152           # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
     micro_rows: PositiveInt = 12             # rows a GPU takes at once
