@@ -12,7 +12,6 @@ from core.lock import NAME, hold
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.folders import JSON_FILES, check_is_free, locate, read_model_json
-from huggingface.history import NO_HEAD
 from model import Encoder, ModelConfig
 
 FILES = (*JSON_FILES, "*.safetensors", "model.safetensors.index.json")
@@ -131,7 +130,10 @@ def describe(imported):
             shape.append(f"{key} {value}")
     model_line = f"{facts['model_type']} from {facts['source']}: {', '.join(shape)}"
     if not facts.get("has_lm_head", True):
-        model_line += f"\n{NO_HEAD}: finetune.py and eval_ir.py take it, train.py and sample.py do not"
+        model_line += (
+            "\nit was saved without its LM head: finetune.py and eval_ir.py take it, train.py and "
+            "sample.py do not"
+        )
     if tokenizer is None:
         return f"{model_line}\nwithout its tokenizer: it reads ids only"
     return (
