@@ -17,7 +17,7 @@ whether it is held out for validation. Hidden files are left out, and a line of 
 
 Everything is written under temporary names first. After an interruption, run the same command: it
 resumes after the last complete shard. If the command or a file was wrong, correct it and run it
-again. A complete corpus is left alone.
+again. A complete corpus is left alone. Only one process writes --out at a time.
 
 At scale: hf:ORG/NAME:CONFIG streams a data set of the Hugging Face hub; parquet:FOLDER reads a
 folder of its parquet files. Both need the columns `text` and `id`. Several processes share the
@@ -28,6 +28,7 @@ so many training tokens. On n machines, each runs the command with its own --sha
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
+import contextlib
 import math
 import os
 import re
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from core import lock
 from core import tokenizer as tokenizers
 from core.configurator import (
     Fraction,
@@ -93,10 +95,32 @@ class Config:
 
 
 def prepare(c):
-    """Write the shards, tokenizer and manifest.json of a corpus. Raises UserError and RunError."""
-    # The settings, and the corpus that the folder may hold already.
+    """Write the shards, tokenizer and manifest.json of a corpus. Raises UserError and RunError.
+
+    One process writes a folder; with --shard, several machines share it.
+    """
     check_settings(c)
     settings = settings_to_record(c)
+    with contextlib.ExitStack() as held:
+        if not c.shard and not is_finished(c.out):
+            held.enter_context(lock.hold_new(c.out, "prepare_fineweb.py"))
+        write_corpus(c, settings)
+
+
+def is_finished(out):
+    """True if a folder holds a complete corpus. Raises UserError if it holds something else."""
+    path = os.path.join(out, "manifest.json")
+    if not os.path.isfile(path):
+        if not is_new(out):
+            raise UserError(f"{out} is not empty and holds no corpus: choose another --out")
+        return False
+    manifest = read_json(path, MANIFEST)
+    return manifest["complete"] and not missing_shards(out, manifest)
+
+
+def write_corpus(c, settings):
+    """Write the corpus, or what is left of it. settings: what the manifest records"""
+    # The corpus that the folder may hold already.
     old_manifest = read_manifest(c, settings)
     missing = missing_shards(c.out, old_manifest)
     if old_manifest["complete"] and not missing:

@@ -287,12 +287,8 @@ def hold_out_dir(out_dir, processes, at_exit):
     resume.check_out_dir(out_dir)
     error = None
     if processes.is_first:
-        is_made = not os.path.isdir(out_dir)
-        os.makedirs(out_dir, exist_ok=True)
         try:
-            at_exit.enter_context(lock.hold(out_dir, "train.py"))
-            if is_made:
-                at_exit.callback(remove_if_unused, out_dir)  # e.g. if a setting turns out to be wrong
+            at_exit.enter_context(lock.hold_new(out_dir, "train.py"))
         except UserError as user_error:
             error = user_error
     # The other ranks hear whether the first one was refused. One on each machine has verified the
@@ -303,13 +299,6 @@ def hold_out_dir(out_dir, processes, at_exit):
         raise error
     if n_refused:
         sys.exit(2)
-
-
-def remove_if_unused(folder):
-    """Remove a folder that holds nothing but its lock, which is ours."""
-    if os.listdir(folder) == [lock.NAME]:
-        os.remove(os.path.join(folder, lock.NAME))
-        os.rmdir(folder)
 
 
 def main(c):

@@ -82,6 +82,23 @@ def hold(folder, program):
         file.close()
 
 
+@contextlib.contextmanager
+def hold_new(folder, program):
+    """Hold a folder as hold() does, and make it if it is missing.
+
+    A folder made here is removed again if it is still empty at the end, e.g. after a wrong setting.
+    """
+    is_made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    with hold(folder, program) as file:
+        try:
+            yield file
+        finally:
+            if is_made and os.listdir(folder) == [NAME]:
+                os.remove(os.path.join(folder, NAME))
+                os.rmdir(folder)
+
+
 def open_lock(path):
     """Open or make the file of a lock. Raises UserError if something else has its name."""
     try:

@@ -4,7 +4,7 @@ import os
 
 import matplotlib.pyplot as plt
 
-from core import files
+from core import files, lock
 from core.configurator import UserError
 
 # How report.py recognizes its own files: the first line of a page, the metadata of a picture, and
@@ -40,11 +40,12 @@ def write_report(folder, texts, figures):
         path = os.path.join(folder, name)
         if os.path.isfile(path) and not is_own_file(path):
             raise UserError(f"{path} was not written by report.py: choose another --to")
-    for name, text in texts.items():
-        files.write_whole(os.path.join(folder, name), text.encode())
-    for name, figure in figures.items():
-        path = os.path.join(folder, name)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=100, format="png", metadata={"Software": SOFTWARE})
-        plt.close(figure)
-        files.write_whole(path, picture.getvalue())
+    with lock.hold(folder, "report.py"):
+        for name, text in texts.items():
+            files.write_whole(os.path.join(folder, name), text.encode())
+        for name, figure in figures.items():
+            path = os.path.join(folder, name)
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=100, format="png", metadata={"Software": SOFTWARE})
+            plt.close(figure)
+            files.write_whole(path, picture.getvalue())

@@ -1,5 +1,6 @@
 """One writer a folder: who holds it, who is refused, and what a kill or a power cut leaves."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import time
 import pytest
 from conftest import ROOT
 
+import prepare_fineweb
 from core import lock
 from core.configurator import UserError
+from reporting.output import write_report
 
 HOLDER = """
 import sys, time
@@ -108,3 +111,27 @@ def test_a_heartbeat_touches_the_lock(tmp_path, monkeypatch):
         os.utime(tmp_path / lock.NAME, (0, 0))
         time.sleep(0.5)
         assert os.stat(tmp_path / lock.NAME).st_mtime > 0
+
+
+def test_a_folder_made_for_nothing_is_removed_and_one_that_was_there_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "made"):
+        with pytest.raises(ValueError):
+            with lock.hold_new(tmp_path / name, "train.py"):
+                raise ValueError
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_prepare_fineweb_and_report_write_no_folder_that_another_process_writes(tmp_path):
+    shutil.copy(os.path.join(ROOT, "README.md"), tmp_path / "text.txt")
+    (tmp_path / "out").mkdir()
+    c = prepare_fineweb.Config(source=str(tmp_path / "text.txt"), out=str(tmp_path / "out"), tokenizer="train:320", val_fraction=0.0)
+    with lock.hold(tmp_path / "out", "another.py"):
+        with pytest.raises(UserError, match=r"another.py \(pid "):
+            prepare_fineweb.prepare(c)
+        with pytest.raises(UserError, match=r"another.py \(pid "):
+            write_report(str(tmp_path / "out"), {"table.md": "| run | steps |"}, {})
+    assert os.listdir(tmp_path / "out") == [lock.NAME]
+    prepare_fineweb.prepare(c)
+    with lock.hold(tmp_path / "out", "another.py"):      # a complete corpus is only looked at
+        prepare_fineweb.prepare(c)
