@@ -34,10 +34,13 @@ needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="NANOENCODER
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `pytest -m gpu` runs these alone")
+    config.addinivalue_line("markers", "slow: takes minutes, so only `pytest -m slow` runs it")
     config.addinivalue_line("markers", "fast: of those, what to run when there is a minute for all of them")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if not GPU:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
