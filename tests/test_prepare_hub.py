@@ -19,7 +19,7 @@ from loopback_hub import COMMIT, Hub
 
 import prepare_fineweb
 from core import tokenizer
-from core.configurator import RunError, UserError
+from core.configurator import RunError, UserError, configure
 from core.files import ahead, hashed
 from corpus import assemble
 from corpus import hub as hub_corpus
@@ -395,6 +395,12 @@ def test_a_wrong_source_or_share_is_explained(online, tmp_path, changes, says):
         prepare(tmp_path / "x", **changes)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("word", ["--tokens=-5.0", "--retries=-1", "--processes=-1"])
+def test_a_number_out_of_range_is_refused_where_it_is_given(word):
+    with pytest.raises(UserError, match=word.strip("-")):
+        configure(prepare_fineweb.Config, [word])
 
 
 def test_without_a_network_it_says_so_at_once(online, tmp_path, monkeypatch):
