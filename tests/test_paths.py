@@ -253,10 +253,11 @@ def test_fine_tuning_of_an_odd_encoder_on_an_odd_task_and_its_report(odd, encode
     settings = dict(tasks=f"{task}, my t 1", data_dir=odd("data", tmp_path / "like", copy=True), lrs=(1e-3,), seeds=(0,), steps=2, batch=8,
                     dtype="float32", device="cpu", cache_dir=str(tmp_path / "cache" / ODD))
     finetune.main(finetune.Config(ckpt=run, **settings))                             # beside the checkpoint
-    finetune.main(finetune.Config(ckpt=checkpoint.latest(run), out_dir=str(tmp_path / "out" / ODD), keep=True, **settings))
+    finetune.main(finetune.Config(ckpt=checkpoint.latest(run), out_dir=str(tmp_path / "out" / ODD), keep=True,
+                                  **(settings | {"seeds": (1,)})))
     hint = capsys.readouterr().out.splitlines()[-1].partition("the table: ")[2]
     assert shlex.split(hint) == ["python", "report.py", f"{tmp_path}/out/{ODD}", f"--to={tmp_path}/out/{ODD}/report"]
-    kept = tmp_path / "out" / ODD / "trials" / task / "lr1e-03_sd0.encoder"
+    kept = tmp_path / "out" / ODD / "trials" / task / "lr1e-03_sd1.encoder"
     assert checkpoint.find(str(kept)) == str(kept / "step_0000002") and len(find_files(str(tmp_path / "cache" / ODD), "*")) == 2
     trials = report_read.read_trials(run)
     assert {row["task"] for row in trials.values()} == {task, "my t 1"} and {row["model"] for row in trials.values()} == {f"{ODD}-40"}
