@@ -8,17 +8,15 @@
 Run the same command again to resume from the newest intact checkpoint in out_dir.
 --branch_from=RUN/step_0010000 continues another run with other phases, from a step before its
 learning rate decays. --init_from=CKPT starts a new schedule from finished weights (arXiv
-2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0. One training writes
-an out_dir at a time.
+2507.00994, sections 4 and 5). SIGTERM and Ctrl-C finish the step, save and exit 0. Only one training
+writes an out_dir at a time.
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
 import gc
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import objectives
-from core import checkpoint, lock, tokenizer
+from core import checkpoint, tokenizer
 from core.configurator import (
     Beta,
     NonNegativeFloat,
@@ -44,7 +42,7 @@ from core.configurator import (
     shorten,
 )
 from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
-from core.distributed import all_sum, naming_the_missing, start_processes, wait_for_all
+from core.distributed import all_sum, naming_the_missing, start_processes
 from core.files import write_json
 from core.schema import read_json
 from kernels import ATTENTION, linear_cross_entropy
@@ -52,6 +50,7 @@ from model import SIZES, Encoder
 from objectives import objective_at
 from pretraining import data, log, resume
 from pretraining.data import DataSettings
+from pretraining.lifetime import hold_out_dir, stop_on_signals
 
 
 @dataclass
@@ -150,7 +149,6 @@ def check(c, world_size):
             f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x "
             f"{world_size} {processes}: change one of them"
         )
-
     if c.block_size < 2:
         raise UserError("block_size=1: a row of one token has nothing to predict")
     data.check_block_size(c.block_size, c.random_length)
@@ -233,12 +231,12 @@ def validate(loss_of, val_corpus, eval_settings, c, processes):
         )
         try:
             for batch in batches:
-                with torch.no_grad():
+                with torch.no_grad():  # and no model.eval(): there is no dropout
                     loss_sum += float(loss_of(batch))
                 n_targets += batch.num_targets
         except RunError as error:      # the corpus cannot be read: all ranks must hear of it
             failure = error
-        # Sum over sum: how the rows are shared out among ranks and micro-batches changes nothing.
+        # Total loss over total targets: how ranks and micro-batches share the rows does not matter.
         loss_sum, n_targets, n_failures = all_sum([loss_sum, n_targets, failure is not None], processes)
         if n_failures:
             raise failure or RunError(UNREADABLE_ELSEWHERE)
@@ -246,59 +244,6 @@ def validate(loss_of, val_corpus, eval_settings, c, processes):
             raise RunError("the validation has no token to predict: raise eval_mask_rate or eval_rows")
         losses[f"val_{objective}_loss"] = loss_sum / n_targets
     return losses
-
-
-# Ctrl-C; what Slurm, Kubernetes and a kill send; Slurm's warning; a terminal that is closed.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-def stop_on_signals(at_exit):
-    """Let STOP_SIGNALS finish the step, save and exit 0; a second Ctrl-C interrupts at once.
-
-    -> a list that is empty until such a signal arrives. at_exit: the ExitStack that undoes all this.
-    """
-    signals = []
-
-    def on_signal(number, _frame):
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in STOP_SIGNALS:
-        # nohup ignores SIGHUP, and a shell ignores Ctrl-C for what it runs in the background.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
-
-    # A terminal sends Ctrl-C to our children, too, and a compiler of torch.compile that dies of it
-    # ends the training. Children inherit what this thread blocks. So it blocks what a terminal
-    # sends, and a thread that only waits receives it for the process.
-    is_over = threading.Event()
-    threading.Thread(target=is_over.wait, daemon=True).start()
-    at_exit.callback(is_over.set)
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
-    at_exit.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old_mask)
-    return signals
-
-
-def hold_out_dir(out_dir, processes, at_exit):
-    """Make out_dir and hold it until at_exit ends, so that no other training writes there.
-
-    Raises UserError if it holds something else than a run, or if another training holds it.
-    """
-    resume.check_out_dir(out_dir)
-    error = None
-    if processes.is_first:
-        try:
-            at_exit.enter_context(lock.hold_new(out_dir, "train.py"))
-        except UserError as user_error:
-            error = user_error
-    # The other ranks hear whether the first one was refused. One on each machine has verified the
-    # corpus until now, which may take longer than --timeout.
-    wait_for_all(processes)
-    n_refused = all_sum([error is not None], processes)[0]
-    if error:
-        raise error
-    if n_refused:
-        sys.exit(2)
 
 
 def main(c):
