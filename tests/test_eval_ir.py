@@ -258,7 +258,7 @@ def test_the_grid_is_finetunes():
     ({"train_on": "nothing"}, "unknown task 'nothing'"),
     ({"data_dir": "", "tasks": "nq"}, "from the Hugging Face hub"),
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
-    ({"lrs": (1,)}, "learning rates above 0 written as in 1e-5"),
+    ({"lrs": ()}, "tasks, lrs and seeds need at least one value each"),
 ])
 def test_a_wrong_call_is_explained_in_one_line(ir, changes, message):
     with pytest.raises(UserError) as error:
