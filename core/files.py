@@ -103,7 +103,8 @@ def is_new(folder, *own_files):
     if not os.path.isdir(folder):
         return True
     for name in os.listdir(folder):
-        is_leftover = re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp", name)
+        # of write_whole, or of core/checkpoint.py
+        is_leftover = re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp|\.writing_\d{7}_[0-9a-f]{8}(_replaced)?", name)
         if name not in (".lock", *own_files) and not is_leftover:
             return False
     return True

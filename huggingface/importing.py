@@ -17,7 +17,7 @@ from model import Encoder, ModelConfig
 FILES = (*JSON_FILES, "*.safetensors", "model.safetensors.index.json")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # What an import that was interrupted may have left in its folder.
-OWN_FILES = (NAME, "tokenizer.tiktoken", "tokenizer_info.json", ".writing_0000000")
+OWN_FILES = (NAME, "tokenizer.tiktoken", "tokenizer_info.json")
 
 
 @dataclass
