@@ -33,7 +33,7 @@ STEPS_ON_DISK = 64
 NAMES = {
     "ours": "ours, MLM",
     "ours-clm": "ours, CLM",
-    "ours-kernel": "ours, MLM, without the attention kernel: SDPA a sequence",
+    "ours-kernel": "ours, MLM, without the attention kernel: SDPA called for each sequence",
     "ours-head": "ours, MLM, logits at every position",
     "ours-loss": "ours, MLM, without the fused loss: all logits at once",
     "ours-eager": "ours, MLM, without torch.compile",

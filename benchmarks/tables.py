@@ -53,10 +53,10 @@ def put_tables(text, folder):
     _, after = rest.split(END)
     tables = "\n".join((
         "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, "
-        "MFU, peak memory, seconds to\nthe first step, how many times ours is as fast:\n",
+        "MFU, peak memory, seconds to\nthe first step, our speedup over it:\n",
         gpu_table(rows),
         memory_table(rows),
-        "A CPU: tokens/s, and how many times ours is as fast in the same run:\n",
+        "A CPU: tokens/s, and our speedup over it in the same run:\n",
         cpu_table(rows),
     ))
     return before + BEGIN + tables + END + after
@@ -132,7 +132,7 @@ def gpu_cell(row):
 
 
 def ratio_to_ours(row):
-    """Return, in words, how many times ours is as fast in the same run; "" for ours itself."""
+    """Return, in words, our speedup over it in the same run; "" for ours itself."""
     if row.get("reference") == "ours" and row["key"] != "ours":
         return f", {row['ratio']:.2f} x"
     return ""
