@@ -47,6 +47,7 @@ class Family:
     has_output_per_token = True   # False: the head has one output per sequence
     per_sequence = ()             # encode's arrays with a value per sequence instead of per token
     leaves_out_empty = False      # True: examples without text are left out
+    notes = ()                    # what a reader of the scores should know about the task
 
     def __init__(self, task, mode="standard"):
         """task: a registry.Task. mode: standard or paper."""

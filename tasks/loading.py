@@ -47,7 +47,7 @@ def load(name, data_dir="", split="hash"):
             n_empty += is_empty
             if not (is_empty and family.leaves_out_empty):
                 examples[split_name].append(example)
-    notes = []
+    notes = list(family.notes)
     if n_empty:
         consequence = "read as an end-of-text token alone"
         if family.leaves_out_empty:
