@@ -26,7 +26,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of
+from core.files import find_files, hashed, lines_of, write_whole
+from core.schema import read_json
+from tasks import packing
 from tasks.family import field_of, shortened
 from tasks.loading import json_lines, load_from_hub
 from tasks.registry import HELD_OUT, find
@@ -43,6 +45,8 @@ HEADERS = (
     ("corpus-id", "doc-id", "docid", "did", "pid", "document-id", "passage-id", "doc", "document"),
     ("score", "grade", "relevance", "rel", "label"),
 )
+# what a walk through the corpus has found
+SURVEY_SHAPE = {"fingerprint": str, "notes": [str], "judged": {str: str}}
 LARGEST_GRADE = 1_000_000
 LAYOUT = "BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv"
 
@@ -56,12 +60,24 @@ class Collection:
     fingerprint: str     # 16 hex digits, a hash of all of it
     pairs: list          # [(query text, document text)] to train on; if empty, see qrels["train"]
     notes: list          # what a reader of the scores should know
+    judged_ids: set      # of documents with a judgement for a validation or test query
+    judged: dict         # {id: title and text} of those that the corpus has, in its order
+
+    def documents_of(self, ids):
+        """Yields (id, title and text) of the documents with some ids; of all if ids is None."""
+        documents = self.documents()
+        if ids is not None and ids <= self.judged_ids:
+            documents = self.judged.items()        # without a walk through the corpus
+        for document_id, text in documents:
+            if ids is None or document_id in ids:
+                yield document_id, text
 
 
-def load_collection(name, data_dir=""):
+def load_collection(name, data_dir="", cache_dir=""):
     """Reads and checks a collection: a folder of data_dir, the hub's, or the demo's. -> Collection
 
-    Raises UserError if it cannot be reached, or cannot be scored.
+    cache_dir: where is kept what a walk through the corpus has found; "": nowhere. Raises UserError
+    if the collection cannot be reached, or cannot be scored.
     """
     task = find(name, data_dir)
     if task.kind != "retrieval":
@@ -78,52 +94,84 @@ def load_collection(name, data_dir=""):
     if task.pairs and not task.folder:
         pairs = read_hub_pairs(task)
 
-    # Check what was read. The notes say what is odd about it.
-    document_ids, empty_ids, digest = scan_documents(name, documents)
-    required = {
-        "documents": document_ids,
-        "queries": queries,
-        "judgements of test queries": qrels.get("test"),
-    }
-    for noun, content in required.items():
-        if not content:
-            raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
-    check_judgements(name, qrels, queries, document_ids)
-    notes = judgement_notes(qrels, queries, document_ids)
-    notes += count_note("documents are empty", empty_ids)
+    # Every collection needs validation and test queries. The notes are about the qrels as given.
+    given_qrels = dict(qrels)
+    cut_notes = [] if "validation" in qrels else [cut_validation(qrels)]
 
-    # Every collection needs validation and test queries.
-    if "validation" not in qrels:
-        notes.append(cut_validation(qrels))
+    # Check what was read. That walks through the corpus, which takes minutes for a large one.
+    content = json.dumps([queries, qrels, pairs], sort_keys=True).encode()
+    judged_ids = set()
+    for split in ("validation", "test"):
+        for grades in qrels.get(split, {}).values():
+            judged_ids |= grades.keys()
+
+    def survey():
+        return survey_documents(name, documents, queries, given_qrels, judged_ids, content)
+
+    source = source_of(task)
+    if cache_dir and source:
+        rules = [*source, hashlib.sha256(content).hexdigest(), sorted(given_qrels)]
+        found = cached_survey(cache_dir, name, rules, survey)
+    else:
+        found = survey()
+
     for split in ("validation", "test"):
         if not qrels[split]:
             raise UserError(
                 f"{name} has no {split} queries: give qrels/{split}.tsv, "
                 "or more queries to cut it from"
             )
-
-    digest.update(json.dumps([queries, qrels, pairs], sort_keys=True).encode())
     return Collection(
         name=name,
         documents=documents,
         queries=queries,
         qrels={"train": {}} | qrels,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=found["fingerprint"],
         pairs=pairs,
-        notes=notes,
+        notes=found["notes"] + cut_notes,
+        judged_ids=judged_ids,
+        judged=found["judged"],
     )
+
+
+def source_of(task):
+    """What decides the documents of a task and is known without reading them; None if nothing is."""
+    if task.folder:
+        path = find_json_lines(task.folder, "corpus")
+        status = os.stat(path)
+        return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+    is_pinned = len(task.revision) == 40 and not os.path.isdir(task.hub)
+    return [task.hub, task.config, task.revision] if task.hub and is_pinned else None
+
+
+def cached_survey(folder, name, rules, survey):
+    """survey(), which one process of a machine makes for all and for later runs."""
+
+    def write(path):
+        write_whole(path, json.dumps(survey()).encode())
+
+    def read(path):
+        try:
+            return read_json(path, SURVEY_SHAPE)
+        except UserError as error:
+            raise OSError(str(error)) from None  # damaged: it is made again
+
+    with packing.alone_in(folder):
+        return packing.cached(folder, f"{name}-survey", rules, write, read, ending=".json")
 
 
 # ---- checks and notes
 
 
-def scan_documents(name, documents):
-    """Reads the corpus once. -> its ids, the ids of empty documents, a hash object fed with it
+def survey_documents(name, documents, queries, qrels, judged_ids, content):
+    """Walks through the corpus once, and checks it. -> {"fingerprint", "notes", "judged"}
 
-    Raises UserError for an id that appears twice.
+    content: the bytes that the fingerprint is of, beside the documents. Raises UserError for an id
+    that appears twice, and for a collection that cannot be searched.
     """
     ids = set()
     empty_ids = []
+    judged = {}
     digest = hashlib.sha256()
     for document_id, text in documents():
         if document_id in ids:
@@ -134,7 +182,22 @@ def scan_documents(name, documents):
         digest.update(f"{document_id}\0{text}\0".encode("utf-8", "surrogatepass"))
         if not text.strip():
             empty_ids.append(document_id)
-    return ids, empty_ids, digest
+        if document_id in judged_ids:
+            judged[document_id] = text
+    digest.update(content)
+
+    required = {
+        "documents": ids,
+        "queries": queries,
+        "judgements of test queries": qrels.get("test"),
+    }
+    for noun, values in required.items():
+        if not values:
+            raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
+    check_judgements(name, qrels, queries, ids)
+    notes = judgement_notes(qrels, queries, ids)
+    notes += count_note("documents are empty", empty_ids)
+    return {"fingerprint": digest.hexdigest()[:16], "notes": notes, "judged": judged}
 
 
 def check_judgements(name, qrels, queries, document_ids):

@@ -131,10 +131,9 @@ def bm25(collection, query_ids, pool, k):
     # Index the documents of the pool.
     ids = []
     texts = []
-    for document_id, text in collection.documents():
-        if pool is None or document_id in pool:
-            ids.append(document_id)
-            texts.append(text)
+    for document_id, text in collection.documents_of(pool):
+        ids.append(document_id)
+        texts.append(text)
     index = bm25s.BM25()
     words = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     index.index(words, show_progress=False)

@@ -1,6 +1,9 @@
 """Collections are read as they are, and everything odd about them is counted and named, or refused in one line."""
 import dataclasses
 import gzip
+import threading
+import time
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,10 +13,13 @@ from speech_collections import DOCUMENTS, QUERIES, collection
 
 from core import tokenizer
 from core.configurator import UserError
-from retrieval import pools, tokens
+from core.distributed import Processes
+from retrieval import collections, pools, tokens
 from retrieval.collections import load_collection
 from retrieval.pools import pool_ids, training_pairs
-from tasks import metrics, registry
+from retrieval.targets import Library
+from tasks import metrics, packing, registry
+from tasks.loading import json_lines
 
 
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
@@ -100,6 +106,50 @@ def test_a_line_that_is_not_json_is_named(tmp_path, name, line, says):
     path.write_text(path.read_text().partition("\n")[0] + "\n" + line + "\n")
     with pytest.raises(UserError, match=says):
         load_collection("rivers", folder)
+
+
+def test_the_corpus_is_walked_through_once_for_all_processes_and_runs(tmp_path, corpus_dir, monkeypatch):
+    folder = collection(tmp_path / "data", test=[("q1", "d1", 1), ("q1", "gone", 1)], validation=[("q3", "d3", 1)])
+    walks = []
+
+    def counted(path):
+        walks.append(path)
+        return json_lines(path)
+    monkeypatch.setattr(collections, "json_lines", counted)
+    settings = SimpleNamespace(data_dir=folder, cache_dir=str(tmp_path / "cache"), hard_negatives=3, mode="standard")
+    plain = load_collection("rivers", folder)
+    targets = []
+    for _ in range(3):                 # three processes; each reads the queries
+        walks.clear()
+        library = Library(settings, tokenizer.load(corpus_dir), 64, Processes(0, 0, 1))
+        loaded = load_collection("rivers", folder, settings.cache_dir)
+        assert (loaded.fingerprint, loaded.notes, loaded.qrels) == (plain.fingerprint, plain.notes, plain.qrels)
+        targets.append(library.target("rivers", "judged", loaded))
+        assert sum(path.endswith("corpus.jsonl") for path in walks) == (1 if len(targets) == 1 else 0)
+    assert targets[0].document_ids == targets[2].document_ids == ["d1", "d3"] and targets[0].baseline == targets[2].baseline
+    # another corpus, and a damaged file, are noticed
+    (survey,) = (tmp_path / "cache").glob("rivers-survey-*.json")
+    survey.write_text("{")
+    assert load_collection("rivers", folder, settings.cache_dir).judged == plain.judged
+    corpus = tmp_path / "data" / "rivers" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("river 3", "stream 3"))
+    changed = load_collection("rivers", folder, settings.cache_dir)
+    assert "stream 3" in changed.judged["d3"] and changed.fingerprint != plain.fingerprint
+
+
+def test_processes_of_a_machine_take_turns(tmp_path):
+    order = []
+
+    def second():
+        with packing.alone_in(str(tmp_path)):
+            order.append("second")
+    with packing.alone_in(str(tmp_path)):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
