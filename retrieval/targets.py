@@ -53,14 +53,16 @@ class Target:
 class Library:
     """Reads and tokenizes collections.
 
-    settings: eval_ir.py's. processes: those that share each trial. The first of them writes the
-    cache and the others read it.
+    settings: eval_ir.py's. max_length: tokens of a text in training. search_length: of a text that
+    is searched. processes: those that share each trial. The first of them writes the cache and the
+    others read it.
     """
 
-    def __init__(self, settings, tokenizer, max_length, processes):
+    def __init__(self, settings, tokenizer, max_length, search_length, processes):
         self.settings = settings
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.search_length = search_length
         self.processes = processes
 
     def training_set(self, name):
@@ -70,7 +72,7 @@ class Library:
         texts = [QUERY + text for text in pairs.queries]
         texts += [DOCUMENT + text for text in pairs.documents]
         key = (collection.fingerprint,)
-        sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key)
+        sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key, self.max_length)
         # In sequences the documents come after the queries: add the number of queries to their
         # indices.
         n_queries = len(pairs.queries)
@@ -107,9 +109,14 @@ class Library:
                 yield document_id, DOCUMENT + text
 
         queries_key = (collection.fingerprint,)
-        queries, query_ids = self.tokenize(f"{name}-queries", query_texts, queries_key)
+        length, is_paper = self.search_length, settings.paper_encoding
+        queries, query_ids = self.tokenize(
+            f"{name}-queries", query_texts, queries_key, length, is_paper
+        )
         documents_key = (collection.fingerprint, hard_negatives)
-        documents, document_ids = self.tokenize(f"{name}-{pool}", document_texts, documents_key)
+        documents, document_ids = self.tokenize(
+            f"{name}-{pool}", document_texts, documents_key, length, is_paper
+        )
         if not judged_ids:
             raise UserError(f"{name}: no judged query is in the collection")
         if not document_ids:
@@ -156,12 +163,18 @@ class Library:
         with packing.alone_in(settings.cache_dir):
             return packing.cached(settings.cache_dir, name, rules, write, read, ending=".json")
 
-    def tokenize(self, name, texts, key):
+    def tokenize(self, name, texts, key, max_length, paper_encoding=False):
         """Tokenizes texts, or reads their tokens from the cache. See tokens.cached_tokens."""
         key = (QUERY, DOCUMENT, *key)
         return self.in_turn(
             lambda: tokens.cached_tokens(
-                name, texts, self.tokenizer, self.max_length, key, self.settings.cache_dir
+                name,
+                texts,
+                self.tokenizer,
+                max_length,
+                key,
+                self.settings.cache_dir,
+                paper_encoding,
             )
         )
 

@@ -116,12 +116,12 @@ def test_the_corpus_is_walked_through_once_for_all_processes_and_runs(tmp_path, 
         walks.append(path)
         return json_lines(path)
     monkeypatch.setattr(collections, "json_lines", counted)
-    settings = SimpleNamespace(data_dir=folder, cache_dir=str(tmp_path / "cache"), hard_negatives=3, mode="standard")
+    settings = SimpleNamespace(data_dir=folder, cache_dir=str(tmp_path / "cache"), hard_negatives=3, mode="standard", paper_encoding=False)
     plain = load_collection("rivers", folder)
     targets = []
     for _ in range(3):                 # three processes; each reads the queries
         walks.clear()
-        library = Library(settings, tokenizer.load(corpus_dir), 64, Processes(0, 0, 1))
+        library = Library(settings, tokenizer.load(corpus_dir), 64, 64, Processes(0, 0, 1))
         loaded = load_collection("rivers", folder, settings.cache_dir)
         assert (loaded.fingerprint, loaded.notes, loaded.qrels) == (plain.fingerprint, plain.notes, plain.qrels)
         targets.append(library.target("rivers", "judged", loaded))
@@ -210,6 +210,24 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
     assert np.array_equal(again["tokens"], encoded["tokens"])
     assert len(tokens.cached_tokens("x", lambda: iter(texts[:5]), tok, 64, "other", str(tmp_path))[1]) == 5
     assert all("." not in name for name in map(str, (p.name for p in tmp_path.iterdir())))       # nothing temporary is left
+
+
+def test_the_papers_encoding_opens_a_text_as_llama_3_does_and_does_not_close_it(tmp_path, corpus_dir):
+    tok = tokenizer.load(corpus_dir)
+    text = "Document: " + "the state of the union " * 40
+    ids = tok.encode(text)
+    (ours,), _ = tokens.tokenize([text], tok, 64)
+    (papers,), n_cut = tokens.tokenize([text], tok, 66, paper_encoding=True)
+    assert ours.tolist() == [*ids[:63], tok.eos_id] and papers.tolist() == ids[:66] and n_cut == 1      # this tokenizer has no such token
+    specials = tok.encoding._special_tokens | {"<|begin_of_text|>": 1100}
+    encoding = tokenizer.new_encoding("x", tok.encoding._pat_str, tok.encoding._mergeable_ranks, specials)
+    llama = dataclasses.replace(tok, encoding=encoding)
+    (papers,), _ = tokens.tokenize([text], llama, 66, paper_encoding=True)
+    assert papers.tolist() == [1100, *ids[:65]]
+    # the two never share a cache
+    for is_paper in (False, True):
+        encoded, _ = tokens.cached_tokens("x", lambda: iter([("d", text)]), tok, 64, "key", str(tmp_path), is_paper)
+        assert (encoded["tokens"][-1] == tok.eos_id) != is_paper
 
 
 def test_the_papers_three_are_in_the_table_and_the_hub_is_explained():
