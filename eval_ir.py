@@ -58,6 +58,7 @@ class Config(worker.GridSettings):
     mteb: str = ""                    # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
     # how
     mode: str = "standard"              # standard: NDCG@10; paper: its score, and positives among negatives
+    paper_encoding: bool = False        # search without the closing token, as the paper's code very likely
     steps: NonNegativeInt = 0           # of each trial; 0: 1,000, the paper's
     batch: PositiveInt = 32             # pairs in a step; each query's negatives are the other documents
     temperature: PositiveFloat = 0.05   # of InfoNCE
@@ -98,7 +99,13 @@ class RetrievalWorker(Retriever):
     def __init__(self, c, path, processes):
         super().__init__(c, path, processes, FREE)
         self.steps = c.steps or 1000
-        self.library = targets.Library(c, self.tokenizer, self.max_length, processes)
+        # The paper's evaluator very likely cuts a text where the encoder's context ends.
+        self.search_length = self.max_length
+        if c.paper_encoding and not c.max_length:
+            self.search_length = self.encoder.config.block_size
+        self.library = targets.Library(
+            c, self.tokenizer, self.max_length, self.search_length, processes
+        )
         self.training_set = None
         self.targets = {}            # {folder: Target}
 
@@ -175,7 +182,7 @@ class RetrievalWorker(Retriever):
         collection = target.collection
         notes = []
         if target.truncated:
-            notes.append(f"{target.truncated:,} documents cut at {self.max_length} tokens")
+            notes.append(f"{target.truncated:,} documents cut at {self.search_length} tokens")
         # The notes on the collection of the training pairs are printed already.
         if collection is not self.training_set.collection:
             notes += collection.notes
@@ -277,6 +284,8 @@ def check(c):
         raise UserError(
             "finals=true is for pools that are not the full corpus: it is searched in full already"
         )
+    if c.paper_encoding and c.mode != "paper":
+        raise UserError("paper_encoding=true is how the paper searches: expected mode=paper with it")
     if c.batch < 2:
         raise UserError(
             "batch=1: a query's negatives are the other pairs' documents, so expected at least 2"

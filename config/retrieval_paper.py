@@ -5,6 +5,9 @@
 # 1,000 steps of 32 pairs. All other documents of a batch are negatives. Weights and optimizer state
 # are in bfloat16, which loses small updates (see finetune_paper.py). For numbers of your own prefer
 # the defaults: the same grid without this file.
+# Where this may differ from its code: we search, as we train, with a closing token and 2,028 tokens. Its
+# evaluator very likely encodes without that token, with <|begin_of_text|> first, up to 2,048 tokens:
+# --paper_encoding=true. Nobody has seen which of the two gave the published scores.
 tasks = "all"
 mode = "paper"
 param_dtype = "bfloat16"

@@ -5,7 +5,8 @@
     DATA_DIR/<name>/       any folder in BEIR's layout, your own collection included:
                                corpus.jsonl      _id, title (may be missing), text
                                queries.jsonl     _id, text
-                               qrels/test.tsv    query-id, corpus-id, score, between tabs;
+                               qrels/test.tsv    query-id, corpus-id, score, between tabs; or TREC's
+                                                 four columns; a header may order them otherwise;
                                                  also train.tsv, and validation.tsv or dev.tsv
                            Each file may be compressed (.gz .xz .zst).
     sotu_search            made by rule from the demo corpus (tasks/demo.py)
@@ -25,8 +26,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of
-from tasks.family import field_of
+from core.files import find_files, hashed, lines_of, write_whole
+from core.schema import read_json
+from tasks import packing
+from tasks.family import field_of, shortened
 from tasks.loading import json_lines, load_from_hub
 from tasks.registry import HELD_OUT, find
 
@@ -36,6 +39,15 @@ SPLITS = {
     "validation": ("validation", "dev"),
     "test": ("test",),
 }
+# the names that the columns of qrels may have in a header, with - for _
+HEADERS = (
+    ("query-id", "queryid", "qid", "query", "topic", "topic-id"),
+    ("corpus-id", "doc-id", "docid", "did", "pid", "document-id", "passage-id", "doc", "document"),
+    ("score", "grade", "relevance", "rel", "label"),
+)
+# what a walk through the corpus has found
+SURVEY_SHAPE = {"fingerprint": str, "notes": [str], "judged": {str: str}}
+LARGEST_GRADE = 1_000_000
 LAYOUT = "BEIR's layout is corpus.jsonl, queries.jsonl and qrels/test.tsv"
 
 
@@ -48,12 +60,24 @@ class Collection:
     fingerprint: str     # 16 hex digits, a hash of all of it
     pairs: list          # [(query text, document text)] to train on; if empty, see qrels["train"]
     notes: list          # what a reader of the scores should know
+    judged_ids: set      # of documents with a judgement for a validation or test query
+    judged: dict         # {id: title and text} of those that the corpus has, in its order
+
+    def documents_of(self, ids):
+        """Yields (id, title and text) of the documents with some ids; of all if ids is None."""
+        documents = self.documents()
+        if ids is not None and ids <= self.judged_ids:
+            documents = self.judged.items()        # without a walk through the corpus
+        for document_id, text in documents:
+            if ids is None or document_id in ids:
+                yield document_id, text
 
 
-def load_collection(name, data_dir=""):
+def load_collection(name, data_dir="", cache_dir=""):
     """Reads and checks a collection: a folder of data_dir, the hub's, or the demo's. -> Collection
 
-    Raises UserError if it cannot be reached, or cannot be scored.
+    cache_dir: where is kept what a walk through the corpus has found; "": nowhere. Raises UserError
+    if the collection cannot be reached, or cannot be scored.
     """
     task = find(name, data_dir)
     if task.kind != "retrieval":
@@ -70,51 +94,84 @@ def load_collection(name, data_dir=""):
     if task.pairs and not task.folder:
         pairs = read_hub_pairs(task)
 
-    # Check what was read. The notes say what is odd about it.
-    document_ids, empty_ids, digest = scan_documents(name, documents)
-    required = {
-        "documents": document_ids,
-        "queries": queries,
-        "judgements of test queries": qrels.get("test"),
-    }
-    for noun, content in required.items():
-        if not content:
-            raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
-    notes = judgement_notes(qrels, queries, document_ids)
-    notes += count_note("documents are empty", empty_ids)
+    # Every collection needs validation and test queries. The notes are about the qrels as given.
+    given_qrels = dict(qrels)
+    cut_notes = [] if "validation" in qrels else [cut_validation(qrels)]
 
-    # Every collection needs validation and test queries.
-    if "validation" not in qrels:
-        notes.append(cut_validation(qrels))
+    # Check what was read. That walks through the corpus, which takes minutes for a large one.
+    content = json.dumps([queries, qrels, pairs], sort_keys=True).encode()
+    judged_ids = set()
+    for split in ("validation", "test"):
+        for grades in qrels.get(split, {}).values():
+            judged_ids |= grades.keys()
+
+    def survey():
+        return survey_documents(name, documents, queries, given_qrels, judged_ids, content)
+
+    source = source_of(task)
+    if cache_dir and source:
+        rules = [*source, hashlib.sha256(content).hexdigest(), sorted(given_qrels)]
+        found = cached_survey(cache_dir, name, rules, survey)
+    else:
+        found = survey()
+
     for split in ("validation", "test"):
         if not qrels[split]:
             raise UserError(
                 f"{name} has no {split} queries: give qrels/{split}.tsv, "
                 "or more queries to cut it from"
             )
-
-    digest.update(json.dumps([queries, qrels, pairs], sort_keys=True).encode())
     return Collection(
         name=name,
         documents=documents,
         queries=queries,
         qrels={"train": {}} | qrels,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=found["fingerprint"],
         pairs=pairs,
-        notes=notes,
+        notes=found["notes"] + cut_notes,
+        judged_ids=judged_ids,
+        judged=found["judged"],
     )
+
+
+def source_of(task):
+    """What decides the documents of a task and is known without reading them; None if nothing is."""
+    if task.folder:
+        path = find_json_lines(task.folder, "corpus")
+        status = os.stat(path)
+        return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+    is_pinned = len(task.revision) == 40 and not os.path.isdir(task.hub)
+    return [task.hub, task.config, task.revision] if task.hub and is_pinned else None
+
+
+def cached_survey(folder, name, rules, survey):
+    """survey(), which one process of a machine makes for all and for later runs."""
+
+    def write(path):
+        write_whole(path, json.dumps(survey()).encode())
+
+    def read(path):
+        try:
+            return read_json(path, SURVEY_SHAPE)
+        except UserError as error:
+            raise OSError(str(error)) from None  # damaged: it is made again
+
+    with packing.alone_in(folder):
+        return packing.cached(folder, f"{name}-survey", rules, write, read, ending=".json")
 
 
 # ---- checks and notes
 
 
-def scan_documents(name, documents):
-    """Reads the corpus once. -> its ids, the ids of empty documents, a hash object fed with it
+def survey_documents(name, documents, queries, qrels, judged_ids, content):
+    """Walks through the corpus once, and checks it. -> {"fingerprint", "notes", "judged"}
 
-    Raises UserError for an id that appears twice.
+    content: the bytes that the fingerprint is of, beside the documents. Raises UserError for an id
+    that appears twice, and for a collection that cannot be searched.
     """
     ids = set()
     empty_ids = []
+    judged = {}
     digest = hashlib.sha256()
     for document_id, text in documents():
         if document_id in ids:
@@ -125,7 +182,46 @@ def scan_documents(name, documents):
         digest.update(f"{document_id}\0{text}\0".encode("utf-8", "surrogatepass"))
         if not text.strip():
             empty_ids.append(document_id)
-    return ids, empty_ids, digest
+        if document_id in judged_ids:
+            judged[document_id] = text
+    digest.update(content)
+
+    required = {
+        "documents": ids,
+        "queries": queries,
+        "judgements of test queries": qrels.get("test"),
+    }
+    for noun, values in required.items():
+        if not values:
+            raise UserError(f"{name} has no {noun}: an empty collection cannot be searched")
+    check_judgements(name, qrels, queries, ids)
+    notes = judgement_notes(qrels, queries, ids)
+    notes += count_note("documents are empty", empty_ids)
+    return {"fingerprint": digest.hexdigest()[:16], "notes": notes, "judged": judged}
+
+
+def check_judgements(name, qrels, queries, document_ids):
+    """Raises UserError if a split's judgements are of no query, or no document, of the collection.
+
+    That happens when ids are written differently in two files. All scores would be 0. (Training
+    judgements may be of another collection's queries, if --train_on names one.)
+    """
+    for split in ("validation", "test"):
+        judgements = qrels.get(split)
+        if not judgements:
+            continue
+        judged_ids = [document_id for grades in judgements.values() for document_id in grades]
+        for noun, ids, known in (
+            ("queries", judgements, queries),
+            ("documents", judged_ids, document_ids),
+        ):
+            if not any(id_ in known for id_ in ids):
+                example = shortened(repr(next(iter(ids))))
+                known_example = shortened(repr(min(known)))
+                raise UserError(
+                    f"{name}: none of the {noun} of the {split} judgements is in the collection: "
+                    f"an id is {example} in the judgements, and {known_example} in the collection"
+                )
 
 
 def judgement_notes(qrels, queries, document_ids):
@@ -157,7 +253,7 @@ def count_note(text, ids, shown=3):
     """["2 documents are empty (471, 995)"], or [] if there are no ids."""
     if not ids:
         return []
-    names = ", ".join(ids[:shown])
+    names = ", ".join(map(shortened, ids[:shown]))
     if len(ids) > shown:
         names += ", ..."
     return [f"{len(ids):,} {text} ({names})"]
@@ -216,7 +312,7 @@ def read_folder(folder):
         for name in names:
             paths += find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")
         if paths:
-            qrels[split] = parse_qrels(read_tab_separated(max(paths)))
+            qrels[split] = parse_qrels(read_table(max(paths)))
     if "test" not in qrels:
         raise UserError(f"{folder} has no qrels/test.tsv: {LAYOUT}")
     return documents, queries, qrels
@@ -230,38 +326,67 @@ def find_json_lines(folder, name):
     return paths[0]
 
 
-def read_tab_separated(path):
-    """Yields (where, list of columns) of each line."""
+def read_table(path):
+    """Yields (where, list of columns) of each line: between tabs or, without any, between blanks."""
     for where, line in lines_of(path):
-        yield where, line.rstrip("\r\n").split("\t")
+        if "\t" in line:
+            yield where, line.rstrip("\r\n").split("\t")
+        else:
+            yield where, line.split()
 
 
 def parse_qrels(rows):
     """(where, [query id, document id, grade]) rows -> {query id: {document id: grade}}
 
-    The first row may be BEIR's header. Raises UserError for a row that is not a judgement.
+    The first row may be a header. Raises UserError for a row that is not a judgement.
     """
     qrels = {}
+    order = (0, 1, 2)  # the columns of the query id, the document id and the grade
     for i, (where, row) in enumerate(rows):
-        if i == 0 and row == ["query-id", "corpus-id", "score"]:
+        header_order = order_of_header(row) if i == 0 else None
+        if header_order:
+            order = header_order
             continue
-        if len(row) != 3:
+        # TREC's four columns: query, an iteration that nobody uses, document, grade
+        if len(row) == 4 and row[1] in ("0", "Q0") and order == (0, 1, 2):
+            row = [row[0], row[2], row[3]]
+        if len(row) != max(3, 1 + max(order)):
             raise UserError(
                 f"{where} has {len(row)} columns: expected query-id, corpus-id and score, "
                 "with tabs between them"
             )
-        query_id, document_id, grade = row
-        try:
-            grade = int(grade)
-        except ValueError:
-            raise UserError(f"{where}: the grade '{grade}' is not a whole number") from None
+        query_id, document_id, grade = (row[column] for column in order)
+        grade = grade_of(grade, where)
         grades = qrels.setdefault(query_id, {})
         if grades.setdefault(document_id, grade) != grade:
             raise UserError(
-                f"{where}: document '{document_id}' has another grade for query '{query_id}' "
-                "in an earlier line"
+                f"{where}: document '{shortened(document_id)}' has another grade for query "
+                f"'{shortened(query_id)}' in an earlier line"
             )
     return qrels
+
+
+def order_of_header(row):
+    """The columns of query id, document id and grade if a row is a header; otherwise None."""
+    names = [cell.strip().lower().replace("_", "-") for cell in row]
+    order = []
+    for known_names in HEADERS:
+        columns = [column for column, name in enumerate(names) if name in known_names]
+        if len(columns) != 1:
+            return None
+        order.append(columns[0])
+    return tuple(order)
+
+
+def grade_of(text, where):
+    """A grade as a whole number; it may be written 1.0. Raises UserError if it is none."""
+    try:
+        grade = float(text)
+        if grade.is_integer() and abs(grade) < LARGEST_GRADE:
+            return int(grade)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{where}: the grade {shortened(repr(text))} is not a whole number")
 
 
 def read_demo(task):
@@ -287,16 +412,24 @@ def read_hub(name, task):
         # If validation and test have a corpus each, these share documents: skip the second copies.
         # The ids of the last corpus, mostly the only one, need not be remembered.
         earlier_ids = set()
-        for i, rows in enumerate(corpus.values(), start=1):
+        corpora = used_splits(corpus, task)
+        for i, rows in enumerate(corpora.values(), start=1):
             for row in rows:
                 if id_of(row) not in earlier_ids:
                     yield id_of(row), with_title(row.get("title"), row["text"])
-            if i < len(corpus):
+            if i < len(corpora):
                 earlier_ids.update(map(id_of, rows))
 
+    # MLDR has queries of training, too, which we do not use.
     queries = {}
-    for rows in query_rows.values():
-        queries |= {id_of(row): row["text"] for row in rows}
+    for hub_split, rows in used_splits(query_rows, task).items():
+        for row in rows:
+            query_id, text = id_of(row), row["text"]
+            if queries.setdefault(query_id, text) != text:
+                raise UserError(
+                    f"{name}: {task.hub} has two queries of the id '{query_id}', one of them in "
+                    f"{hub_split}: the data has changed"
+                )
 
     # The judgements of each split, for as many queries as the table of tasks says.
     qrels = {}
@@ -306,7 +439,7 @@ def read_hub(name, task):
         rows = []
         if hub_split in judgements:
             for i, row in enumerate(judgements[hub_split]):
-                cells = [str(row["query-id"]), str(row["corpus-id"]), row["score"]]
+                cells = [str(row["query-id"]), str(row["corpus-id"]), str(row["score"])]
                 rows.append((f"{name}, {hub_split} row {i}", cells))
         qrels[split] = parse_qrels(rows)
         if len(qrels[split]) != size:
@@ -315,6 +448,12 @@ def read_hub(name, task):
                 f"{hub_split}, and the table in tasks/registry.py {size:,}: the data has changed"
             )
     return documents, queries, qrels
+
+
+def used_splits(rows_of_split, task):
+    """Of {hub split: rows} those that the task uses; all if they are not named as its splits."""
+    used = {split: rows for split, rows in rows_of_split.items() if split in task.splits}
+    return used or rows_of_split
 
 
 def id_of(row):

@@ -95,10 +95,12 @@ def pool_ids(collection, pool, hard_negatives, cache_dir):
     """
     if pool == "full":
         return None
-    qrels = collection.qrels["validation"] | collection.qrels["test"]
+    query_ids = set()
     judged = set()
-    for grades in qrels.values():
-        judged |= grades.keys()
+    for split in ("validation", "test"):       # a query may be in both
+        for query_id, grades in collection.qrels[split].items():
+            query_ids.add(query_id)
+            judged |= grades.keys()
     if pool == "judged":
         return judged
 
@@ -106,7 +108,7 @@ def pool_ids(collection, pool, hard_negatives, cache_dir):
     name = f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json"
     path = os.path.join(cache_dir, name)
     if not os.path.isfile(path):
-        scores_of_query = bm25(collection, sorted(qrels), None, hard_negatives)
+        scores_of_query = bm25(collection, sorted(query_ids), None, hard_negatives)
         best_ids = set()
         for scores in scores_of_query.values():
             best_ids |= scores.keys()
@@ -129,10 +131,9 @@ def bm25(collection, query_ids, pool, k):
     # Index the documents of the pool.
     ids = []
     texts = []
-    for document_id, text in collection.documents():
-        if pool is None or document_id in pool:
-            ids.append(document_id)
-            texts.append(text)
+    for document_id, text in collection.documents_of(pool):
+        ids.append(document_id)
+        texts.append(text)
     index = bm25s.BM25()
     words = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     index.index(words, show_progress=False)

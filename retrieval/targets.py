@@ -9,11 +9,13 @@ import torch
 
 from core.configurator import UserError
 from core.distributed import all_sum
+from core.files import write_json
+from core.schema import read_json
 from core.tokenizer import DOCUMENT, QUERY
 from retrieval import tokens
 from retrieval.collections import Collection, load_collection
 from retrieval.pools import BM25_LIMIT, bm25, pool_ids, training_pairs
-from tasks import metrics
+from tasks import metrics, packing
 
 DEPTH = 100  # documents kept for each query
 
@@ -51,24 +53,26 @@ class Target:
 class Library:
     """Reads and tokenizes collections.
 
-    settings: eval_ir.py's. processes: those that share each trial. The first of them writes the
-    cache and the others read it.
+    settings: eval_ir.py's. max_length: tokens of a text in training. search_length: of a text that
+    is searched. processes: those that share each trial. The first of them writes the cache and the
+    others read it.
     """
 
-    def __init__(self, settings, tokenizer, max_length, processes):
+    def __init__(self, settings, tokenizer, max_length, search_length, processes):
         self.settings = settings
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.search_length = search_length
         self.processes = processes
 
     def training_set(self, name):
         """Reads the training pairs of a collection. -> TrainingSet"""
-        collection = load_collection(name, self.settings.data_dir)
+        collection = load_collection(name, self.settings.data_dir, self.settings.cache_dir)
         pairs = training_pairs(collection)
         texts = [QUERY + text for text in pairs.queries]
         texts += [DOCUMENT + text for text in pairs.documents]
         key = (collection.fingerprint,)
-        sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key)
+        sequences, _ = self.tokenize(f"{name}-pairs", lambda: enumerate(texts), key, self.max_length)
         # In sequences the documents come after the queries: add the number of queries to their
         # indices.
         n_queries = len(pairs.queries)
@@ -86,7 +90,7 @@ class Library:
         settings = self.settings
         collection = trained_on
         if name != trained_on.name:
-            collection = load_collection(name, settings.data_dir)
+            collection = load_collection(name, settings.data_dir, settings.cache_dir)
         ids_of_pool = self.in_turn(
             lambda: pool_ids(collection, pool, settings.hard_negatives, settings.cache_dir)
         )
@@ -101,14 +105,18 @@ class Library:
                 yield query_id, QUERY + collection.queries[query_id]
 
         def document_texts():
-            for document_id, text in collection.documents():
-                if ids_of_pool is None or document_id in ids_of_pool:
-                    yield document_id, DOCUMENT + text
+            for document_id, text in collection.documents_of(ids_of_pool):
+                yield document_id, DOCUMENT + text
 
         queries_key = (collection.fingerprint,)
-        queries, query_ids = self.tokenize(f"{name}-queries", query_texts, queries_key)
+        length, is_paper = self.search_length, settings.paper_encoding
+        queries, query_ids = self.tokenize(
+            f"{name}-queries", query_texts, queries_key, length, is_paper
+        )
         documents_key = (collection.fingerprint, hard_negatives)
-        documents, document_ids = self.tokenize(f"{name}-{pool}", document_texts, documents_key)
+        documents, document_ids = self.tokenize(
+            f"{name}-{pool}", document_texts, documents_key, length, is_paper
+        )
         if not judged_ids:
             raise UserError(f"{name}: no judged query is in the collection")
         if not document_ids:
@@ -122,10 +130,7 @@ class Library:
         # The score of BM25, which compares words alone, in the same pool.
         baseline = None
         if len(document_ids) <= BM25_LIMIT and self.processes.is_first:
-            qrels = collection.qrels["test"]
-            ranking = bm25(collection, list(qrels), ids_of_pool, DEPTH)
-            means = score(qrels, ranking, settings.mode).means
-            baseline = {"name": "BM25", "score": means["score"]}
+            baseline = {"name": "BM25", "score": self.bm25_score(collection, pool, ids_of_pool)}
         return Target(
             collection=collection,
             pool=pool,
@@ -138,21 +143,51 @@ class Library:
             baseline=baseline,
         )
 
-    def tokenize(self, name, texts, key):
+    def bm25_score(self, collection, pool, ids_of_pool):
+        """BM25's score on the test queries, kept in cache_dir."""
+        settings = self.settings
+        rules = [collection.fingerprint, pool, settings.hard_negatives, settings.mode, DEPTH]
+
+        def write(path):
+            qrels = collection.qrels["test"]
+            ranking = bm25(collection, list(qrels), ids_of_pool, DEPTH)
+            write_json(path, {"score": score(qrels, ranking, settings.mode).means["score"]})
+
+        def read(path):
+            try:
+                return read_json(path, {"score": float})["score"]
+            except UserError as error:
+                raise OSError(str(error)) from None  # damaged: it is made again
+
+        name = f"{collection.name}-bm25-score"
+        with packing.alone_in(settings.cache_dir):
+            return packing.cached(settings.cache_dir, name, rules, write, read, ending=".json")
+
+    def tokenize(self, name, texts, key, max_length, paper_encoding=False):
         """Tokenizes texts, or reads their tokens from the cache. See tokens.cached_tokens."""
         key = (QUERY, DOCUMENT, *key)
         return self.in_turn(
             lambda: tokens.cached_tokens(
-                name, texts, self.tokenizer, self.max_length, key, self.settings.cache_dir
+                name,
+                texts,
+                self.tokenizer,
+                max_length,
+                key,
+                self.settings.cache_dir,
+                paper_encoding,
             )
         )
 
     def in_turn(self, make):
         """Calls make() in the first process, and then in all others. -> what make() returns
 
-        So the others find in the cache what the first one has written there.
+        So the others find in the cache what the first one has written there. Processes that share
+        no trial but a machine take turns, too.
         """
-        result = make() if self.processes.is_first else None
+        result = None
+        if self.processes.is_first:
+            with packing.alone_in(self.settings.cache_dir):
+                result = make()
         all_sum([0], self.processes)  # wait for the first process
         return result if self.processes.is_first else make()
 

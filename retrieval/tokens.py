@@ -20,21 +20,28 @@ from tasks import packing
 BATCH = 10_000  # texts tokenized at a time: only these are in memory, however large the corpus
 
 
-def tokenize(texts, tokenizer, max_length):
+def tokenize(texts, tokenizer, max_length, paper_encoding=False):
     """Tokenizes a list of texts. -> a list of int32 arrays, how many texts were cut
 
-    Each text is cut to max_length - 1 tokens and ends with eos, as in pretraining.
+    Each text is cut to max_length - 1 tokens and ends with eos, as in pretraining. With
+    paper_encoding it has no eos; it begins with <|begin_of_text|> if the tokenizer has one, as
+    Llama-3's does, and it is cut to max_length tokens.
     """
+    begin, end = [], [tokenizer.eos_id]
+    if paper_encoding:
+        begin_id = tokenizer.encoding._special_tokens.get("<|begin_of_text|>")
+        begin, end = [] if begin_id is None else [begin_id], []
+    room = max_length - len(begin) - len(end)
     arrays = []
     n_truncated = 0
     for ids in tokenizer.encode_batch(texts, threads=os.cpu_count() or 1):
-        arrays.append(np.array([*ids[: max_length - 1], tokenizer.eos_id], np.int32))
-        if len(ids) > max_length - 1:
+        arrays.append(np.array([*begin, *ids[:room], *end], np.int32))
+        if len(ids) > room:
             n_truncated += 1
     return arrays, n_truncated
 
 
-def cached_tokens(name, texts, tokenizer, max_length, key, folder):
+def cached_tokens(name, texts, tokenizer, max_length, key, folder, paper_encoding=False):
     """Tokenizes texts, or opens the files of an earlier run with the same key.
 
     texts: a function that returns an iterator of (id, text). key: what decides the texts; its
@@ -43,9 +50,11 @@ def cached_tokens(name, texts, tokenizer, max_length, key, folder):
     """
     # Everything that decides the files. A change of any of it makes new ones.
     rules = [tokenizer.hash.hex(), max_length, key]
+    if paper_encoding:
+        rules.append("paper_encoding")
 
     def write(path):
-        write_tokens(path, name, texts(), tokenizer, max_length)
+        write_tokens(path, name, texts(), tokenizer, max_length, paper_encoding)
 
     return packing.cached(folder, name, rules, write, read_tokens)
 
@@ -58,7 +67,7 @@ def read_tokens(folder):
     return index | {"tokens": tokens}, read_json(os.path.join(folder, "ids.json"))
 
 
-def write_tokens(folder, name, texts, tokenizer, max_length):
+def write_tokens(folder, name, texts, tokenizer, max_length, paper_encoding):
     """Tokenizes an iterator of (id, text) into the three files of a new folder."""
     os.makedirs(folder)
 
@@ -74,7 +83,7 @@ def write_tokens(folder, name, texts, tokenizer, max_length):
     ):
         while batch := list(itertools.islice(texts, BATCH)):
             batch_texts = [text for _, text in batch]
-            arrays, n_cut = tokenize(batch_texts, tokenizer, max_length)
+            arrays, n_cut = tokenize(batch_texts, tokenizer, max_length, paper_encoding)
             file.write(np.concatenate(arrays).tobytes())
             ids += [id_ for id_, _ in batch]
             lengths += map(len, arrays)

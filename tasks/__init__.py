@@ -4,6 +4,7 @@
     family                    what a family of tasks provides; the families, one file each:
     sequence_classification   a label for a text
     token_classification      a label for each word
+    label_schemes             what the labels of words say: IOB2, BIOES and others, or no entities
     question_answering        an answer in a context
     loading                   data sets from local folders and the hub, and the cut of validation
     packing                   examples -> token arrays, cached, packed without padding

@@ -47,6 +47,7 @@ class Family:
     has_output_per_token = True   # False: the head has one output per sequence
     per_sequence = ()             # encode's arrays with a value per sequence instead of per token
     leaves_out_empty = False      # True: examples without text are left out
+    notes = ()                    # what a reader of the scores should know about the task
 
     def __init__(self, task, mode="standard"):
         """task: a registry.Task. mode: standard or paper."""
@@ -71,14 +72,18 @@ class Family:
 # ---- what several families use
 
 def field_of(row, name, expected_type, where):
-    """The field `name` of a row. Raises UserError if it is missing or of another type."""
+    """The field `name` of a row. Raises UserError if it is missing or of another type.
+
+    expected_type: a type, or a tuple of several.
+    """
     if not isinstance(row, dict) or name not in row:
-        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        fields = shortened(", ".join(row)) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no field '{name}' (it has {fields})")
     if not isinstance(row[name], expected_type):
         type_name = type(row[name]).__name__
-        raise UserError(f"{where}: the field '{name}' is {type_name}, "
-                        f"not {expected_type.__name__}")
+        expected_types = expected_type if isinstance(expected_type, tuple) else (expected_type,)
+        names = " or ".join(one.__name__ for one in expected_types)
+        raise UserError(f"{where}: the field '{name}' is {type_name}, not {names}")
     return row[name]
 
 
@@ -90,9 +95,14 @@ def label_id(labels, label, where):
         names = ", ".join(labels[:9])
         if len(labels) > 9:
             names += ", ..."
-        raise UserError(f"{where}: label {label!r} is not in the table: "
+        raise UserError(f"{where}: label {shortened(repr(label))} is not in the table: "
                         f"{len(labels)} labels, {names}")
     return label
+
+
+def shortened(text):
+    """A text as part of a message, of at most 80 characters."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def mean(values):

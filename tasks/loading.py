@@ -11,16 +11,20 @@ import os
 
 from core.configurator import UserError
 from core.files import find_files, hashed, lines_of
+from core.schema import parse_json
 from tasks.registry import HELD_OUT, family_of, find
 
 SPLITS = ("train", "validation", "test")
+ODD_SHARE = 0.001       # of the training rows may be left out, because the family cannot read them
+SHOWN = 3               # of the rows left out are named
 
 
 def load(name, data_dir="", split="hash"):
     """Read a task's data. -> Task, {"train" | "validation" | "test": examples}, notes
 
     The notes tell what a reader of the scores should know. Raises UserError for a row that the
-    family does not accept, and for a data set that has changed or cannot be reached.
+    family does not accept, and for a data set that has changed or cannot be reached. Of the training
+    rows one in a thousand may be odd: these are left out, and named.
     """
     task = find(name, data_dir)
     if split not in ("hash", "encodeval"):
@@ -37,17 +41,28 @@ def load(name, data_dir="", split="hash"):
     # rows -> examples; the same in both modes
     family = family_of(task)
     examples, n_empty = {}, 0
+    complaints = []                        # about odd training rows
     for split_name, split_rows in rows.items():
         examples[split_name] = []
         for where, row in with_places(name, split_name, split_rows):
-            example = family.read(row, where)
+            try:
+                example = family.read(row, where)
+            except UserError as error:
+                complaints.append(str(error))
+                if split_name != "train" or len(complaints) > ODD_SHARE * len(split_rows):
+                    raise UserError(complaint_of(complaints, split_name)) from None
+                continue
             text = family.key_text(example)
             # CoNLL marks the beginning of a document by a sentence of this one word
             is_empty = not text.strip() or text == "-DOCSTART-"
             n_empty += is_empty
             if not (is_empty and family.leaves_out_empty):
                 examples[split_name].append(example)
-    notes = []
+    notes = list(family.notes)
+    if complaints:
+        shown = "; ".join(complaints[:SHOWN])
+        more = "; ..." if len(complaints) > SHOWN else ""
+        notes.append(f"{len(complaints)} odd training rows are left out ({shown}{more})")
     if n_empty:
         consequence = "read as an end-of-text token alone"
         if family.leaves_out_empty:
@@ -62,6 +77,14 @@ def load(name, data_dir="", split="hash"):
             raise UserError(f"{name} has no {split_name} examples: give {split_name}.jsonl in "
                             f"{task.folder}, or more rows to cut it from")
     return task, examples, notes
+
+
+def complaint_of(complaints, split):
+    """The message about the last of some odd rows, which is one too many."""
+    text = complaints[-1]
+    if split == "train" and len(complaints) > 1:
+        text += f" ({len(complaints)} odd rows so far: more than {ODD_SHARE:.1%} of train)"
+    return text
 
 
 def with_places(name, split, rows):
@@ -93,11 +116,7 @@ def read_folder(folder):
 def json_lines(path):
     """Yields (where, row) of a file of JSON lines. Raises UserError for a line that is not JSON."""
     for where, line in lines_of(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise UserError(f"{where} is not a JSON object") from None
-        yield where, row
+        yield where, parse_json(line, where)
 
 
 # ---- the Hugging Face hub

@@ -84,12 +84,12 @@ def sentence_macro_f1(gold, predicted):
     """The paper's NER score of one sentence: the mean F1 of the tags in it, O included.
 
     gold, predicted: lists of tags. A tag is in the sentence if it is among the gold or the
-    predicted ones.
+    predicted ones. A word whose predicted tag is None has none.
     """
     # the F1 of a tag is 2 right / (gold + predicted)
     n_right = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
     n_gold = Counter(gold)
-    n_predicted = Counter(predicted)
+    n_predicted = Counter(tag for tag in predicted if tag is not None)
     tags = n_gold | n_predicted
     if not tags:
         return 0.0

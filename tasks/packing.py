@@ -8,6 +8,8 @@ The sequences of a split are a dict of arrays, here for n sequences of N tokens 
     truncated [1]     how many examples lost tokens to max_length
     ...               what the task's family adds, with a value per token or per sequence
 """
+import contextlib
+import fcntl
 import hashlib
 import inspect
 import os
@@ -76,6 +78,23 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
 
 
 # ---- the cache
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """While the block runs, other processes of this machine wait before theirs, for the same folder.
+
+    So what takes minutes is made by one process and read by the others. Where the file system has
+    no locks, each process makes it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)                   # the lock ends with it
+
 
 def cached(folder, name, rules, write, read, ending=""):
     """Read a file or folder, after making it if it does not exist. -> what read(path) returns

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from core.configurator import UserError
 from model import TokenHead
 from tasks import metrics
-from tasks.family import Family, field_of, mean
+from tasks.family import Family, field_of, mean, shortened
 from tasks.packing import rows
 
 OVERLAP = 128           # tokens that neighbouring windows of a context share
@@ -61,17 +61,19 @@ class QuestionAnswering(Family):
         for text, start in example["answers"]:
             is_valid = isinstance(text, str) and text and type(start) is int and start >= 0
             if not is_valid or context[start:start + len(text)] != text:
-                raise UserError(f"{where}: the answer {text!r} is not at character {start} of the "
-                                "context")
+                raise UserError(f"{where}: the answer {shortened(repr(text))} is not at character "
+                                f"{shortened(repr(start))} of the context")
         return example
 
     def read_squad(self, row, where):
         """An example from a row in SQuAD's format: an answer has a text and its first character."""
         context = field_of(row, "context", str, where)
         question = field_of(row, "question", str, where)
-        gold = field_of(row, "answers", dict, where)
-        texts = field_of(gold, "text", list, where)
-        starts = field_of(gold, "answer_start", list, where)
+        gold = field_of(row, "answers", (dict, list), where)
+        if isinstance(gold, list):         # as in SQuAD's own files: [{"text", "answer_start"}]
+            gold = {"text": [field_of(answer, "text", str, where) for answer in gold],
+                    "answer_start": [field_of(answer, "answer_start", int, where) for answer in gold]}
+        texts, starts = equally_long(gold, ("text", "answer_start"), where)
         answers = list(zip(texts, starts))
         if not answers and not self.task.unanswerable:
             raise UserError(f"{where}: the question has no answer")
@@ -84,17 +86,18 @@ class QuestionAnswering(Family):
         """
         context = field_of(row, "passage", str, where)
         question = field_of(row, "query", str, where)
-        answer_texts = set(field_of(row, "answers", list, where))
-        entities = field_of(row, "entity_spans", dict, where)
-        texts = field_of(entities, "text", list, where)
-        starts = field_of(entities, "start", list, where)
-        ends = field_of(entities, "end", list, where)
-        answers = [(text, start) for text, start in zip(texts, starts) if text in answer_texts]
+        answer_texts = field_of(row, "answers", list, where)
+        marked = field_of(row, "entity_spans", dict, where)
+        answers, entities = [], []
+        for text, start, end in zip(*equally_long(marked, ("text", "start", "end"), where)):
+            end = entity_end(context, text, start, end, where)
+            entities.append((start, end))
+            if text in answer_texts:
+                answers.append((text, start))
         if not answers:
-            raise UserError(f"{where}: none of the answers {sorted(answer_texts)} is an entity of "
-                            "the passage")
-        return {"question": question, "context": context, "answers": answers,
-                "entities": list(zip(starts, ends))}
+            raise UserError(f"{where}: none of the answers {shortened(repr(answer_texts))} is an entity "
+                            "of the passage")
+        return {"question": question, "context": context, "answers": answers, "entities": entities}
 
     def key_text(self, example):
         # all questions about a paragraph are in training, or all are in validation
@@ -327,6 +330,29 @@ class PaperQuestionAnswering(QuestionAnswering):
         return {"name": "no answer", "score": scores["score"]}
 
 
+def equally_long(row, names, where):
+    """The lists in some fields of a row. Raises UserError if their lengths differ."""
+    lists = [field_of(row, name, list, where) for name in names]
+    if len(set(map(len, lists))) > 1:
+        sizes = ", ".join(f"{len(values)} in '{name}'" for name, values in zip(names, lists))
+        raise UserError(f"{where}: the lists of spans are of unequal length: {sizes}")
+    return lists
+
+
+def entity_end(context, text, start, end, where):
+    """The character after an entity. Raises UserError if its text does not stand at its place.
+
+    ReCoRD's own files give the entity's last character, and the hub's copy the character after it.
+    The text tells which.
+    """
+    if isinstance(text, str) and text and type(start) is int and type(end) is int and 0 <= start <= end:
+        for exclusive_end in (end, end + 1):
+            if context[start:exclusive_end] == text:
+                return exclusive_end
+    raise UserError(f"{where}: the entity {shortened(repr(text))} is not at characters "
+                    f"{shortened(repr(start))} to {shortened(repr(end))} of the passage")
+
+
 def in_answer(sequences, i):
     """True for each token of sequence i that has a character of the first gold answer. -> bool
     [tokens]"""
@@ -391,7 +417,10 @@ def best_threshold(predictions, gold):
     margins = np.array([prediction.no_answer_margin for prediction in predictions])
     order = np.argsort(margins, kind="stable")
     total_gain = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])
-    n_answered = int(total_gain.argmax())
+    # A threshold cannot part equal margins.
+    sorted_margins = margins[order]
+    is_possible = np.concatenate([[True], sorted_margins[1:] > sorted_margins[:-1], [True]])
+    n_answered = int(np.where(is_possible, total_gain, -np.inf).argmax())
     if n_answered == 0:
         return float(margins.min() - 1)
-    return float(margins[order[n_answered - 1]])
+    return float(sorted_margins[n_answered - 1])

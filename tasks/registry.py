@@ -21,6 +21,7 @@ validation is cut from train (loading.py).
 """
 import dataclasses
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 
 from core.configurator import UserError
@@ -28,10 +29,12 @@ from core.files import find_files
 from core.schema import read_json
 from tasks import demo
 from tasks.question_answering import PaperQuestionAnswering, QuestionAnswering
-from tasks.sequence_classification import SequenceClassification
+from tasks.sequence_classification import SequenceClassification, template_parts
 from tasks.token_classification import PaperTokenClassification, TokenClassification
 
 HELD_OUT = 0.05        # share of the training rows that choose the learning rate
+# the info.json of a local folder
+INFO_SHAPE = {"label_names": [str], "text_fields": [str], "label_field": str, "template?": str}
 
 # the family of each kind of task, and the paper's variant of those that have one
 FAMILIES = {
@@ -214,14 +217,15 @@ def described_task(task, folder):
     path = os.path.join(folder, "info.json")
     if not os.path.isfile(path):
         return task
-    try:
-        info = read_json(path)
-        labels = tuple(info["label_names"])
-        text_fields = info["text_fields"]
-        label_field = info["label_field"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected label_names, text_fields and label_field "
-                        f"({error!r})") from None
+    info = read_json(path, INFO_SHAPE)
+    labels = tuple(info["label_names"])
+    text_fields = info["text_fields"]
+    label_field = info["label_field"]
+    if len(labels) < 2:
+        raise UserError(f"{path}: 'label_names' has {len(labels)} names: expected two or more")
+    duplicates = [name for name, count in Counter(labels).items() if count > 1]
+    if duplicates:
+        raise UserError(f"{path}: 'label_names' has '{duplicates[0]}' twice: rename or remove one")
     if task is not None:
         if labels != task.labels:
             raise UserError(f"{path} has the labels {labels}, and the table in tasks/registry.py "
@@ -231,4 +235,6 @@ def described_task(task, folder):
         return Task("token", labels, label=label_field)
     # by default the text has one field a line: "{question}\n{passage}"
     template = info.get("template", "\n".join(f"{{{name}}}" for name in text_fields))
+    if not any(is_field for is_field, _ in template_parts(template, path)):
+        raise UserError(f"{path}: the text has no field: name some in 'text_fields'")
     return Task("sequence", labels, label=label_field, template=template)

@@ -4,11 +4,12 @@ The head reads the mean of the last hidden states. The loss is the cross-entropy
 the score is accuracy. The paper's code does the same, so there is no paper variant.
 """
 import os
-import string
+import re
 from collections import Counter
 
 import numpy as np
 
+from core.configurator import UserError
 from model import SequenceHead
 from tasks import metrics
 from tasks.family import Family, field_of, label_id
@@ -19,14 +20,17 @@ class SequenceClassification(Family):
     has_output_per_token = False
     per_sequence = ("target",)
 
+    def __init__(self, task, mode="standard"):
+        super().__init__(task, mode)
+        self.parts = template_parts(task.template, "tasks/registry.py")
+
     def read(self, row, where):
         """{"text", "label": id}. The task's template makes the text from the row's fields."""
-        # the names between the braces of the template, such as "premise" and "hypothesis"
-        names = [name for _, name, _, _ in string.Formatter().parse(self.task.template) if name]
-        fields = {name: field_of(row, name, str, where) for name in names}
+        text = ""
+        for is_field, part in self.parts:
+            text += field_of(row, part, str, where) if is_field else part
         label = field_of(row, self.task.label, object, where)
-        return {"text": self.task.template.format(**fields),
-                "label": label_id(self.task.labels, label, where)}
+        return {"text": text, "label": label_id(self.task.labels, label, where)}
 
     def key_text(self, example):
         return example["text"]
@@ -61,3 +65,23 @@ class SequenceClassification(Family):
         majority = counts.most_common(1)[0][0]
         scores, _ = self.score(splits["test"], [majority] * len(splits["test"].examples))
         return {"name": "majority", "score": scores["score"]}
+
+
+def template_parts(template, where):
+    """The parts of a template like "Title: {title}": [(whether it is a field, its name or the text)].
+
+    A field may have any name without braces. {{ and }} stand for braces. Raises UserError for a
+    brace that stands alone.
+    """
+    parts = []
+    for part in re.split(r"(\{\{|\}\}|\{[^{}]+\})", template):
+        if part in ("{{", "}}"):
+            parts.append((False, part[0]))
+        elif part.startswith("{") and part.endswith("}") and len(part) > 2:
+            parts.append((True, part[1:-1]))
+        elif "{" in part or "}" in part:
+            raise UserError(f"{where}: a brace stands alone in the template {template[:80]!r}: expected "
+                            "fields like {title}, and {{ or }} for a brace in the text")
+        elif part:
+            parts.append((False, part))
+    return parts

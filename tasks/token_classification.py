@@ -1,10 +1,13 @@
 """Token classification: a label for every word, such as entities in IOB2 ("B-PER", "I-PER", "O").
 
 The head gives every token a score for each label. A word's label is trained, and predicted, at its
-first token, and the score is entity F1. The paper's code trains all tokens of a word, lets them
-vote, and has a score of its own: PaperTokenClassification.
+first token, and the score is entity F1, or accuracy if the labels are no entities
+(label_schemes.py). The paper's code trains all tokens of a word, lets them vote, and has a score of
+its own: PaperTokenClassification.
 """
 import functools
+import itertools
+from collections import Counter
 
 import numpy as np
 
@@ -12,11 +15,13 @@ from core.configurator import UserError
 from model import TokenHead
 from tasks import metrics
 from tasks.family import Family, field_of, label_id, mean
+from tasks.label_schemes import scheme_of
 from tasks.packing import rows
 
 
 class TokenClassification(Family):
-    """A word's label is trained, and predicted, at its first token; the score is entity F1.
+    """A word's label is trained, and predicted, at its first token; the score is entity F1, or
+    accuracy if the labels are no entities.
 
     What `encode` adds to the arrays of packing.py, a value for each of N tokens:
 
@@ -27,12 +32,20 @@ class TokenClassification(Family):
 
     title = "token classification"
     leaves_out_empty = True       # a sentence without words has nothing to score
-    main_score = "f1"             # which of the scores is "score"
+    main_score = ""               # which of the scores is "score"; "": entity F1, or accuracy
+
+    def __init__(self, task, mode="standard"):
+        super().__init__(task, mode)
+        self.scheme = scheme_of(task.labels)
+        # {type: the label that begins an entity of it}
+        self.begin = {t: label for label, (position, t) in self.scheme.parts.items() if position == "B"}
+        if self.scheme.note:
+            self.notes = (self.scheme.note,)
 
     # ---- data
 
     def read(self, row, where):
-        """{"words", "tags": label ids}. Tags become IOB2, where every entity begins with B-."""
+        """{"words", "tags": label ids}. IOB1 becomes IOB2, where every entity begins with B-."""
         words = field_of(row, self.task.words, list, where)
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: the field '{self.task.words}' holds something that is not "
@@ -43,12 +56,13 @@ class TokenClassification(Family):
             raise UserError(f"{where} has {len(words)} words and {len(tags)} tags")
 
         # IOB1 -> IOB2: an I- that does not continue the entity before it begins one
-        previous_type = None
-        for i, tag in enumerate(tags):
-            prefix, _, entity_type = labels[tag].partition("-")
-            if prefix == "I" and entity_type != previous_type:
-                tags[i] = labels.index(f"B-{entity_type}")
-            previous_type = entity_type
+        if self.scheme.name == "IOB":
+            previous_type = None
+            for i, tag in enumerate(tags):
+                position, entity_type = self.scheme.parts.get(labels[tag], ("O", None))
+                if position == "I" and entity_type != previous_type and entity_type in self.begin:
+                    tags[i] = labels.index(self.begin[entity_type])
+                previous_type = entity_type
         return {"words": words, "tags": tags}
 
     def key_text(self, example):
@@ -110,36 +124,58 @@ class TokenClassification(Family):
         """One list of labels per example, a label for every word.
 
         A word's label is predicted at its first token. The model never saw the words that
-        max_length cut off: they count as "O".
+        max_length cut off: they count as "O". Where no label is "O" they get None, which is wrong.
         """
         predictions = []
         for i, (example, token_logits) in enumerate(zip(outputs.examples, outputs.logits)):
             token_labels = token_logits.argmax(axis=1)                       # [tokens]
             word_of = rows(outputs.sequences, "word", [i])                   # [tokens]
-            word_labels = [0] * len(example["words"])                        # label 0 is "O"
+            word_labels = [self.scheme.outside or None] * len(example["words"])
             for token in np.flatnonzero(rows(outputs.sequences, "first", [i])):
-                word_labels[word_of[token]] = token_labels[token]
-            predictions.append([self.task.labels[label] for label in word_labels])
+                word_labels[word_of[token]] = self.task.labels[token_labels[token]]
+            predictions.append(word_labels)
         return predictions
 
     def score(self, split, predictions):
-        """Precision, recall and F1 of the entities, their F1 under a strict reading of IOB2, and
-        the paper's score, of which each sentence has its own."""
+        """The scores, and of each sentence the paper's own.
+
+        entities       their precision, recall and F1; where labels are IOB also F1 under a strict
+                       reading of IOB2
+        no entities    the accuracy of words, and the mean F1 of the labels
+        """
         gold, per_sentence = [], []
         for example, labels in zip(split.examples, predictions):
             gold_labels = [self.task.labels[tag] for tag in example["tags"]]
             gold.append(gold_labels)
             per_sentence.append(metrics.sentence_macro_f1(gold_labels, labels))
-        scores = metrics.entity_f1(gold, predictions)
-        scores["strict_f1"] = metrics.entity_f1(gold, predictions, strict=True)["f1"]
+
+        if self.scheme.name:
+            gold = [self.scheme.as_iob2(labels) for labels in gold]
+            predicted = [self.scheme.as_iob2(labels) for labels in predictions]
+            scores = metrics.entity_f1(gold, predicted)
+            if self.scheme.name == "IOB":
+                scores["strict_f1"] = metrics.entity_f1(gold, predicted, strict=True)["f1"]
+            main_score = self.main_score or "f1"
+        else:
+            gold_words = list(itertools.chain(*gold))
+            predicted_words = list(itertools.chain(*predictions))
+            scores = {"accuracy": metrics.accuracy(gold_words, predicted_words),
+                      "macro_f1": metrics.sentence_macro_f1(gold_words, predicted_words)}
+            main_score = self.main_score or "accuracy"
         scores["sentence_macro_f1"] = mean(per_sentence)
-        return {"score": scores[self.main_score]} | scores, per_sentence
+        return {"score": scores[main_score]} | scores, per_sentence
 
     def baseline(self, splits):
-        """No entity anywhere."""
+        """No entity anywhere; the most frequent label of the training data if none means that."""
+        label = self.scheme.outside
+        name = f"all {label}"
+        if not label:
+            name = "majority"
+            counts = Counter(tag for example in splits["train"].examples for tag in example["tags"])
+            label = self.task.labels[counts.most_common(1)[0][0]]
         test = splits["test"]
-        scores, _ = self.score(test, [["O"] * len(example["words"]) for example in test.examples])
-        return {"name": "all O", "score": scores["score"]}
+        scores, _ = self.score(test, [[label] * len(example["words"]) for example in test.examples])
+        return {"name": name, "score": scores["score"]}
 
 
 class PaperTokenClassification(TokenClassification):
@@ -157,14 +193,14 @@ class PaperTokenClassification(TokenClassification):
         return {"ids": labels}, int((labels >= 0).sum())
 
     def predict(self, outputs):
-        """One list of labels per example, a label for every word; "O" if it was cut off."""
+        """One list of labels per example, a label for every word. Words that were cut off: as there."""
         predictions = []
         for i, (example, token_logits) in enumerate(zip(outputs.examples, outputs.logits)):
             token_labels = token_logits.argmax(axis=1)                       # [tokens]
             word_of = rows(outputs.sequences, "word", [i])                   # [tokens]
-            word_labels = [0] * len(example["words"])                        # label 0 is "O"
+            word_labels = [self.scheme.outside or None] * len(example["words"])
             for word in set(word_of[word_of >= 0].tolist()):
                 votes = np.bincount(token_labels[word_of == word])           # [labels]
-                word_labels[word] = votes.argmax()
-            predictions.append([self.task.labels[label] for label in word_labels])
+                word_labels[word] = self.task.labels[votes.argmax()]
+            predictions.append(word_labels)
         return predictions

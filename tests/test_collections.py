@@ -1,6 +1,11 @@
 """Collections are read as they are, and everything odd about them is counted and named, or refused in one line."""
+import dataclasses
 import gzip
+import threading
+import time
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
@@ -8,10 +13,13 @@ from speech_collections import DOCUMENTS, QUERIES, collection
 
 from core import tokenizer
 from core.configurator import UserError
-from retrieval import pools, tokens
+from core.distributed import Processes
+from retrieval import collections, pools, tokens
 from retrieval.collections import load_collection
 from retrieval.pools import pool_ids, training_pairs
-from tasks import metrics, registry
+from retrieval.targets import Library
+from tasks import metrics, packing, registry
+from tasks.loading import json_lines
 
 
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
@@ -58,12 +66,90 @@ def test_equal_texts_are_one_text_and_all_positives_of_a_query_are_known(tmp_pat
     ({"documents": ["d1"]}, "corpus.jsonl, line 1 has no field '_id' (it has str)"),
     ({"documents": [{"_id": 1, "text": "x"}]}, "corpus.jsonl, line 1: the field '_id' is int, not str"),
     ({"train": [("q1", "d1", 1)]}, "rivers has no qrels/test.tsv"),
+    ({"test": [("q1 ", "d1", 1), ("Q2", "d1", 1)]}, "rivers: none of the queries of the test judgements is in the collection: an id is 'q1 ' in the judgements, and 'q0' in"),
+    ({"test": [("q1", "D1", 1)]}, "none of the documents of the test judgements is in the collection: an id is 'D1' in the judgements, and 'd0' in"),
+    ({"test": [("q1", "d1", 1)], "validation": [("1", "d1", 1)]}, "none of the queries of the validation judgements is in the collection"),
+    *[({"test": [("q1", "d1", grade)]}, "test.tsv, line 2: the grade ") for grade in ("nan", "inf", "", "1e999", "9" * 5000, "one")],
+    ({"test": [("q1", "0", "d1", 1, "x")]}, "test.tsv, line 2 has 5 columns"),
 ])
 def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path, changes, message):
     folder = collection(tmp_path, **changes)
     with pytest.raises(UserError) as error:
         load_collection("rivers", folder)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "query_id\tdoc_id\tscore\nq1\td1\t1\nq2\td2\t2\n",
+    "qid\tpid\trelevance\r\nq1\td1\t1.0\r\nq2\td2\t2.0\r\n",
+    "corpus-id\tquery-id\tscore\nd1\tq1\t1\nd2\tq2\t2\n",
+    "q1\t0\td1\t1\nq2\t0\td2\t2\n",
+    "q1 0 d1 1\nq2 Q0 d2 2\n",
+    "\ufeffquery-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t2e0\n",
+])
+def test_judgements_may_be_written_in_any_way_that_has_one_reading(tmp_path, text):
+    folder = collection(tmp_path, test=[("q1", "d1", 1)], validation=[("q3", "d3", 1)])
+    (tmp_path / "rivers" / "qrels" / "test.tsv").write_text(text, newline="")
+    assert load_collection("rivers", folder).qrels["test"] == {"q1": {"d1": 1}, "q2": {"d2": 2}}
+
+
+def test_a_query_of_both_splits_has_the_judgements_of_both_in_the_pools(tmp_path):
+    folder = collection(tmp_path, validation=[("q1", "d1", 1)], test=[("q1", "d2", 1), ("q2", "d3", 1)])
+    assert pool_ids(load_collection("rivers", folder), "judged", 3, str(tmp_path)) == {"d1", "d2", "d3"}
+
+
+@pytest.mark.parametrize("line, says", [("{", "line 2 is not JSON"), ("[" * 100_000, "nested too deep"), ("9" * 5000, "line 2 is not JSON"), ("\0", "line 2 is not JSON")])
+@pytest.mark.parametrize("name", ["corpus", "queries"])
+def test_a_line_that_is_not_json_is_named(tmp_path, name, line, says):
+    folder = collection(tmp_path)
+    path = tmp_path / "rivers" / f"{name}.jsonl"
+    path.write_text(path.read_text().partition("\n")[0] + "\n" + line + "\n")
+    with pytest.raises(UserError, match=says):
+        load_collection("rivers", folder)
+
+
+def test_the_corpus_is_walked_through_once_for_all_processes_and_runs(tmp_path, corpus_dir, monkeypatch):
+    folder = collection(tmp_path / "data", test=[("q1", "d1", 1), ("q1", "gone", 1)], validation=[("q3", "d3", 1)])
+    walks = []
+
+    def counted(path):
+        walks.append(path)
+        return json_lines(path)
+    monkeypatch.setattr(collections, "json_lines", counted)
+    settings = SimpleNamespace(data_dir=folder, cache_dir=str(tmp_path / "cache"), hard_negatives=3, mode="standard", paper_encoding=False)
+    plain = load_collection("rivers", folder)
+    targets = []
+    for _ in range(3):                 # three processes; each reads the queries
+        walks.clear()
+        library = Library(settings, tokenizer.load(corpus_dir), 64, 64, Processes(0, 0, 1))
+        loaded = load_collection("rivers", folder, settings.cache_dir)
+        assert (loaded.fingerprint, loaded.notes, loaded.qrels) == (plain.fingerprint, plain.notes, plain.qrels)
+        targets.append(library.target("rivers", "judged", loaded))
+        assert sum(path.endswith("corpus.jsonl") for path in walks) == (1 if len(targets) == 1 else 0)
+    assert targets[0].document_ids == targets[2].document_ids == ["d1", "d3"] and targets[0].baseline == targets[2].baseline
+    # another corpus, and a damaged file, are noticed
+    (survey,) = (tmp_path / "cache").glob("rivers-survey-*.json")
+    survey.write_text("{")
+    assert load_collection("rivers", folder, settings.cache_dir).judged == plain.judged
+    corpus = tmp_path / "data" / "rivers" / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("river 3", "stream 3"))
+    changed = load_collection("rivers", folder, settings.cache_dir)
+    assert "stream 3" in changed.judged["d3"] and changed.fingerprint != plain.fingerprint
+
+
+def test_processes_of_a_machine_take_turns(tmp_path):
+    order = []
+
+    def second():
+        with packing.alone_in(str(tmp_path)):
+            order.append("second")
+    with packing.alone_in(str(tmp_path)):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_what_can_be_scored_all_the_same_is_counted_and_named(tmp_path):
@@ -126,6 +212,24 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
     assert all("." not in name for name in map(str, (p.name for p in tmp_path.iterdir())))       # nothing temporary is left
 
 
+def test_the_papers_encoding_opens_a_text_as_llama_3_does_and_does_not_close_it(tmp_path, corpus_dir):
+    tok = tokenizer.load(corpus_dir)
+    text = "Document: " + "the state of the union " * 40
+    ids = tok.encode(text)
+    (ours,), _ = tokens.tokenize([text], tok, 64)
+    (papers,), n_cut = tokens.tokenize([text], tok, 66, paper_encoding=True)
+    assert ours.tolist() == [*ids[:63], tok.eos_id] and papers.tolist() == ids[:66] and n_cut == 1      # this tokenizer has no such token
+    specials = tok.encoding._special_tokens | {"<|begin_of_text|>": 1100}
+    encoding = tokenizer.new_encoding("x", tok.encoding._pat_str, tok.encoding._mergeable_ranks, specials)
+    llama = dataclasses.replace(tok, encoding=encoding)
+    (papers,), _ = tokens.tokenize([text], llama, 66, paper_encoding=True)
+    assert papers.tolist() == [1100, *ids[:65]]
+    # the two never share a cache
+    for is_paper in (False, True):
+        encoded, _ = tokens.cached_tokens("x", lambda: iter([("d", text)]), tok, 64, "key", str(tmp_path), is_paper)
+        assert (encoded["tokens"][-1] == tok.eos_id) != is_paper
+
+
 def test_the_papers_three_are_in_the_table_and_the_hub_is_explained():
     assert registry.PAPER_IR == ("msmarco", "nq", "mldr_en") and registry.DEMO_IR == ("sotu_search",)
     for name in registry.PAPER_IR:
@@ -137,24 +241,48 @@ def test_the_papers_three_are_in_the_table_and_the_hub_is_explained():
         load_collection("sst2")
 
 
-def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
-    """The layout of the hub's mteb copies, as files: configurations for corpus, queries and judgements, and a set of pairs."""
-    import dataclasses
-
-    import datasets
-    hub = tmp_path / "hub"
+def write_hub(hub, files):
+    """The layout of the hub's mteb copies, as files: configurations for corpus, queries and judgements. files: [(config, split, rows)]"""
     yaml = []
-    for config, split, rows in (("corpus", "corpus", [{"_id": "1", "title": "Nile", "text": "a river"}, {"_id": "2", "title": "", "text": "b"}]),
-                                ("queries", "queries", [{"_id": "7", "text": "which?"}, {"_id": "8", "text": "what?"}]),
-                                ("default", "dev", [{"query-id": "7", "corpus-id": "1", "score": 1}]),
-                                ("default", "test", [{"query-id": "8", "corpus-id": "2", "score": 3}])):
+    for config, split, rows in files:
         path = hub / config / f"{split}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(rows).to_parquet(str(path))
         yaml.append((config, split, f"{config}/{split}.parquet"))
+    configs = dict.fromkeys(config for config, _, _ in yaml)
     (hub / "README.md").write_text("---\nconfigs:\n" + "".join(
         f"- config_name: {config}\n  data_files:\n" + "".join(f"  - split: {s}\n    path: {p}\n" for c, s, p in yaml if c == config)
-        for config in ("corpus", "queries", "default")) + "---\n")
+        for config in configs) + "---\n")
+
+
+def test_of_mldrs_queries_only_those_of_the_splits_in_use_are_read(tmp_path, monkeypatch):
+    """Training has queries of the same ids; two texts of one id among the used ones are refused."""
+    def files(test_text):
+        return [*(("en-corpus", split, [{"_id": "1", "text": "a"}, {"_id": "2", "text": split}]) for split in ("train", "dev", "test")),
+                ("en-queries", "dev", [{"_id": "q1", "text": "dev 1"}, {"_id": "q3", "text": "shared"}]),
+                ("en-queries", "test", [{"_id": "q2", "text": "test 2"}, {"_id": "q3", "text": test_text}]),
+                ("en-queries", "train", [{"_id": "q1", "text": "train 1"}, {"_id": "q2", "text": "train 2"}]),
+                ("en-qrels", "dev", [{"query-id": "q1", "corpus-id": "1", "score": 1.0}]),
+                ("en-qrels", "test", [{"query-id": "q2", "corpus-id": "2", "score": 1.0}])]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_hub(tmp_path / "good", files("shared"))
+    task = dataclasses.replace(registry.TASKS["mldr_en"], hub=str(tmp_path / "good"), sizes=(0, 1, 1))
+    monkeypatch.setitem(registry.TASKS, "mldr_en", task)
+    loaded = load_collection("mldr_en")
+    assert loaded.queries == {"q1": "dev 1", "q2": "test 2", "q3": "shared"}
+    assert list(loaded.documents()) == [("1", "a"), ("2", "dev")]
+    write_hub(tmp_path / "bad", files("another"))
+    monkeypatch.setitem(registry.TASKS, "mldr_en", dataclasses.replace(task, hub=str(tmp_path / "bad")))
+    with pytest.raises(UserError, match="has two queries of the id 'q3', one of them in test: the data has changed"):
+        load_collection("mldr_en")
+
+
+def test_a_hub_collection_is_read_from_its_parquet_files(tmp_path, monkeypatch):
+    hub = tmp_path / "hub"
+    write_hub(hub, [("corpus", "corpus", [{"_id": "1", "title": "Nile", "text": "a river"}, {"_id": "2", "title": "", "text": "b"}]),
+                    ("queries", "queries", [{"_id": "7", "text": "which?"}, {"_id": "8", "text": "what?"}]),
+                    ("default", "dev", [{"query-id": "7", "corpus-id": "1", "score": 1}]),
+                    ("default", "test", [{"query-id": "8", "corpus-id": "2", "score": 3}])])
     (tmp_path / "pairs").mkdir()
     datasets.Dataset.from_list([{"query": "who?", "positive": "she"}, {"query": "who?", "positive": "he"}]).to_parquet(
         str(tmp_path / "pairs" / "train.parquet"))

@@ -240,6 +240,17 @@ def test_the_papers_mode_scores_and_trains_as_its_code_does(ir):
     assert standard_row["test"]["score"] == standard_row["test"]["ndcg_10"] and standard_row["train_loss"] != row["train_loss"]
 
 
+def test_the_papers_encoding_searches_other_tokens_after_the_same_training(ir):
+    rows_of = []
+    for name, is_paper in (("closed", False), ("open", True)):
+        settings = ir(name, mode="paper", paper_encoding=is_paper)
+        eval_ir.main(settings)
+        rows_of.append(next(iter(rows(settings.out_dir).values())))
+    assert rows_of[0]["train_loss"] == rows_of[1]["train_loss"] and rows_of[0]["test"] != rows_of[1]["test"]
+    with pytest.raises(UserError, match="holds trials of other settings .*paper_encoding"):
+        eval_ir.main(ir("closed", mode="paper", paper_encoding=True))
+
+
 def test_the_grid_is_finetunes():
     of_retrieval, of_finetuning = (vars(module.Config()) for module in (eval_ir, finetune))
     shared = of_retrieval.keys() & of_finetuning.keys() - {"eval_tokens", "data_dir"}
@@ -253,6 +264,7 @@ def test_the_grid_is_finetunes():
     ({"tasks": "rivers"}, "unknown task 'rivers'"),
     ({"tasks": "sotu_era"}, "sotu_era is not a retrieval collection: python finetune.py --tasks=sotu_era"),
     ({"pool": "half"}, "pool=half: expected judged, hard, full"),
+    ({"paper_encoding": True}, "expected mode=paper with it"),
     ({"batch": 1}, "batch=1: a query's negatives are the other pairs' documents"),
     ({"finals": True}, "it is searched in full already"),
     ({"train_on": "nothing"}, "unknown task 'nothing'"),

@@ -179,6 +179,14 @@ def test_the_threshold_of_no_answer_is_validations_best_and_the_test_set_keeps_i
     assert scores["f1"] == scores["no_answer_f1"] / 2 == 0.5 and scores["untuned_f1"] == 0
 
 
+def test_a_threshold_does_not_part_questions_of_one_margin():
+    """Answering the first of two equal margins alone would be best, but no threshold does that."""
+    gold = [["Ada"], [], ["Ada"]]
+    answers = [Prediction("Ada", no_answer_margin=1.0), Prediction("Ada", no_answer_margin=1.0), Prediction("Ada", no_answer_margin=0.0)]
+    assert best_threshold(answers, gold) == 0.0
+    assert best_threshold(answers[:2], gold[:2]) == 0.0      # below both: the same F1, and no answer more
+
+
 def test_the_papers_question_answering_tags_the_first_answers_tokens_and_scores_their_set(tok):
     family, examples = split("sotu_cloze", mode="paper")
     encoded = packing.encode(family, examples, tok, 500)

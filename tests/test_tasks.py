@@ -131,6 +131,16 @@ GOOD_QA = {"context": "Ada wrote it.", "question": "Who?", "answers": {"text": [
     ("sst2", {"sentence": 3, "label": 1}, "the field 'sentence' is int, not str"),
     ("sst2", {"sentence": "x", "label": -1}, "label -1 is not in the table: 2 labels, negative, positive"),
     ("sst2", {"sentence": "x", "label": "neutral"}, "label 'neutral' is not in the table"),
+    ("sst2", {"sentence": "x", "label": int("7" * 4000)}, "label 7777.* is not in the table"),
+    ("squad", GOOD_QA | {"answers": {"text": ["Ada", "it"], "answer_start": [0]}}, "of unequal length: 2 in 'text', 1 in 'answer_start'"),
+    ("squad", GOOD_QA | {"answers": [{"text": "Ada"}]}, "has no field 'answer_start'"),
+    ("squad", GOOD_QA | {"answers": "Ada"}, "the field 'answers' is str, not dict or list"),
+    ("record", {"passage": "Ada.", "query": "@placeholder wrote", "answers": ["Ada"],
+                "entity_spans": {"text": ["Ada"], "start": [0, 1], "end": [3]}}, "of unequal length: 1 in 'text', 2 in 'start', 1 in 'end'"),
+    ("record", {"passage": "Ada.", "query": "@placeholder wrote", "answers": ["Ada"],
+                "entity_spans": {"text": ["Ada"], "start": [0], "end": [4]}}, "the entity 'Ada' is not at characters 0 to 4 of the passage"),
+    ("record", {"passage": "Ada.", "query": "@placeholder wrote", "answers": ["Ada"],
+                "entity_spans": {"text": [["Ada"]], "start": [None], "end": ["3"]}}, r"the entity \['Ada'\] is not at characters None to '3'"),
     ("sst2", ["a list"], r"has no field 'sentence' \(it has list\)"),
     ("uner", {"tokens": ["a", "b"], "ner_tags": [0]}, "has 2 words and 1 tags"),
     ("uner", {"tokens": [3], "ner_tags": [0]}, "the field 'tokens' holds something that is not a string"),
@@ -145,6 +155,89 @@ GOOD_QA = {"context": "Ada wrote it.", "question": "Who?", "answers": {"text": [
 def test_a_row_that_does_not_fit_is_named(tmp_path, name, row, says):
     with pytest.raises(UserError, match=says):
         loading.load(name, write(tmp_path, name, train=[row], validation=[row], test=[row]))
+
+
+def test_ends_that_are_the_last_character_are_told_by_the_entitys_text(tmp_path):
+    """ReCoRD's own files have such ends; the hub's copy has the character after it."""
+    row = {"passage": "Ada met Bob.", "query": "@placeholder left", "answers": ["Bob"]}
+    entities = []
+    for ends in ([3, 11], [2, 10]):
+        rows = [row | {"entity_spans": {"text": ["Ada", "Bob"], "start": [0, 8], "end": ends}}]
+        _, examples, _ = loading.load("record", write(tmp_path, "record", train=rows, validation=rows, test=rows))
+        entities.append(examples["test"][0]["entities"])
+    assert entities[0] == entities[1] == [(0, 3), (8, 11)]
+
+
+def test_answers_may_be_written_as_in_squads_own_files(tmp_path):
+    rows = [GOOD_QA | {"answers": [{"text": "Ada", "answer_start": 0}]}]
+    _, examples, _ = loading.load("squad", write(tmp_path, "squad", train=rows, validation=rows, test=rows))
+    assert examples["test"][0]["answers"] == [("Ada", 0)]
+
+
+def test_one_odd_training_row_in_a_thousand_is_left_out_and_named(tmp_path):
+    odd = {"sentence": "odd", "label": -1}
+    rows = sst2(2000)
+    rows[7] = rows[1500] = odd
+    folder = write(tmp_path, "sst2", train=rows, validation=sst2(20, 5000), test=sst2(20, 6000))
+    _, examples, notes = loading.load("sst2", folder)
+    assert len(examples["train"]) == 1998
+    assert len(notes) == 1 and notes[0].startswith("2 odd training rows are left out (") and "line 8: label -1" in notes[0] and "line 1501" in notes[0]
+    rows[9] = odd
+    with pytest.raises(UserError, match=r"line 1501: label -1 .* \(3 odd rows so far: more than 0.1% of train\)"):
+        loading.load("sst2", write(tmp_path, "sst2", train=rows, validation=sst2(20, 5000), test=sst2(20, 6000)))
+    for split in ("validation", "test"):       # a score is of all rows
+        parts = {"train": sst2(2000), "validation": sst2(2000, 5000), "test": sst2(2000, 8000)}
+        parts[split][4] = odd
+        with pytest.raises(UserError, match=f"{split}.jsonl, line 5: label -1"):
+            loading.load("sst2", write(tmp_path, "sst2", **parts))
+
+
+INFO = {"label_names": ["yes", "no"], "text_fields": ["text"], "label_field": "label"}
+
+
+@pytest.mark.parametrize("info, says", [
+    ("[]", "info.json: the content is a list, not an object"),
+    ("{", "info.json is not JSON"),
+    ("[" * 100_000, "info.json is not JSON that we can read: it is nested too deep"),
+    (INFO | {"label_names": "yes"}, "'label_names' is \"yes\", not a list"),
+    (INFO | {"label_names": ["yes", 1]}, r"'label_names\[1\]' is 1, not a string"),
+    (INFO | {"label_names": ["yes", "no", "yes"]}, "'label_names' has 'yes' twice"),
+    (INFO | {"label_names": ["yes"]}, "'label_names' has 1 names: expected two or more"),
+    (INFO | {"label_field": None}, "'label_field' is null, not a string"),
+    ({"label_names": ["a", "b"], "text_fields": ["text"]}, "has no 'label_field'"),
+    (INFO | {"text_fields": []}, "the text has no field"),
+    (INFO | {"template": 7}, "'template' is 7, not a string"),
+    (INFO | {"template": "no field"}, "the text has no field"),
+    (INFO | {"template": "{text"}, "a brace stands alone in the template '{text'"),
+    (INFO | {"template": "{text}}"}, "a brace stands alone"),
+    (INFO | {"template": "{} {text}"}, "a brace stands alone"),
+    (INFO | {"text_fields": ["a{b"]}, "a brace stands alone"),
+])
+def test_an_info_json_that_describes_no_task_is_one_line(tmp_path, info, says):
+    folder = write(tmp_path, "mine", train=[{"text": "a", "label": 0}])
+    (tmp_path / "mine/info.json").write_text(info if isinstance(info, str) else json.dumps(info))
+    with pytest.raises(UserError, match=says) as error:
+        loading.load("mine", folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_fields_may_have_any_name_and_braces_may_stand_in_the_text(tmp_path):
+    rows = [{"a.b": "left", "c[0]": "right", "d:e!r": "more", "label": 1}]
+    folder = write(tmp_path, "mine", train=rows, validation=rows, test=rows)
+    fields = {"text_fields": ["a.b", "c[0]", "d:e!r"]}
+    for extra, text in (({}, "left\nright\nmore"), ({"template": "{{{a.b}}} is {c[0]}"}, "{left} is right")):
+        (tmp_path / "mine/info.json").write_text(json.dumps(INFO | fields | extra))
+        _, examples, _ = loading.load("mine", folder)
+        assert examples["test"] == [{"text": text, "label": 1}]
+
+
+@pytest.mark.parametrize("line, says", [("{", "line 2 is not JSON"), ("[" * 100_000, "nested too deep"), ('{"sentence": ' + "9" * 5000 + "}", "line 2 is not JSON"),
+                                        ('\x00', "line 2 is not JSON")])
+def test_a_line_that_is_not_json_is_named(tmp_path, line, says):
+    folder = write(tmp_path, "sst2", train=sst2(1), validation=sst2(3))
+    (tmp_path / "sst2/train.jsonl").write_text(json.dumps(sst2(1)[0]) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=says):
+        loading.load("sst2", folder)
 
 
 def test_empty_texts_are_counted_and_documents_without_words_left_out(tmp_path):
