@@ -52,7 +52,7 @@ class Config(worker.GridSettings):
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the new head and the data's order, and of nothing else
     keep: bool = False                  # keep each trial's encoder and head as a checkpoint beside its row
     # how
-    mode: str = "standard"              # standard, or paper: the labels, heads and scores of the paper's code
+    mode: str = "standard"              # standard, or paper: the labels and scores of the paper's code
     split: str = "hash"                 # who is in validation: by hash of the text, or encodeval: by row
     steps: NonNegativeInt = 0           # of each trial; 0: 1,000 or one epoch, as in the paper
     # system

@@ -80,7 +80,7 @@ class Config:
     mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become mask, random, unchanged
     # data
     block_size: PositiveInt = 2048           # tokens in a row
-    random_length: bool = True               # cut each row into two at a random place (footnote 6)
+    random_length: bool = True               # cut each row into two at a random place (paper's code)
     document_mask: bool = False              # also cut at document ends; the paper does not
     batch_rows: PositiveInt = 1152           # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
     micro_rows: PositiveInt = 12             # rows a GPU takes at once

@@ -1,10 +1,10 @@
-# The advice of the study (arXiv 2507.00994): take a decoder that exists, and continue with masked
-# language modelling.
+# Take a decoder that exists, and continue with masked language modelling. (arXiv 2507.00994 did so
+# with decoders of its own.)
 #   python prepare_fineweb.py --source=my_texts/ --tokenizer=hf:HuggingFaceTB/SmolLM2-135M --out=data/smollm2
 #   python train.py config/cpt_from_decoder.py
 # A step is 128 rows of 2,048 tokens = 262,144 tokens. 4,000 steps are 1.05 B tokens and 1.03 EFLOP:
 # an hour and a quarter on a GPU that gives 230 TFLOP/s (arithmetic, not measured). The paper
-# continued for 22,000 steps of 2.36 M tokens, the last 2,000 of them decay (its section 5).
+# continued for up to 22,000 steps of 2.36 M tokens (its section 5).
 init_from = "hf:HuggingFaceTB/SmolLM2-135M"
 data_dir = "data/smollm2"
 out_dir = "out/smollm2-mlm"

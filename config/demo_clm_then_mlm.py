@@ -1,6 +1,6 @@
 # What the demo is about: 200 steps of CLM, taken from demo_clm.py's run, and then 300 of MLM. That is
 # the same 1.02 M tokens as the other two runs.
-# The paper's best share of CLM lies between 25 and 50 % (arXiv 2507.00994, section 4).
+# The paper finds 25 to 50 % of CLM better than none at the same budget (arXiv 2507.00994, section 4).
 size = "demo"
 data_dir = "data/demo"
 out_dir = "runs/demo/clm_then_mlm"

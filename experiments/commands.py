@@ -80,7 +80,9 @@ def training_words(study, run):
     recipe = run.recipe
     scale = study.scale
     run_dir = os.path.join(study.out_dir, recipe.name)
-    is_continued = recipe.start > 0  # continued pretraining has no second warmup
+    # Continued pretraining starts at the full learning rate, and train.py loads the optimizer state
+    # of the decayed model. Both are our choice: the paper says neither.
+    is_continued = recipe.start > 0
     settings = scale.train | {
         "size": scale.to_size(recipe.size),
         "phases": phases_at(scale, recipe),

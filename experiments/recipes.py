@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 from core.configurator import UserError
 
-# A name without -seed means this seed: the paper's, and train.py's default.
+# A name without -seed means this seed: train.py's default, and that of the paper's code.
 SEED = 42
-# Every budget has these steps of warmup and of decay (Table 1): a 12k run is 10k steps that a
-# longer run may share, and a decay of its own.
+# Every budget has these steps of warmup and of decay (Table 1, section 2): a 12k run is 10k steps
+# that a longer run may share, and a decay of its own.
 WARMUP = 2_000
 DECAY = 2_000
 GRAMMAR = (
@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 class Recipe:
     """What a name says. Steps are the paper's (scales.py shrinks them), from the very beginning."""
 
-    size: str            # a row of model.SIZES, in the paper's proportions
+    size: str            # 210m, 610m or 1b; a scale may stand another row of model.SIZES for it
     stages: tuple        # of Stage
     start: int = 0       # continued pretraining: the last step of the decayed model it starts from
     turn_steps: int = 0  # steps of a turn, for a name with alt
@@ -286,7 +286,8 @@ def paper():
 
 # Add a model here: --only=X trains all of these, --only=NAME trains one.
 BEYOND = [
-    # The 1B model is the paper's Figure 11, which is not among its 38.
+    # Two stages at 1B, as in the paper's Figure 11. It is not among the 38, and the paper does not
+    # give its name or scores.
     "1b-clm-10k-mlm40-42k",
     # A detour through CLM (arXiv 2605.12438 continues a finished encoder in this way).
     "610m-mlm40-10k-clm-20k-mlm40-42k",

@@ -6,8 +6,10 @@ takes the next `batch_rows` of it. Nothing here keeps state. So a run that is re
 another number of GPUs or another `micro_rows`, reads exactly the same tokens under the same masks,
 and a checkpoint needs no loader state.
 
-The paper (arXiv 2507.00994, footnote 6 and section 2) trains on sequences of 12 to 2,048 tokens:
-each row is cut once into two sequences that do not see each other.
+The paper (arXiv 2507.00994, footnote 6) trains on sequences of 12 to 2,048 tokens. Its code draws a
+length of 12 to 2,036, and takes the rest of 2,048 tokens as the next sequence. Here each row is cut
+once in this way, into two sequences that do not see each other. Both are in the same batch, and each
+epoch cuts anew: that is ours.
 """
 
 import os

@@ -4,10 +4,11 @@
                   out_dir, and no setting that decides the result may change
     branch_from   continue from a checkpoint of another run, the trunk, from before its learning rate
                   decays: weights, optimizer state, step and data order continue, with new phases.
-                  The result equals one long run bit for bit, so 17 of the paper's models cost 120k
-                  steps
+                  The result equals one long run bit for bit, so models whose first steps are equal
+                  train them once
     init_from     start a new schedule from the weights of any checkpoint, or of a Hugging Face model,
-                  on rows that they were not trained on yet (the paper's continued pretraining)
+                  on rows that they were not trained on yet. The paper continues finished models, too,
+                  but does not say whether optimizer state is kept (keep_moments)
 """
 
 import os

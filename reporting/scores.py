@@ -36,9 +36,9 @@ PAPER_COLUMNS = "experiment,model,family,dataset,mean,ci95"       # of results/p
 AXES = {"steps": "training steps", "tokens": "training tokens",
         "targets": "supervised tokens", "flops": "training FLOPs"}
 
-# The paper's runs (its Table 1): tokens of a step, and GFLOPs per token, forward and backward, of
-# the blocks' matrix products, of the LM head at every position, and of full attention in sequences
-# of 12 to 2,048 tokens (the mean token is in a sequence of 1,365).
+# The paper's runs: tokens of a step (its Table 1; its text says 2,373,120), and by our count GFLOPs
+# per token, forward and backward, of the blocks' matrix products, of the LM head at every position,
+# and of full attention in sequences of 12 to 2,048 tokens (the mean token is in one of 1,365).
 PAPER_TOKENS_PER_STEP = 2_359_296
 PAPER_GFLOPS = {"210m": (0.680, 0.591, 0.151),
                 "610m": (2.761, 0.887, 0.491),
@@ -83,10 +83,10 @@ def select_trials(rows, rule):
     rows: all trials of one model on one task. Failed trials have no score and are never selected.
 
     "paper":    Each seed takes the learning rate of its own best validation score. The interval is
-                1.96 s / sqrt(n). The published tables were made this way: the official rows of
-                trials give exactly their numbers. 1.96 is a normal quantile: with five seeds, such
-                an interval covers the true mean in 88 of 100 cases, and choosing per seed is
-                optimistic.
+                1.96 s / sqrt(n). On MLDR, where the official rows of three models were checked,
+                this gives the published numbers exactly. 1.96 is a normal quantile: with five
+                seeds, such an interval covers the true mean in 88 of 100 cases, and choosing per
+                seed is optimistic.
     "standard": One learning rate, of the best mean validation score among those with the most
                 seeds. The interval is t(0.975, n - 1) s / sqrt(n).
 
@@ -444,7 +444,8 @@ class PaperResults:
         """As StudyResults.amount, computed from the name and the paper's nominal tokens per step.
 
         MLM supervises its masking rate's share of the tokens. FLOPs are what this repository would
-        run: logits at supervised positions only, and half the attention under the causal mask.
+        run: logits at supervised positions only, and half the attention under the causal mask. The
+        paper counts them by another formula.
         """
         recipe = recipes.parse(name)
         last_step = recipe.step or recipe.steps

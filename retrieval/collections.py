@@ -17,7 +17,7 @@ Anything else is refused with a message that names the line.
 Validation queries choose the learning rate. If a collection has none, they are cut from the
 training queries (5 %) or, if it has none of these either, from the test queries (half). The hash of
 a query's id decides. NQ's validation queries are cut from the test queries, as in the paper's code
-(arXiv 2507.00994).
+(arXiv 2507.00994), which draws them at random.
 """
 import hashlib
 import json

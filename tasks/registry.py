@@ -15,9 +15,9 @@ data_dir/<name>/{train,validation,test}.jsonl. They may lie one folder deeper, a
 with "label_names", "text_fields" and "label_field", or if it has BEIR's layout: corpus.jsonl,
 queries.jsonl and qrels/.
 
-Data sets, templates and splits are the paper's (arXiv 2507.00994, appendix B and its evaluation
-code). Where the published test labels are secret, the published validation set is the test set, and
-validation is cut from train (loading.py).
+Data sets, templates and test sets are the paper's (arXiv 2507.00994, appendix B and its evaluation
+code), some from other copies on the hub than its code reads. Where the published test labels are
+secret, the published validation set is the test set, and validation is cut from train (loading.py).
 """
 import dataclasses
 import os

@@ -1,7 +1,8 @@
 """Sequence classification: one label for a text, as in SST-2, MNLI and QQP.
 
 The head reads the mean of the last hidden states. The loss is the cross-entropy of the label, and
-the score is accuracy. The paper's code does the same, so there is no paper variant.
+the score is accuracy. So it is in the paper, and there is no paper variant. (Whether its head has
+our dense layer is not known: model.SequenceHead.)
 """
 import os
 import re

@@ -12,7 +12,7 @@ class Diverged(Exception):
 
 
 def fit(parameters, micro_batches, loss_of, steps, lr, c, name="", reduce=None):
-    """Train one trial, as section 4 of the paper and its code do. Raises Diverged.
+    """Train one trial, with the optimizer and the schedule of the paper's code. Raises Diverged.
 
     parameters: list of tensors. Weight decay applies only to those of two or more dimensions.
     micro_batches(step) -> [(batch, number of targets)].

@@ -52,7 +52,7 @@ class GridSettings:
     random_weights: bool = False          # the same model from random weights: what pretraining is worth
     keep: bool = False                    # keep each trial's encoder as a checkpoint beside its row
     # how
-    mode: str = "standard"                # standard, or paper: as the paper's code has it
+    mode: str = "standard"                # standard, or paper: the scores of the paper's code
     steps: NonNegativeInt = 0             # of each trial; 0: the paper's
     batch: PositiveInt = 32               # sequences in a step: examples, or windows of long ones
     warmup: Fraction = 0.1                # share of the steps

@@ -1,6 +1,10 @@
 """The study's names say all there is to say, and its plan costs what sharing leaves."""
+import glob
+import os
+import re
+
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 import study
 from core.configurator import UserError, configure
@@ -59,6 +63,12 @@ def test_the_plan_is_the_papers_15_and_17_and_6_models_and_a_step_its_2359296_to
     assert steps_of(PAPER["F"][:3]) == steps_of(PAPER["F"][3:]) == 26_000
 
 
+def test_a_config_is_called_one_of_the_papers_models_only_if_it_is_one():
+    for path in glob.glob(os.path.join(ROOT, "config", "*.py")):
+        for name in re.findall(r'^out_dir = "out/(.*)" +# the paper\'s name for this model$', open(path).read(), re.M):
+            assert name in EVERY, path
+
+
 def test_no_other_sharing_is_cheaper():
     """Every first step of every schedule that is not its own decay, counted once: what any plan has to train."""
     seen = set()
@@ -96,7 +106,9 @@ def test_a_scale_keeps_the_proportions_and_the_printed_plan_adds_up(capsys):
     paper = printed("--tok_per_s=4900")        # about the paper's own: 16k hours for 120k steps
     cells = next(line for line in paper.splitlines() if line.startswith("| all")).split("|")
     assert cells[2].strip() == "38" and cells[3].strip() == "812,000" and "2,359,296 tokens" in paper
-    hours = float(next(line for line in paper.splitlines() if line.startswith("| F:")).split("|")[8].replace(",", ""))
+    continued = [cell.strip() for cell in next(line for line in paper.splitlines() if line.startswith("| F:")).split("|")]
+    assert continued[3] == "52,000" and continued[9] == "26k"          # the paper says 26k of all six
+    hours = float(continued[8].replace(",", ""))
     assert hours == pytest.approx(52_000 * 2_359_296 / 4900 / 3600, rel=1e-3)
 
 
