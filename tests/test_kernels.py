@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE, GPU, ROOT, losses, run_python
 
 import kernels
@@ -69,6 +70,19 @@ def results(implementation, q, k, v, cu, grad, causal, dtype=None):
 def errors(found, exact):
     """Relative norms; of gradients that vanish (a token that sees only itself has none for q and k), relative to the output's."""
     return [((a.double() - b).norm() / b.norm().clamp(min=0.1 * exact[0].norm())).item() for a, b in zip(found, exact)]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_sdpa_has_the_gradients_of_the_reference_on_other_devices_too(monkeypatch, causal):
+    """The path of a GPU and of any other device that is not a CPU, which runs on a CPU as well."""
+    monkeypatch.setattr("kernels.sdpa.kernel_for", lambda q: "device")
+    given = problem([700, 0, 1, 130], 6, 2, 64)
+    with monkeypatch.context() as patch:      # as on a GPU, where autograd does not work inside an operator
+        patch.setattr(torch.autograd, "grad", None)
+        out = sdpa(*(x.requires_grad_() for x in given[:3]), given[3], causal)
+        out.backward(given[4])
+    found = [out, *(x.grad for x in given[:3])]
+    assert max(errors(found, results(reference, *given, causal, torch.float64))) <= 1e-5
 
 
 @interpreted
@@ -398,12 +412,25 @@ def test_a_search_tries_the_tables_blocks_first_no_blocks_twice_and_tma_only_whe
 
 # ---- on a GPU
 
+def pytorch_sdpa(q, k, v, cu, causal):
+    """PyTorch's scaled_dot_product_attention and its own backward pass, a call per sequence."""
+    bounds = cu.tolist()
+    outs = []
+    for start, end in zip(bounds, bounds[1:]):
+        if start == end:
+            continue
+        heads = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]          # [1, H, L, D]
+        out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))                                       # [L, H, D]
+    return torch.cat(outs)
+
+
 def assert_as_good_as_sdpa(implementation, lengths, H, Hkv, D, causal, dtype, repeats=True):
     """Output and gradients are as near to fp64 as those of PyTorch's SDPA, and the same bits in a second run."""
     given = problem(lengths, H, Hkv, D, dtype)
     found = results(implementation, *given, causal)
     exact = results(reference, *given, causal, torch.float64)
-    theirs = results(sdpa, *given, causal)
+    theirs = results(pytorch_sdpa, *given, causal)
     for ours, bound, a, b, c in zip(errors(found, exact), errors(theirs, exact), found, exact, theirs):
         assert ours <= 1.3 * bound + 1e-4
         assert (a - b).abs().max() <= 2 * (c - b).abs().max() + 1e-3
@@ -434,6 +461,16 @@ def test_on_a_gpu_the_kernels_as_shipped_are_as_good_as_sdpa(poisoned, lengths, 
 @pytest.mark.parametrize("lengths, H, Hkv, D", [([1000, 1, 1049], 12, 12, 64), ([63, 64, 65, 1, 127, 700], 6, 2, 96), ([128, 512, 0, 129], 4, 2, 16)], ids=str)
 def test_on_a_gpu_varlen_is_as_good_as_sdpa(poisoned, lengths, H, Hkv, D, causal):
     assert_as_good_as_sdpa(varlen.attention, lengths, H, Hkv, D, causal, torch.bfloat16, repeats=False)      # dq is summed by atomics
+
+
+@pytest.mark.gpu
+@pytest.mark.fast
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_on_a_gpu_sdpa_has_the_gradients_of_the_reference(dtype, bound, causal):
+    given = problem([1100, 0, 1, 130], 6, 2, 64, dtype)
+    exact = results(reference, *given, causal, torch.float64)
+    assert max(errors(results(sdpa, *given, causal), exact)) <= bound
 
 
 @pytest.mark.gpu

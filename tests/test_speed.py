@@ -122,7 +122,7 @@ def test_a_step_on_a_gpu_never_synchronises(tmp_path, compiled):
     found, corpus = [], str(tmp_path / "corpus")
     os.makedirs(corpus)
     bench_contestants.write_corpus(StepSettings(vocab_size=1024, block_size=64), corpus)      # needs no package that a GPU machine may lack
-    for steps in (20, 30):
+    for steps in (10, 20, 30):      # the first run also compiles, which waits for the device
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -134,7 +134,7 @@ def test_a_step_on_a_gpu_never_synchronises(tmp_path, compiled):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found.append(sum("synchronizing" in str(w.message) for w in caught))
-    assert found[0] == found[1] > 0
+    assert found[1] == found[2] > 0
 
 
 # ---- two processes
