@@ -34,8 +34,8 @@ CAPTIONS = {
         "Figure 5: how far single trials (dots) lie from their mean over learning rates from 1e-5 "
         "to 1e-4 and over seeds; bars are one standard deviation.",
     "fig06_share_of_clm":
-        "Figure 6: the share of CLM under a fixed budget (the paper's Figure 11 is the same at "
-        "1B).",
+        "Figure 6: the share of CLM under a fixed budget (the paper's Figure 11 has three "
+        "shares at 1B).",
     "fig07_masking_after_clm":
         "Figure 7: how far scores (dots) lie from their mean over masking rates and seeds; bars "
         "are one standard deviation.",
@@ -44,8 +44,9 @@ CAPTIONS = {
     "fig09_continued_steps":
         "Figure 9: steps of MLM after a finished MLM or CLM model.",
     "fig10_flops":
-        "Figure 10: Figure 4 against training FLOPs (logits at supervised positions only, half of "
-        "attention under the causal mask).",
+        "Figure 10: Figure 4 against training FLOPs as we count them (logits at supervised positions "
+        "only, half of attention under the causal mask). The paper counts by Hoffmann's formula, so "
+        "its axis differs.",
     "fig12_losses":
         "Figure 12: losses of pretraining and continuation. Training losses are each phase's own: "
         "CLM's and MLM's are not on one scale. Validation losses are MLM's throughout."}
@@ -59,7 +60,7 @@ Tables 2 to 17, and the figures that follow from them. They are the target of a 
 ONLY_PLOTTED = """\
 The paper published Figures 5, 7, 11 and 12 as plots without numbers. Its tables give one half of
 Figure 7, MLM throughout, as one mean per masking rate, without single seeds. The other three
-cannot be drawn from its tables.
+cannot be drawn from its tables. Figure 1, a scheme with parts of Figures 6 and 8, is not drawn.
 """
 ABOUT_SCORES = """\
 Scores are in percent, on test sets. A family's score is the mean of its tasks.
@@ -85,10 +86,10 @@ the t intervals of rule standard. Dots are the values that an interval is over. 
 values, only the dots are drawn. A wide interval may run out of its panel.
 """
 ABOUT_PAPER_SCORES = """\
-The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run
-(rule paper). Under rule standard the same intervals are widened to Student's t (x 1.416). The
-paper's family scores are recomputed from its data sets. None is further than {deviation:.3f} from
-the printed average.
+The paper's intervals are the published ones, over five fine-tuning seeds of one pretraining run.
+That they follow rule paper was checked for three models on MLDR. Under rule standard the same
+intervals are widened to Student's t (x 1.416). The paper's family scores are recomputed from its
+data sets. None is further than {deviation:.3f} from the printed average.
 """
 ABOUT_TESTS = """\
 **What was tested**: for each claim and task, two models that share pretraining seeds.

@@ -15,7 +15,7 @@ from reporting.sections import sections
 
 def test_every_family_average_of_the_paper_follows_from_its_data_sets():
     paper = report_scores.PaperResults(PAPER)
-    assert len(paper.names) == 46 and sum(len(v) for v in paper.columns.values()) == 12       # four of the 50 stand in two groups of tables
+    assert len(paper.names) == 46 and sum(len(v) for v in paper.columns.values()) == 12       # of 50 lines: two models stand in three groups of tables
     for name in paper.names:
         for family, columns in paper.columns.items():
             found = paper.score(name, list(columns), "paper")
