@@ -186,7 +186,8 @@ def learning_rate_at(step, c, max_steps):
 def configure_optimizer(model, c):
     """Make the run's optimizer. To try another, change it here: checkpoints save the state of any.
 
-    The schedule sets one learning rate for all of its parameter groups.
+    They also record its class, and a run does not resume with another class. The schedule
+    sets one learning rate for all of its parameter groups.
     """
     return torch.optim.AdamW(
         model.parameters(),

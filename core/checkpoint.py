@@ -38,7 +38,7 @@ MODEL_SHAPE = {
 }
 STATE_SHAPE = {
     "step": int, "model": MODEL_SHAPE, "settings?": {"tokenizer_hash?": str},
-    "without_optimizer_state?": [str],
+    "optimizer?": str, "without_optimizer_state?": [str],
 }
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 # Optimizer state that has the shape and dtype of its parameter: Adam's, and that of SGD.
@@ -116,6 +116,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     tensors_of = {"model.safetensors": weights}
     if optimizer is not None:
         tensors_of["optimizer.safetensors"] = optimizer_state(model, optimizer)
+        state = state | {"optimizer": type(optimizer).__name__}
         without = [name for name, p in model.named_parameters() if not optimizer.state[p]]
         if without:      # parameters that had no gradient yet
             state = state | {"without_optimizer_state": without}
@@ -387,11 +388,27 @@ def load(path, model, optimizer=None):
             raise UserError(
                 f"{path} has no optimizer.safetensors, so training cannot continue from it exactly"
             )
+        same_optimizer(state, optimizer, path)
         tensors = read_tensors(optimizer_path)
         without_state = state.get("without_optimizer_state", [])
         check_optimizer_state(model, optimizer, tensors, without_state, optimizer_path)
         load_optimizer_state(model, optimizer, tensors)
     return state
+
+
+def same_optimizer(state, optimizer, path):
+    """Raises UserError if a checkpoint has the state of another optimizer than train.py makes now.
+
+    Early checkpoints do not name theirs.
+    """
+    here = type(optimizer).__name__
+    there = state.get("optimizer", here)
+    if there != here:
+        raise UserError(
+            f"{path} has the optimizer state of {there}, and configure_optimizer in train.py makes {here}: "
+            f"make {there} there again, or begin a new schedule from the weights alone with "
+            f"--init_from={path} --keep_moments=false"
+        )
 
 
 def check_optimizer_state(model, optimizer, tensors, without_state, path):
@@ -426,6 +443,8 @@ def check_optimizer_state(model, optimizer, tensors, without_state, path):
             raise UserError(f"{path} has no optimizer state of {name}: choose another checkpoint")
         # A fork's optimizer may keep anything, but Adam needs all of these.
         needed = {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, ADAM) else set()
+        if needed and optimizer.defaults["amsgrad"]:
+            needed.add("max_exp_avg_sq")
         missing = needed - keys_of[name] if name in keys_of else set()
         if missing:
             raise UserError(f"{path} lacks {min(missing)}.{name}: choose another checkpoint")

@@ -112,6 +112,35 @@ def test_optimizer_state_that_does_not_fit_its_parameter_is_refused_by_name(run,
         load(path)
 
 
+OPTIMIZERS = {
+    "AdamW": train.configure_optimizer,
+    "SGD": lambda model, c: torch.optim.SGD(model.parameters(), lr=c.learning_rate, momentum=0.9),
+    "RMSprop": lambda model, c: torch.optim.RMSprop(model.parameters(), lr=c.learning_rate),
+    "RAdam": lambda model, c: torch.optim.RAdam(model.parameters(), lr=c.learning_rate),      # keeps tensors of AdamW's names
+}
+
+
+@pytest.mark.parametrize("there, here", [("AdamW", "SGD"), ("AdamW", "RMSprop"), ("AdamW", "RAdam"), ("SGD", "AdamW")])
+def test_a_checkpoint_of_another_optimizer_is_refused_by_its_name_wherever_its_state_is_loaded(corpus, run, monkeypatch, there, here):
+    out, base = run.parent / "new", str(run.parent / "base")
+    monkeypatch.setattr(train, "configure_optimizer", OPTIMIZERS[there])
+    train_on(corpus, base)
+    assert checkpoint.read_state(f"{base}/step_0000010")["optimizer"] == there
+    shutil.rmtree(f"{base}/step_0000020")
+    monkeypatch.setattr(train, "configure_optimizer", OPTIMIZERS[here])
+    for folder, changes in ((base, {}), (out, {"branch_from": f"{base}/step_0000010"}), (out, {"init_from": f"{base}/step_0000010"})):
+        with pytest.raises(UserError, match=f"has the optimizer state of {there}, and configure_optimizer in train.py makes {here}") as error:
+            train_on(corpus, folder, **changes)
+        assert "\n" not in str(error.value) and not out.exists()
+    train_on(corpus, out, init_from=f"{base}/step_0000010", keep_moments=False)      # as the message says
+
+
+def test_adamw_with_amsgrad_needs_the_state_that_amsgrad_keeps(run):
+    model = Encoder(checkpoint.config_of(str(run / "step_0000010")))
+    with pytest.raises(UserError, match="lacks max_exp_avg_sq"):
+        checkpoint.load(str(run / "step_0000010"), model, torch.optim.AdamW(model.parameters(), amsgrad=True))
+
+
 def test_a_parameter_that_had_no_gradient_yet_has_no_optimizer_state_and_still_resumes(run):
     model = Encoder(checkpoint.config_of(str(run / "step_0000010")))
     optimizer = train.configure_optimizer(model, train.Config())
