@@ -285,7 +285,7 @@ def check(c):
             "finals=true is for pools that are not the full corpus: it is searched in full already"
         )
     if c.paper_encoding and c.mode != "paper":
-        raise UserError("paper_encoding=true is how the paper searches: expected mode=paper with it")
+        raise UserError("paper_encoding=true is to compare with the paper: expected mode=paper with it")
     if c.batch < 2:
         raise UserError(
             "batch=1: a query's negatives are the other pairs' documents, so expected at least 2"

@@ -6,8 +6,8 @@
     python hf.py export RUN/step_0042000 out/mean --average=5     # the mean of the five up to it
     python hf.py export STEP/trials/sst2/lr5e-05_sd0.encoder out/sst2       # kept by --keep=true
 
-Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model),
-without their remote code. It refuses, by name, what it does not know: a tensor, a key of
+Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model, whose
+files we have not seen), without their remote code. It refuses, by name, what it does not know: a tensor, a key of
 config.json, a tokenizer that is not a byte-level BPE. A model that was saved without its LM head is
 for finetune.py and eval_ir.py only. train.py --init_from=hf:ORG/NAME imports a model by itself.
 

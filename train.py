@@ -177,7 +177,10 @@ def check(c, world_size):
 
 
 def learning_rate_at(step, c, max_steps):
-    """The WSD schedule of the paper's Table 1: linear warmup, a stable stretch, linear decay to 0."""
+    """The WSD schedule of the paper's Table 1: linear warmup, a stable stretch, linear decay.
+
+    The decay would reach 0 one step after the last.
+    """
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     return c.learning_rate * min(1.0, (max_steps - step) / max(1, c.decay_steps))

@@ -249,13 +249,13 @@ def number_of_steps(word):
 # The groups of models that --only takes, and what they are called in a printed plan.
 GROUP_TITLES = {
     "A": "base: size x objective",
-    "B": "two stages, 12k",
-    "C": "two stages, 22k",
-    "D": "two stages, 42k",
+    "B": "share of CLM, 12k steps",
+    "C": "share of CLM, 22k steps",
+    "D": "share of CLM, 42k steps",
     "E": "masking rate after CLM",
     "F": "continued pretraining",
     "I": "intermediate checkpoints",
-    "X": "beyond the paper",
+    "X": "beyond the paper's 38",
 }
 
 

@@ -24,7 +24,7 @@ class Scale:
 
     name: str
     steps: int   # what the paper's 42,000 steps become
-    sizes: dict  # {size in a name: row of model.SIZES that it means here}, in the same proportions
+    sizes: dict  # {size in a name: row of model.SIZES that it means here}
     train: dict  # settings of train.py
     tasks: str   # the tasks that every checkpoint is scored on: "all" or "demo",
     local: str   # and of these, with commas between, those that tasks_dir has files of
