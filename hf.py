@@ -7,9 +7,10 @@
     python hf.py export STEP/trials/sst2/lr5e-05_sd0.encoder out/sst2       # kept by --keep=true
 
 Import reads llama, mistral, qwen2, qwen3, eurobert, and the paper's own checkpoints (sl_model, whose
-files we have not seen), without their remote code. It refuses, by name, what it does not know: a tensor, a key of
-config.json, a tokenizer that is not a byte-level BPE. A model that was saved without its LM head is
-for finetune.py and eval_ir.py only. train.py --init_from=hf:ORG/NAME imports a model by itself.
+files we have not seen), without their remote code. It refuses, by name, what it does not know: a
+tensor, a key of config.json, a tokenizer that is not a byte-level BPE. A model that was saved without
+its LM head is for finetune.py and eval_ir.py only. train.py --init_from=hf:ORG/NAME imports a model by
+itself.
 
 Export writes safetensors, a tokenizer.json that gives our ids, and a model card with the facts of
 the training.
