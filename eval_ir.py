@@ -37,7 +37,6 @@ from core import checkpoint
 from core.configurator import NonNegativeInt, Path, PositiveFloat, PositiveInt, Seed, UserError, run
 from core.device import keep_freed_memory, pick_device
 from core.distributed import Processes, all_sum, shows_progress, start_processes
-from core.schema import read_json
 from retrieval import targets
 from retrieval.mteb_adapter import score_on_mteb
 from retrieval.pools import POOLS
@@ -117,7 +116,7 @@ class RetrievalWorker(Retriever):
         """
         folders = [trial["task"], *trial.get("also", ())]
         trials = [trial | {"task": folder, "also": ()} for folder in folders]
-        open_trials = [t for t in trials if not queue.is_done(out_dir, t)]
+        open_trials = [t for t in trials if not queue.is_done(out_dir, t, worker.ROW_SHAPE)]
 
         # Load the pairs to train on, and the pools to search afterwards.
         self.load([searches[folder] for folder in folders], out_dir)
@@ -318,8 +317,9 @@ def best_lr(out_dir, folder, c):
     scores = defaultdict(list)
     for lr in c.lrs:
         for seed in c.seeds:
-            row = read_json(queue.path_of(out_dir, {"task": folder, "lr": lr, "seed": seed}))
-            if not row["failed"]:
+            trial = {"task": folder, "lr": lr, "seed": seed}
+            row = queue.read_row(out_dir, trial, worker.ROW_SHAPE)
+            if row["validation"] is not None:
                 scores[lr].append(row["validation"]["score"])
     return metrics.best_lr(scores) if scores else None
 
@@ -333,16 +333,20 @@ def run_grid(retriever, searches, lrs, seeds, out_dir):
 
     # This process runs a trial alone: the queue shares out the trials among such processes.
     if retriever.processes.world_size == 1:
-        queue.work(trials, out_dir, lambda trial: retriever.run(trial, out_dir, by_folder))
+        queue.work(trials, out_dir, lambda trial: retriever.run(trial, out_dir, by_folder),
+                   shape=worker.ROW_SHAPE)
         return
 
     # All processes together run each trial. The first decides whether it is still open, so that all
     # agree.
+    is_first = retriever.processes.is_first
     for trial in trials:
-        is_open = retriever.processes.is_first and not queue.is_done(out_dir, trial)
+        is_open = is_first and not queue.is_done(out_dir, trial, worker.ROW_SHAPE)
         if all_sum([is_open], retriever.processes)[0]:
+            if is_first:
+                queue.set_aside_damaged(out_dir, trial, worker.ROW_SHAPE)
             row = retriever.run(trial, out_dir, by_folder)
-            if retriever.processes.is_first:
+            if is_first:
                 queue.finish(queue.path_of(out_dir, trial), row)
     all_sum([0], retriever.processes)      # no process continues before the last row is written
 

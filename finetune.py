@@ -246,7 +246,7 @@ def main(c):
     trials = []
     for name, lr, seed in itertools.product(names, c.lrs, c.seeds):
         trials.append({"task": name, "lr": lr, "seed": seed})
-    queue.work(trials, out_dir, lambda trial: this_worker.run(trial, out_dir))
+    queue.work(trials, out_dir, lambda trial: this_worker.run(trial, out_dir), shape=worker.ROW_SHAPE)
     if shows_progress():
         report = shlex.join(["python", "report.py", out_dir, f"--to={out_dir}/report"])
         print(f"{len(trials)} trials in {out_dir}/trials; the table: {report}")

@@ -198,12 +198,12 @@ def scoring_words(study, grid, ckpt):
 
 
 def has_all_rows(scale, grid, ckpt):
-    """True if every trial of a Grid has its result file."""
+    """True if every trial of a Grid has an intact row."""
     _, settings = scale.tune[grid.script]
     for task in grid.tasks:
         for lr in settings["lrs"]:
             for seed in settings["seeds"]:
                 trial = {"task": task, "lr": lr, "seed": seed}
-                if not os.path.isfile(queue.path_of(ckpt, trial)):
+                if not queue.is_done(ckpt, trial, worker.ROW_SHAPE):
                     return False
     return True

@@ -8,22 +8,30 @@ take a trial that nobody has claimed, until all have a row. A claim is a file ma
 a row appears by a hard link: exactly one process can succeed, on local disks and on NFS. A killed
 worker costs only the trial it was in. Its claim is stale when its process is gone (same machine) or
 its heartbeat has stopped (another machine, or a claim that cannot be read), and the next worker
-takes it.
+takes it. A row that is damaged, by a power cut for example, is renamed, and its trial runs again.
 """
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 
 from tqdm import tqdm
 
+from core.configurator import UserError
 from core.distributed import shows_progress
-from core.files import unique, write_whole
+from core.files import check_regular, unique, write_whole
 from core.lock import age_of, this_kernel, this_process
+from core.schema import read_json
 
 HEARTBEAT = 10.0      # seconds between two touches of a claim
 STALE = 60.0          # seconds without a touch after which a claim is stale
+ANY_ROW = {}          # the shape of any object, see core/schema.py
+
+# What a killed process leaves in a folder of trials: files under a name of its own, see unique(),
+# write_whole() and age_of().
+LEFTOVER = re.compile(r"(lr.+_sd\d+|settings)\.(json|npz|claim)(\..+)?\.(\d+|\d+-[0-9a-f]{8}\.tmp)")
 
 # Since when a claim has not been touched, as far as this process knows: {(device, inode, time of the
 # touch): a time of our own clock}. A claim that is renamed stays known, a touch makes it another one.
@@ -39,18 +47,22 @@ def path_of(folder, trial, ending="json"):
     return os.path.join(folder, "trials", trial["task"], f"lr{lr}_sd{trial['seed']}.{ending}")
 
 
-def work(trials, folder, run, poll=2.0):
+def work(trials, folder, run, poll=2.0, shape=ANY_ROW):
     """Run the trials that nobody has run, until every trial of the list has a row.
 
     run(trial) returns the trial's row, a dict for JSON. If trial["also"] names more tasks, run
     writes their rows itself. A worker that finds only claimed trials waits for them, since their
-    owners may be killed. poll: seconds between two looks. Returns how many trials this process ran.
+    owners may be killed. poll: seconds between two looks. shape: of a row, for read_json(). Returns
+    how many trials this process ran.
     """
+    for task in {task for trial in trials for task in tasks_of(trial)}:
+        remove_leftovers(os.path.join(folder, "trials", task))
     n_run = 0
+    open_trials = trials
     with tqdm(total=len(trials), desc="trials", unit="trial", smoothing=0,
               disable=not shows_progress()) as bar:
         while True:
-            open_trials = [trial for trial in trials if not is_done(folder, trial)]
+            open_trials = [trial for trial in open_trials if not is_done(folder, trial, shape)]
             bar.n = len(trials) - len(open_trials)
             bar.refresh()
             if not open_trials:
@@ -61,7 +73,8 @@ def work(trials, folder, run, poll=2.0):
                 continue
             with heartbeat(path_of(folder, trial, "claim")):
                 # an earlier owner may have finished the trial after open_trials was made
-                if not is_done(folder, trial):
+                if not is_done(folder, trial, shape):
+                    set_aside_damaged(folder, trial, shape)
                     finish(path_of(folder, trial), run(trial))
                     n_run += 1
 
@@ -74,10 +87,67 @@ def claim_one(trials, folder):
     return None
 
 
-def is_done(folder, trial):
-    """True if this trial, and every task scored with it (trial["also"]), already has a row."""
-    tasks = [trial["task"], *trial.get("also", ())]
-    return all(os.path.isfile(path_of(folder, trial | {"task": task})) for task in tasks)
+# ---- rows
+
+def tasks_of(trial):
+    """The names of the tasks that a trial writes a row of."""
+    return [trial["task"], *trial.get("also", ())]
+
+
+def is_done(folder, trial, shape=ANY_ROW):
+    """True if this trial, and every task scored with it (trial["also"]), already has an intact row."""
+    for task in tasks_of(trial):
+        try:
+            if read_row(folder, trial | {"task": task}, shape) is None:
+                return False
+        except UserError:
+            return False
+    return True
+
+
+def read_row(folder, trial, shape=ANY_ROW):
+    """The row of a trial; None if there is none. Raises UserError if it is damaged."""
+    path = path_of(folder, trial)
+    check_regular(path)
+    try:
+        row = read_json(path, shape)
+    except FileNotFoundError:
+        return None
+    for key in ("lr", "seed"):
+        if row.get(key, trial[key]) != trial[key]:
+            raise UserError(f"{path} is the row of another trial: '{key}' is {row[key]}")
+    return row
+
+
+def set_aside_damaged(folder, trial, shape):
+    """Rename the rows of a trial that are damaged, and say so. The trial must be ours to run."""
+    for task in tasks_of(trial):
+        try:
+            read_row(folder, trial | {"task": task}, shape)
+        except UserError as error:
+            for ending in ("npz", "json"):      # the scores of its examples go with it
+                path = path_of(folder, trial | {"task": task}, ending)
+                aside = f"{path}.damaged"
+                while os.path.lexists(aside):
+                    aside += "_"
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, aside)
+            tqdm.write(f"{error}; it is kept as {os.path.basename(aside)}, and the trial runs again")
+
+
+def remove_leftovers(folder):
+    """Remove what killed processes left in a folder of trials: stale claims, and unfinished files."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.endswith(".claim"):
+            remove_stale(path)
+        elif LEFTOVER.fullmatch(name):
+            # Another worker may have removed it before us.
+            with contextlib.suppress(FileNotFoundError):
+                if age_of(path) > STALE:
+                    os.unlink(path)
 
 
 def finish(path, row):
@@ -114,11 +184,9 @@ def claim(path):
 def owner_of(path):
     """The process that holds a claim; {} if it has not signed yet, or its signature is damaged."""
     try:
-        with open(path, encoding="utf-8") as f:
-            owner = json.loads(f.read())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, {"pid": int, "kernel?": str})
+    except (OSError, UserError):
         return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 @contextlib.contextmanager
@@ -141,10 +209,9 @@ def heartbeat(path):
 def touch_until(stop, path):
     """Touch a file every HEARTBEAT seconds until the event `stop`."""
     while not stop.wait(HEARTBEAT):
-        try:
+        # Another worker may have taken this one for dead, or looks at its claim under another name.
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path)
-        except FileNotFoundError:         # another worker took this one for dead, and its trial
-            return
 
 
 def is_stale(path):
@@ -152,10 +219,9 @@ def is_stale(path):
     # On this machine its process id tells. Two containers may have one host name, and each a
     # process 7; the kernel's name tells them apart.
     owner = owner_of(path)
-    pid = owner.get("pid")
-    if owner.get("kernel") == this_kernel() and type(pid) is int and pid > 0:
+    if owner.get("kernel") == this_kernel() and owner["pid"] > 0:
         try:
-            os.kill(pid, 0)
+            os.kill(owner["pid"], 0)
         except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:           # it is alive, and another user's
@@ -174,12 +240,14 @@ def is_stale(path):
 
 
 def remove_stale(path):
-    """Remove a claim if its worker is gone. True if this process removed it."""
+    """Remove a claim if its worker is gone. True if this process removed it.
+
+    Raises UserError for a folder or a pipe by this name, which no worker has made.
+    """
+    check_regular(path)
     if not is_stale(path):
         return False
-    # Several workers may try this at once, but only one can rename the file. A slow one may rename
-    # a fresh claim that has replaced the stale one since it looked. Then it puts the claim back,
-    # unless a third worker has claimed the trial in the meantime.
+    # Several workers may try this at once, but only one can rename the file.
     aside = unique(path)
     try:
         os.rename(path, aside)
@@ -187,7 +255,18 @@ def remove_stale(path):
         return False
     was_stale = is_stale(aside)
     if not was_stale:
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
+        put_back(aside, path)
     os.unlink(aside)
     return was_stale
+
+
+def put_back(aside, path):
+    """Restore the claim of a living worker that a slow remove_stale() has renamed.
+
+    It had replaced the stale one in the meantime. If yet another worker has claimed the trial now,
+    that claim stays.
+    """
+    with open(aside, "rb") as f:
+        signature = f.read()
+    with contextlib.suppress(FileExistsError), open(path, "xb") as f:
+        f.write(signature)

@@ -11,15 +11,16 @@ else needs to change.
 
 With --data_dir a task is read from local files whose rows have the fields of the hub's:
 data_dir/<name>/{train,validation,test}.jsonl. They may lie one folder deeper, and be compressed
-(.gz .xz .zst). A local folder is a task of its own, under the folder's name, if it has an info.json
-with "label_names", "text_fields" and "label_field", or if it has BEIR's layout: corpus.jsonl,
-queries.jsonl and qrels/.
+(.gz .xz .zst). data_dir may also be the folder <name> itself. A local folder is a task of its own,
+under the folder's name, if it has an info.json with "label_names", "text_fields" and "label_field",
+or if it has BEIR's layout: corpus.jsonl, queries.jsonl and qrels/.
 
 Data sets, templates and test sets are the paper's (arXiv 2507.00994, appendix B and its evaluation
 code), some from other copies on the hub than its code reads. Where the published test labels are
 secret, the published validation set is the test set, and validation is cut from train (loading.py).
 """
 import dataclasses
+import difflib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from core.configurator import UserError
 from core.files import find_files
 from core.schema import read_json
 from tasks import demo
+from tasks.family import shortened
 from tasks.question_answering import PaperQuestionAnswering, QuestionAnswering
 from tasks.sequence_classification import SequenceClassification, template_parts
 from tasks.token_classification import PaperTokenClassification, TokenClassification
@@ -169,14 +171,18 @@ DEMO_IR = ("sotu_search",)
 # ---- finding a task
 
 def folders(data_dir):
-    """{name: folder} of the data sets below a local data_dir, directly or one folder deeper."""
+    """{name: folder} of the data sets below a local data_dir, directly or one folder deeper.
+
+    data_dir may also be the folder of a data set itself.
+    """
     if not os.path.isdir(data_dir):
         raise UserError(f"data_dir={data_dir} is not a folder")
     folder_of = {}
-    for pattern in ("*/train.jsonl*", "*/*/train.jsonl*", "*/corpus.jsonl*", "*/*/corpus.jsonl*"):
+    for pattern in ("*/train.jsonl*", "*/*/train.jsonl*", "*/corpus.jsonl*", "*/*/corpus.jsonl*",
+                    "train.jsonl*", "corpus.jsonl*"):
         for path in find_files(data_dir, pattern):
             folder, file = os.path.split(path)
-            name = os.path.basename(folder)
+            name = os.path.basename(os.path.abspath(folder))
             is_described = name in TASKS or os.path.isfile(os.path.join(folder, "info.json"))
             if is_described or file.startswith("corpus."):
                 folder_of.setdefault(name, folder)
@@ -196,15 +202,22 @@ def find(name, data_dir=""):
             task = described_task(task, local[name])
         return dataclasses.replace(task, folder=local[name], make=None)
     if task is None:
-        names = ", ".join(sorted(TASKS.keys() | local.keys()))
+        names = sorted(TASKS.keys() | local.keys())
+        for nearest in difflib.get_close_matches(name[:100].lower(), names, n=1):
+            names.remove(nearest)
+            names.insert(0, f"{nearest} (the nearest)")
         advice = "or a folder of yours, see --data_dir"
         if data_dir:
             advice = ("a folder in data_dir is one if its info.json has label_names, text_fields "
                       "and label_field")
-        raise UserError(f"unknown task '{name}': expected one of {names}, all or demo; {advice}")
+        raise UserError(f"unknown task '{shortened(name)}': expected one of {', '.join(names)}, all "
+                        f"or demo; {advice}")
     if data_dir and not task.make:
-        file = "corpus" if task.kind == "retrieval" else "train"
-        raise UserError(f"{data_dir} has no {name}/{file}.jsonl, nor one folder deeper: without "
+        file = "corpus.jsonl" if task.kind == "retrieval" else "train.jsonl"
+        if find_files(data_dir, f"{file}*"):
+            raise UserError(f"{data_dir} has a {file} itself, but is not called {name}: rename it "
+                            f"to {name}, or give the folder that holds {name}/{file}")
+        raise UserError(f"{data_dir} has no {name}/{file}, nor one folder deeper: without "
                         "--data_dir it comes from the hub")
     return task
 

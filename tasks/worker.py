@@ -27,9 +27,9 @@ from core.configurator import (
     differences,
 )
 from core.device import pick_attention, pick_device, pick_dtype
-from core.files import ROOT, unique
+from core.files import ROOT, check_regular, unique
 from core.schema import read_json
-from model import Encoder, ModelConfig
+from model import Encoder
 from tasks import queue
 
 
@@ -78,6 +78,16 @@ class GridSettings:
 FREE = ("ckpt", "tasks", "data_dir", "out_dir", "lrs", "seeds", "device", "attention",
         "micro_tokens", "eval_tokens", "cache_dir", "keep")
 
+# What a finished trial's row has; a program writes more. The second shape is a failed trial's.
+ROW_SHAPE = (
+    {"model": str, "task": str, "lr": float, "seed": int, "failed?": bool,
+     "validation": {"score": float}, "test": {"score": float}},
+    {"model": str, "task": str, "lr": float, "seed": int, "failed": bool,
+     "validation": None, "test": None},
+)
+# the settings.json beside the rows; it has the other settings, too
+SETTINGS_SHAPE = {"ckpt_sha": str, "dtype": str, "max_length": int, "data": str, "steps": int}
+
 
 def split_names(text):
     """The names in a list like "sst2,my task". -> ("sst2", "my task")
@@ -124,7 +134,7 @@ class Worker:
         self.dtype = "bfloat16" if c.param_dtype == "bfloat16" else pick_dtype(c.dtype, self.device)
         state = checkpoint.read_state(path)
         self.tokenizer = checkpoint.tokenizer_of(path)
-        config = ModelConfig(**state["model"])
+        config = checkpoint.config_of(path)
         # called for its UserError, if this attention cannot run here
         pick_attention(c.attention, self.device, self.dtype, config)
         if self.tokenizer.vocab_size != config.vocab_size:
@@ -208,7 +218,7 @@ class Worker:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         settings = self.settings | {key: facts[key] for key in keys}
         queue.finish(path, settings)       # an existing file stays
-        check_same_settings(path, settings)
+        self.check_same_settings(path, settings)
 
     def refuse_other_settings(self, out_dir, facts_of_tasks):
         """Raise UserError if earlier trials of a task have other settings. Reads no data for that.
@@ -217,8 +227,27 @@ class Worker:
         """
         for name, facts in facts_of_tasks.items():
             path = settings_path(out_dir, name)
-            if os.path.isfile(path):
-                check_same_settings(path, self.settings | facts)
+            if os.path.lexists(path):
+                self.check_same_settings(path, self.settings | facts)
+
+    def check_same_settings(self, path, settings):
+        """Raise UserError if the settings.json at path holds other settings, or is damaged.
+
+        A setting that the file lacks is newer than the file: its trials had the default.
+        """
+        folder = os.path.dirname(path)
+        try:
+            check_regular(path)
+            old = read_json(path, SETTINGS_SHAPE)
+        except UserError as error:
+            raise UserError(f"{error}. It should hold the settings of the trials beside it: choose "
+                            f"another --out_dir, or move {folder} away") from None
+        old = asdict(type(self.c)()) | old
+        shared = {key: value for key, value in settings.items() if key in old}
+        changed = differences(old, shared, free=())
+        if changed:
+            raise UserError(f"{folder} holds trials of other settings ({'; '.join(changed)}): "
+                            "choose another --out_dir, or delete that folder")
 
 
 def local_device(name):
@@ -235,16 +264,22 @@ def weights_digest(path):
     """The SHA-256 of a checkpoint's weights, 64 hex digits, as its SHA256SUMS says."""
     with open(os.path.join(path, checkpoint.SUMS), encoding="utf-8") as f:
         for line in f:
-            digest, name = line.split()
-            if name == "model.safetensors":
+            digest, name = line.split(maxsplit=1)
+            if name.rstrip() == "model.safetensors":
                 return digest
     raise UserError(f"{path} is damaged: {checkpoint.SUMS} does not list model.safetensors")
 
 
 def git_commit():
-    """The commit of this repository, or None outside of a git checkout."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """The commit of this repository, or None outside of a git checkout.
+
+    It ends in "-dirty" if a file of the commit has been changed since.
+    """
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:                        # git is not installed
+        return None
     return done.stdout.strip() or None
 
 
@@ -263,17 +298,3 @@ def save_example_scores(out_dir, trial, **scores_of_split):
 
 def settings_path(out_dir, name):
     return os.path.join(out_dir, "trials", name, "settings.json")
-
-
-def check_same_settings(path, settings):
-    """Raise UserError if the settings.json at path holds other settings.
-
-    A setting that the file lacks is not compared: the file may be older than the setting.
-    """
-    old = read_json(path)
-    shared = {key: value for key, value in settings.items() if key in old}
-    changed = differences(old, shared, free=())
-    if changed:
-        raise UserError(f"{os.path.dirname(path)} holds trials of other settings "
-                        f"({'; '.join(changed)}): "
-                        "choose another --out_dir, or delete that folder")

@@ -1,4 +1,5 @@
 """eval_ir.py as its users run it: grids, pools, finals, processes that share a trial, and the table."""
+import json
 import os
 import shutil
 import subprocess
@@ -193,6 +194,19 @@ def test_a_trial_that_diverges_is_a_failed_row_of_every_task(ir):
     assert len(found_rows) == 4
     for name, row in found_rows.items():
         assert row["failed"] == ("1e+30" in name) and (row["test"] is None) == row["failed"] and row["pool"] == "full"
+
+
+def test_rows_of_before_paper_encoding_are_not_mixed_with_it(ir):
+    eval_ir.main(ir(mode="paper"))
+    path = os.path.join(ir().out_dir, "trials", "one", "settings.json")
+    with open(path) as f:
+        settings = json.load(f)
+    del settings["paper_encoding"]
+    with open(path, "w") as f:
+        json.dump(settings, f)
+    eval_ir.main(ir(mode="paper"))
+    with pytest.raises(UserError, match=r"other settings \(paper_encoding: False then, True now\)"):
+        eval_ir.main(ir(mode="paper", paper_encoding=True))
 
 
 def test_a_row_is_done_when_the_tasks_beside_it_are(tmp_path):

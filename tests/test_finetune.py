@@ -22,6 +22,7 @@ from reporting.read import read_trials
 from reporting.tables import trial_table
 from tasks import demo
 from tasks.training import Diverged, fit
+from tasks.worker import git_commit
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def small(encoder, tmp_path):
                         seeds=(0, 1), steps=12, dtype="float32", device="cpu", cache_dir=str(tmp_path / "cache"))
         return finetune.Config(**(settings | changes))
     return config
+
+
+@pytest.fixture
+def grid_worker(small):
+    c = small()
+    return finetune.FineTuningWorker(c, checkpoint.find(c.ckpt))
 
 
 def words(c):
@@ -237,6 +244,52 @@ def test_finished_trials_stay_and_other_settings_are_refused_by_name(small, tmp_
         finetune.main(small(seeds=(2,)))
 
 
+@pytest.mark.parametrize("text", ["7", "null", "[]", '"text"', "", "{}", "{", "\0" * 90, "[" * 100_000, '{"ckpt_sha": 1}', "folder"])
+def test_settings_of_a_grid_that_cannot_be_read_are_refused_in_one_line(small, text, grid_worker):
+    c = small()
+    path = os.path.join(c.out_dir, "trials", "sst2", "settings.json")
+    os.makedirs(path if text == "folder" else os.path.dirname(path))
+    if text != "folder":
+        with open(path, "w") as f:
+            f.write(text)
+    with pytest.raises(UserError, match=r"settings.json.*choose another --out_dir, or move .*sst2 away$"):
+        grid_worker.refuse_other_settings(c.out_dir, {"sst2": {}})
+
+
+def test_a_setting_that_is_newer_than_a_grid_had_its_default_there(small, grid_worker):
+    c = small()
+    grid_worker.record_settings(c.out_dir, "sst2", {"data": "0", "steps": 12})
+    path = os.path.join(c.out_dir, "trials", "sst2", "settings.json")
+    with open(path) as f:
+        settings = json.load(f)
+    del settings["warmup"]
+    with open(path, "w") as f:
+        json.dump(settings, f)
+    grid_worker.refuse_other_settings(c.out_dir, {"sst2": {}})
+    grid_worker.settings["warmup"] = 0.2
+    with pytest.raises(UserError, match=r"other settings \(warmup: 0.1 then, 0.2 now\)"):
+        grid_worker.refuse_other_settings(c.out_dir, {"sst2": {}})
+
+
+def test_a_row_names_the_commit_and_whether_its_files_were_changed_since(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr("tasks.worker.ROOT", str(tmp_path))
+    assert git_commit() is None
+    git("init")
+    (tmp_path / "model.py").write_text("a")
+    git("add", ".")
+    git("commit", "-m", "first")
+    git("tag", "-a", "v1", "-m", "")
+    (tmp_path / "notes").write_text("not part of a commit")
+    commit = git_commit()
+    assert len(commit) == 12 and int(commit, 16)
+    (tmp_path / "model.py").write_text("b")
+    assert git_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_commit() is None               # git is not installed
+
+
 def test_the_tasks_own_number_of_steps_is_the_papers_and_named_or_not_is_the_same(small, tmp_path):
     rows_of = demo.case()
     write(tmp_path / "data", "uner", train=rows_of["train"][:70], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
@@ -270,7 +323,7 @@ def test_a_grad_clip_of_0_is_no_clipping(small):
 
 @pytest.mark.parametrize("changes, says", [
     ({"grad_clip": -1.0}, "grad_clip=-1.0 in the command line: expected a number of at least 0"),
-    ({"tasks": "sst"}, "unknown task 'sst': expected one of conll2003, "),
+    ({"tasks": "sst"}, "unknown task 'sst': expected one of sst2 (the nearest), conll2003, "),
     ({"ckpt": ""}, "which encoder?"),
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),
     ({"lrs": ()}, "tasks, lrs and seeds need at least one value each"),

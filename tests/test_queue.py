@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from core import lock
-from tasks import queue
+from core.configurator import UserError
+from tasks import queue, worker
 
 GRID = [{"task": "t", "lr": lr, "seed": seed} for lr in (1e-5, 2e-5, 5e-4) for seed in range(4)]
 WORKER = """
@@ -146,3 +147,84 @@ def test_the_first_row_of_a_trial_stays_and_every_learning_rate_has_its_own(tmp_
     assert json.load(open(path)) == {"score": 1} and os.listdir(os.path.dirname(path)) == ["lr1e-05_sd0.json"]
     names = {queue.path_of("", {"task": "t", "lr": lr, "seed": 0}) for lr in (1e-5, 1.5e-5, 2e-5, 1.25e-4)}
     assert len(names) == 4
+
+
+# ---- what is damaged
+
+SCORED = {"model": "m", "task": "t", "lr": 1e-5, "seed": 0, "failed": False, "validation": {"score": 0.5, "n": 9}, "test": {"score": 0.5, "n": 9}}
+FAILED = SCORED | {"failed": True, "why": "loss nan", "validation": None, "test": None}
+
+
+def work_on_first(folder):
+    """Run the grid's first trial if its row asks for that. -> how many trials were run"""
+    return queue.work(GRID[:1], str(folder), lambda trial: SCORED | {"again": True}, shape=worker.ROW_SHAPE)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\0" * 300, b"7", b"null", b"[]", b'"text"', b"{}", b"\xff\xfe{", b"[" * 100_000, b"9" * 5000, json.dumps(SCORED)[:70].encode(),
+    json.dumps(SCORED | {"lr": "1e-05"}).encode(), json.dumps(SCORED | {"validation": None}).encode(), json.dumps(SCORED | {"test": {"n": 9}}).encode(),
+    json.dumps(SCORED | {"test": {"score": "0.5"}}).encode(), json.dumps(SCORED | {"seed": 1}).encode(), "folder", "broken link"])
+def test_a_damaged_row_is_named_kept_under_another_name_and_its_trial_runs_again(tmp_path, capsys, content):
+    folder = tmp_path / "trials" / "t"
+    folder.mkdir(parents=True)
+    row, scores = folder / "lr1e-05_sd0.json", folder / "lr1e-05_sd0.npz"
+    scores.write_bytes(b"scores")
+    (folder / "lr1e-05_sd0.json.damaged").write_text("of an earlier time")
+    if content == "folder":
+        row.mkdir()
+    elif content == "broken link":
+        row.symlink_to("nowhere")
+    else:
+        row.write_bytes(content)
+    assert work_on_first(tmp_path) == 1 and json.loads(row.read_text())["again"]
+    said = capsys.readouterr().out
+    assert str(row) in said and said.endswith("; it is kept as lr1e-05_sd0.json.damaged_, and the trial runs again\n") and said.count("\n") == 1
+    assert (folder / "lr1e-05_sd0.json.damaged").read_text() == "of an earlier time"
+    assert (folder / "lr1e-05_sd0.npz.damaged").read_bytes() == b"scores"
+    if isinstance(content, bytes):
+        assert (folder / "lr1e-05_sd0.json.damaged_").read_bytes() == content
+    assert work_on_first(tmp_path) == 0
+
+
+@pytest.mark.parametrize("row", [SCORED, FAILED, {key: SCORED[key] for key in ("model", "task", "lr", "seed", "validation", "test")}])
+def test_an_intact_row_stays_also_that_of_a_failed_trial_or_of_another_program(tmp_path, row):
+    path = tmp_path / "trials" / "t" / "lr1e-05_sd0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(row))
+    assert work_on_first(tmp_path) == 0 and json.loads(path.read_text()) == row and os.listdir(path.parent) == [path.name]
+
+
+def test_the_next_worker_removes_what_dead_ones_left_and_nothing_else(tmp_path):
+    folder = tmp_path / "trials" / "t"
+    folder.mkdir(parents=True)
+    (folder / "lr1e-05_sd0.json").write_text(json.dumps(SCORED))
+    dead = json.dumps({"kernel": lock.this_kernel(), "pid": dead_pid()})
+    (folder / "lr1e-05_sd0.claim").write_text(dead)                       # killed after its row, before the end of its claim
+    (folder / "lr9e-05_sd0.claim").write_text(dead)                       # of a grid that nobody continues
+    kept = ["lr1e-05_sd0.json", "lr2e-05_sd0.claim", "lr1e-05_sd0.npz", "lr1e-05_sd0.json.damaged", "notes.1234", "settings.json"]
+    (folder / "lr2e-05_sd0.claim").write_text(json.dumps(lock.this_process()))
+    left = ["lr1e-05_sd0.json.my.host.41", "settings.json.host.41.41-0123abcd.tmp", "lr1e-05_sd0.npz.host.41", "lr1e-05_sd0.claim.host.41"]
+    for name in [*left, *kept[2:]]:
+        (folder / name).write_text("")
+        os.utime(folder / name, (time.time() - 61,) * 2)
+    (folder / "lr2e-05_sd0.json.host.42").write_text("")                  # somebody is writing it
+    assert work_on_first(tmp_path) == 0
+    assert sorted(os.listdir(folder)) == sorted([*kept, "lr2e-05_sd0.json.host.42"])
+
+
+def test_a_living_claim_that_was_renamed_by_mistake_is_put_back_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError("no hard links here")
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "x.claim"
+    path.write_text(json.dumps(lock.this_process()))
+    looks = iter([True, False])                   # the stale claim that it saw has been replaced before its rename
+    monkeypatch.setattr(queue, "is_stale", lambda path: next(looks))
+    assert not queue.remove_stale(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.claim"] and queue.owner_of(str(path)) == lock.this_process()
+
+
+def test_a_folder_that_has_the_name_of_a_claim_is_refused(tmp_path):
+    os.makedirs(queue.path_of(str(tmp_path), GRID[0], "claim"))
+    with pytest.raises(UserError, match="lr1e-05_sd0.claim is not a file"):
+        work_on_first(tmp_path)

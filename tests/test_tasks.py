@@ -56,6 +56,24 @@ def test_a_folder_with_labels_of_its_own_is_a_task(tmp_path):
         loading.load("yours", folder)
 
 
+def test_a_data_dir_that_is_the_tasks_own_folder_is_understood_or_named(tmp_path, monkeypatch):
+    rows = sst2(50)
+    write(tmp_path, "data/sst2", train=rows, validation=rows, test=rows)
+    for data_dir in (tmp_path / "data", tmp_path / "data" / "sst2", str(tmp_path / "data" / "sst2") + "/"):
+        assert len(loading.load("sst2", str(data_dir))[1]["train"]) == 50
+    monkeypatch.chdir(tmp_path / "data" / "sst2")
+    assert len(loading.load("sst2", ".")[1]["train"]) == 50
+    os.rename(tmp_path / "data" / "sst2", tmp_path / "data" / "glue")
+    with pytest.raises(UserError, match="glue has a train.jsonl itself, but is not called sst2: rename it to sst2, or give the folder that holds sst2/train.jsonl"):
+        loading.load("sst2", str(tmp_path / "data" / "glue"))
+
+
+@pytest.mark.parametrize("name, nearest", [("squadv2", "squad_v2"), ("SST2", "sst2"), ("conll03", "conll2003"), ("ms_marco", "msmarco")])
+def test_an_unknown_name_is_answered_with_the_nearest_one_first(name, nearest):
+    with pytest.raises(UserError, match=f"unknown task '{name}': expected one of {nearest} \\(the nearest\\), "):
+        registry.find(name)
+
+
 def parquet(folder, name, rows, features):
     os.makedirs(folder, exist_ok=True)
     datasets.Dataset.from_list(rows, features=features).to_parquet(os.path.join(folder, name))
