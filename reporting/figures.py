@@ -35,6 +35,7 @@ from reporting.sections import (
     MLM,
     first_objective,
     is_clm_then_mlm,
+    is_continued_with_mlm,
     sections,
     size_of,
     without_rate,
@@ -544,7 +545,7 @@ def continuation_curves(sources):
             recipe = recipes.parse(name)
             curve = facts.get("curve", {})
             start = without_rate(first_objective(recipe))
-            if recipe.start and start in LOOK and curve.get("train"):
+            if is_continued_with_mlm(recipe) and start in LOOK and curve.get("train"):
                 curves[recipe.steps - recipe.start].setdefault(start, curve)
     return curves
 

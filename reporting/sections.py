@@ -3,7 +3,7 @@
     base        one objective for the longest budget, at each masking rate and size
     steps       intermediate checkpoints of one objective
     shares      CLM and then MLM under a fixed budget, beside CLM alone and MLM alone
-    continued   a finished model, and more training of it with MLM
+    continued   a finished model of one objective, and more training of it with MLM alone
     others      models that the paper has no table for
 """
 import re
@@ -55,6 +55,14 @@ def is_clm_then_mlm(recipe):
     return objectives == ["clm", "mlm"] and is_finished and is_one_budget
 
 
+def is_continued_with_mlm(recipe):
+    """True for continued pretraining as in the paper: MLM alone, after a model of one objective."""
+    if not recipe.start:
+        return False
+    has_one_objective = len(recipe.parent().stages) == 1
+    return has_one_objective and all(re.fullmatch(r"mlm\d+", o) for o, _ in recipe.phases)
+
+
 def has_paper_objectives(recipe):
     """True if every stage is plain CLM, or MLM at some masking rate, and none take turns."""
     objectives = [objective for objective, _ in recipe.stages]
@@ -74,8 +82,10 @@ def sections(names):
     shares = names_of_shares(paper_like, finished, longest)
 
     # the section "continued" also has the finished models that others continue
-    parents = {r.parent().name for r in paper_like.values() if r.start}
-    continued = [n for n, r in paper_like.items() if not r.step and (r.start or n in parents)]
+    continuations = {n: r for n, r in paper_like.items() if is_continued_with_mlm(r)}
+    parents = {r.parent().name for r in continuations.values()}
+    continued = [n for n, r in paper_like.items()
+                 if not r.step and (n in continuations or n in parents)]
 
     placed = {*base, *steps, *shares, *continued}
     others = [n for n in all_recipes if n not in placed]

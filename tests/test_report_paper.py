@@ -11,6 +11,7 @@ import model
 from reporting import scores as report_scores
 from reporting.output import is_own_file
 from reporting.sections import sections
+from reporting.stats import claims
 
 
 def test_every_family_average_of_the_paper_follows_from_its_data_sets():
@@ -30,6 +31,15 @@ def test_the_papers_models_fall_into_the_papers_groups_of_tables():
               for e in ("BASE", "STEP", "PFS", "CPT")}
     found = sections(report_scores.PaperResults(PAPER).names)
     assert [set(part) for part in found.values()] == [*groups.values(), set()]
+
+
+@pytest.mark.parametrize("other", ["610m-mlm40-dec42k-clm-64k", "610m-mlm40-dec42k-clm-62k-mlm40-64k", "610m-clm-10k-mlm40-dec42k-mlm40-64k"])
+def test_only_mlm_after_a_model_of_one_objective_is_shown_as_mlm_for_22k_steps_more(other):
+    """Figures 8 and 9 and the fifth ordering speak of MLM after MLM, or after CLM: another history is shown among the others."""
+    names = ["610m-mlm40-42k", "610m-clm-42k", "610m-clm-dec42k-mlm40-64k", "610m-clm-10k-mlm40-42k"]
+    found = sections([*names, other])
+    assert set(found["continued"]) == {"610m-clm-42k", "610m-clm-dec42k-mlm40-64k"} and found["others"] == [other]
+    assert not [claim for claim in claims([*names, other]) if claim.ordering == 5]
 
 
 def test_the_papers_axes_are_its_tokens_and_the_flops_of_its_sizes():
