@@ -21,7 +21,9 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from core.configurator import PositiveInt, UserError, run
+from core.configurator import PositiveInt, UserError, nearest, run, shorten
+
+USAGE = {"import": "hf.py import SOURCE OUT", "export": "hf.py export CKPT OUT"}
 
 
 @dataclass
@@ -37,8 +39,13 @@ class Config:
 
 
 def main(c):
-    if len(c.args) != 3 or c.args[0] not in ("import", "export"):
-        raise UserError("what to do? hf.py import SOURCE OUT, or hf.py export CKPT OUT")
+    if not c.args:
+        raise UserError(f"what to do? {USAGE['import']}, or {USAGE['export']}")
+    if c.args[0] not in USAGE:
+        command = nearest(c.args[0], USAGE)
+        raise UserError(f"unknown command {shorten(c.args[0])}; the nearest is {USAGE[command]}")
+    if len(c.args) != 3:
+        raise UserError(f"{c.args[0]} needs a source and a target: {USAGE[c.args[0]]}")
     if c.causal not in ("auto", "true", "false"):
         raise UserError(f"causal={c.causal}: expected auto, true or false")
     command, source, out = c.args

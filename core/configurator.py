@@ -64,6 +64,35 @@ Workers = Annotated[int, Range(0, 1024, "a whole number from 0 to 1,024")]      
 Path = Annotated[str, "may begin with ~, also after a prefix such as parquet:"]
 
 
+# What one kind of setting is called, here and elsewhere. For a key that a program does not have, its
+# message names the first of the same line that it has.
+SYNONYMS = (
+    ("learning_rate", "lrs", "lr", "max_lr", "peak_lr"),
+    ("weight_decay", "wd", "l2"),
+    ("batch_rows", "batch", "rows", "bs", "batch_size", "global_batch_size", "train_batch_size"),
+    ("micro_rows", "micro_tokens", "micro_batch", "micro_batch_size", "mbs", "device_batch_size",
+     "per_device_train_batch_size", "grad_accum", "gradient_accumulation_steps"),
+    ("phases", "steps", "run_steps", "epochs", "num_epochs", "num_train_epochs", "max_epochs",
+     "max_steps", "num_steps", "max_iters", "iters", "iterations", "total_steps"),
+    ("warmup_steps", "warmup", "warmup_ratio", "warmup_iters"),
+    ("grad_clip", "clip", "max_norm", "max_grad_norm", "gradient_clipping"),
+    ("block_size", "max_length", "seq_len", "max_seq_len", "seq_length", "sequence_length", "max_seq_length",
+     "context_length", "context", "ctx"),
+    ("mask_rate", "mlm_probability", "mlm_prob", "mask_prob", "masking_rate", "masking_ratio"),
+    ("size", "model", "model_size", "arch", "architecture"),
+    ("ckpt", "init_from", "model", "checkpoint", "model_path", "model_name", "model_name_or_path",
+     "pretrained"),
+    ("data_dir", "source", "dataset", "dataset_name", "data", "data_path", "input", "train_file"),
+    ("out_dir", "out", "to", "output", "output_dir", "output_path", "save_dir", "save_path", "log_dir"),
+    ("attention", "attn", "attn_implementation", "flash", "flash_attention"),
+    ("dtype", "precision", "mixed_precision", "amp", "bf16", "fp16"),
+    ("device", "gpu", "cuda", "accelerator"),
+    ("checkpoint_activations", "gradient_checkpointing", "activation_checkpointing"),
+    ("seed", "seeds", "random_seed", "rng_seed"),
+    ("processes", "jobs", "workers", "num_workers", "nproc", "n_jobs"),
+)
+
+
 class UserError(Exception):
     """A mistake that the user can correct; the message says how. Exit code 2."""
 
@@ -257,11 +286,22 @@ def take_value(key, kind, words):
 def find_field(key, fields, where):
     """The field called `key`. Raises UserError that names the nearest key."""
     if key not in fields:
-        nearest = difflib.get_close_matches(key[:100], fields, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"unknown key {shorten(key)} in {where}; the nearest is '{nearest}' (--help lists every key)"
+            f"unknown key {shorten(key)} in {where}; the nearest is '{nearest(key, fields)}' "
+            "(--help lists every key)"
         )
     return fields[key]
+
+
+def nearest(key, names):
+    """The one of `names` that means the same as `key` elsewhere, or else is spelled most like it."""
+    key = key[:100].lower().replace("-", "_")
+    for group in SYNONYMS:
+        if key in group:
+            for name in group:
+                if name in names:
+                    return name
+    return difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
 
 
 def parse(text, kind):

@@ -1,5 +1,6 @@
 """Settings: three strict layers, and errors that name what is wrong."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,23 @@ from conftest import ROOT, run_python
 
 import eval_ir
 import finetune
+import hf
+import prepare_fineweb
+import report
+import sample
+import study
 import train
 from core import configurator
-from core.configurator import NonNegativeFloat, Path, PositiveFloat, PositiveInt, Seed, Share, UserError
+from core.configurator import (
+    SYNONYMS,
+    NonNegativeFloat,
+    Path,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    UserError,
+)
 
 
 @dataclass
@@ -70,6 +85,39 @@ def test_mistakes_are_named(word, says):
     with pytest.raises(UserError) as error:
         configure(word)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("program, key, nearest", [
+    (train, "lr", "learning_rate"), (train, "LR", "learning_rate"), (train, "lrs", "learning_rate"), (train, "learning-rate", "learning_rate"),
+    (train, "wd", "weight_decay"), (train, "bs", "batch_rows"), (train, "batch_size", "batch_rows"), (train, "epochs", "phases"),
+    (train, "max_steps", "phases"), (train, "steps", "phases"), (train, "seq_len", "block_size"), (train, "model", "size"),
+    (train, "max_grad_norm", "grad_clip"), (train, "output_dir", "out_dir"), (train, "mlm_probability", "mask_rate"),
+    (train, "weight_deacy", "weight_decay"), (finetune, "lr", "lrs"), (finetune, "learning_rate", "lrs"), (finetune, "bs", "batch"),
+    (finetune, "epochs", "steps"), (finetune, "model", "ckpt"), (eval_ir, "batch_size", "batch"), (sample, "model", "ckpt"),
+    (prepare_fineweb, "output", "out"), (prepare_fineweb, "dataset", "source"), (report, "out", "to"),
+])
+def test_an_unknown_key_names_the_nearest_also_by_what_others_call_it(program, key, nearest):
+    with pytest.raises(UserError, match=f"unknown key '{key}' in the command line; the nearest is '{nearest}'"):
+        configurator.configure(program.Config, [f"--{key}=1"])
+
+
+def test_each_line_of_synonyms_begins_with_settings_of_ours():
+    names = set()
+    for program in (train, finetune, eval_ir, sample, report, prepare_fineweb, study):
+        names |= {field.name for field in fields(program.Config)}
+    assert [group for group in SYNONYMS if group[0] not in names] == []
+
+
+@pytest.mark.parametrize("words, says", [
+    ((), "what to do? hf.py import SOURCE OUT, or hf.py export CKPT OUT"),
+    (("exprt", "a", "b"), "unknown command 'exprt'; the nearest is hf.py export CKPT OUT"),
+    (("Import", "a"), "unknown command 'Import'; the nearest is hf.py import SOURCE OUT"),
+    (("publish",), "unknown command 'publish'; the nearest is hf.py "),
+    (("export", "a"), "export needs a source and a target: hf.py export CKPT OUT"),
+])
+def test_a_wrong_command_of_hf_py_names_the_nearest(words, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        hf.main(hf.Config(args=words))
 
 
 @pytest.mark.parametrize("text, says", [

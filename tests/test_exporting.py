@@ -332,7 +332,7 @@ def test_an_export_overwrites_nothing_and_explains_itself(encoder, tmp_path):
     done = run_python(["hf.py", "export", encoder, str(tmp_path / "mine")])
     assert done.returncode == 2 and "already exists: choose another folder" in done.stderr and done.stderr.count("\n") == 1
     for c, message in ((hf.Config(args=("export", str(tmp_path / "nowhere"), "x")), "no checkpoint at"),
-                       (hf.Config(args=("publish", encoder, "x")), "what to do?"),
+                       (hf.Config(args=("publish", encoder, "x")), "unknown command 'publish'"),
                        (hf.Config(average=0, args=("export", encoder, str(tmp_path / "y"))), "average=0"),
                        (hf.Config(causal="maybe", args=("export", encoder, str(tmp_path / "y"))), "causal=maybe")):
         with pytest.raises(UserError, match=re.escape(message)):
