@@ -83,7 +83,7 @@ class Config:
     random_length: bool = True               # cut each row into two at a random place (paper's code)
     document_mask: bool = False              # also cut at document ends; the paper does not
     batch_rows: PositiveInt = 1152           # rows in a step, over all GPUs (Table 1: 2,359,296 tokens)
-    micro_rows: PositiveInt = 12             # rows a GPU takes at once
+    micro_rows: PositiveInt = 12             # the most rows a GPU takes at once
     seed: Seed = 42                          # of weights, data order, cuts and masks
     # optimizer: AdamW on every parameter, warmup - stable - linear decay
     learning_rate: PositiveFloat = 5e-4      # of the stable stretch
@@ -143,11 +143,9 @@ def check(c, world_size):
             f"size={c.size}: expected one of {', '.join(SIZES)} "
             "(model.SIZES; add a line for a new one)"
         )
-    if c.batch_rows % (c.micro_rows * world_size):
-        processes = "process" if world_size == 1 else "processes"
+    if c.batch_rows % world_size:
         raise UserError(
-            f"batch_rows={c.batch_rows} is not divisible by micro_rows={c.micro_rows} x "
-            f"{world_size} {processes}: change one of them"
+            f"batch_rows={c.batch_rows} is not divisible by {world_size} processes: change one of them"
         )
     if c.block_size < 2:
         raise UserError("block_size=1: a row of one token has nothing to predict")
@@ -174,6 +172,15 @@ def check(c, world_size):
                 f"{name}={rate} hides less than one of {rows} x {c.block_size} tokens: raise it"
             )
     return steps
+
+
+def largest_micro_rows(c, world_size):
+    """The most rows a process can take at once: at most micro_rows, and a divisor of its share of a step."""
+    share = c.batch_rows // world_size
+    rows = min(c.micro_rows, share)
+    while share % rows:
+        rows -= 1
+    return rows
 
 
 def learning_rate_at(step, c, max_steps):
@@ -265,6 +272,13 @@ def train(c, device, processes, at_exit):
     """Train a run from wherever it stands to its end. at_exit: an ExitStack for what it holds."""
     launched = time.time()
     max_steps = check(c, processes.world_size)
+    micro_rows = largest_micro_rows(c, processes.world_size)
+    if micro_rows != c.micro_rows:
+        processes.print0(
+            f"micro_rows={c.micro_rows} does not divide the {c.batch_rows // processes.world_size} rows of a "
+            f"step that each process has: it takes {micro_rows} at once"
+        )
+        c.micro_rows = micro_rows
     keep_freed_memory()
 
     # ---- the corpus. One process on each machine verifies its checksums.

@@ -149,6 +149,25 @@ def test_accumulation_changes_no_loss(tiny, micro_rows):
     assert rows(split.out_dir, True)[-1]["val_mlm_loss"] == pytest.approx(rows(one.out_dir, True)[-1]["val_mlm_loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("batch_rows, processes, micro_rows, taken", [
+    (4, 1, 8, 4), (9, 1, 2, 1), (12, 1, 8, 6), (1152, 8, 100, 72), (1151, 1, 12, 1), (8, 2, 2**63 - 1, 4), (8, 2, 4, 4)])
+def test_micro_rows_is_the_most_at_once_and_the_largest_that_divides_is_taken(tiny, batch_rows, processes, micro_rows, taken):
+    c = tiny(batch_rows=batch_rows, micro_rows=micro_rows)
+    train.check(c, processes)
+    assert train.largest_micro_rows(c, processes) == taken
+
+
+def test_micro_rows_that_does_not_divide_trains_and_a_line_says_what_is_taken(tiny, capsys):
+    c = tiny(batch_rows=4, micro_rows=8)
+    train.main(c)
+    assert "micro_rows=8 does not divide the 4 rows of a step that each process has: it takes 4 at once\n" in capsys.readouterr().out
+    train.main(tiny("divides", batch_rows=4, micro_rows=4))
+    assert "micro_rows=" not in capsys.readouterr().out
+    assert losses(c.out_dir) == losses(tiny("divides").out_dir)
+    with pytest.raises(UserError, match="batch_rows=9 is not divisible by 2 processes"):
+        train.check(tiny(batch_rows=9), 2)
+
+
 @pytest.mark.parametrize("micro_rows", [4, 1])
 def test_two_processes_equal_one(tiny, command, micro_rows):
     one = tiny("one")
@@ -250,7 +269,6 @@ def test_without_a_compiler_it_says_so_once_and_runs_eager(command):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(data_dir="nowhere"), "no corpus in 'nowhere'; make one with: python prepare_fineweb.py"),
-    (dict(batch_rows=9, micro_rows=2), "batch_rows=9 is not divisible by micro_rows=2"),
     (dict(block_size=10_000_000), "block_size=10000000 is more than the"),
     (dict(block_size=20), "too small"),
     (dict(size="7b"), "size=7b: expected one of"),
@@ -278,8 +296,8 @@ def test_bad_settings_are_one_line_and_leave_no_run_behind(tiny, changes, says):
 
 
 def test_a_usage_error_in_a_process_is_one_line_exit_2_no_traceback(command):
-    done = run_python(command(batch_rows=9, micro_rows=2))
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: batch_rows=9") and done.stderr.count("\n") == 1
+    done = run_python(command(size="7b"))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: size=7b") and done.stderr.count("\n") == 1
 
 
 def test_a_finished_run_says_so_and_a_changed_setting_is_refused_by_name(tiny, command):
