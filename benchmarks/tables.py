@@ -1,4 +1,5 @@
-"""The tables of docs/speed.md: speed and memory of a training step, from the rows in results/speed.
+"""The tables of docs/speed.md: speed and memory of a training step, and kernels beside PyTorch's, from
+the rows in results/speed.
 
     python bench.py readme
 
@@ -12,10 +13,12 @@ from benchmarks.contestants import NAMES
 from core.configurator import Path
 from core.files import ROOT, find_files, write_whole
 
-# The page with the tables, which stand between these two marks.
+# The page with the tables, which stand between these marks.
 PAGE = os.path.join("docs", "speed.md")
 BEGIN = "<!-- bench.py readme: begin -->\n"
 END = "<!-- bench.py readme: end -->\n"
+BEGIN_KERNELS = "<!-- bench.py readme, kernels: begin -->\n"
+END_KERNELS = "<!-- bench.py readme, kernels: end -->\n"
 
 # The tables for GPUs: the paper's sizes, and the step that the text above the tables describes.
 SIZES = ("210m", "610m", "1b")
@@ -27,6 +30,9 @@ GPU = {
     "dtype": "bfloat16",
     "checkpoint_activations": False,
 }
+# Of the kernel tables: what others are called in a heading.
+RIVALS_IN_ATTENTION = ("varlen_attn", "FlexAttention", "SDPA flash", "SDPA cuDNN")
+RIVALS_IN_LOSS = ("F.cross_entropy, compiled",)
 # The table for CPUs has a column for each combination of these values.
 CPU_COLUMN = ("device", "size", "dtype", "vocab_size", "rows", "block_size", "random_length")
 
@@ -47,11 +53,9 @@ def readme(c):
 
 
 def put_tables(text, folder):
-    """Return a page's text with new tables between the two marks, from the rows in `folder`."""
+    """Return a page's text with new tables between the marks, from the rows in `folder`."""
     rows = read_rows(folder)
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    tables = "\n".join((
+    step_tables = "\n".join((
         "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, "
         "MFU, peak memory, seconds to\nthe first step, our speedup over it:\n",
         gpu_table(rows),
@@ -59,7 +63,15 @@ def put_tables(text, folder):
         "A CPU: tokens/s, and our speedup over it in the same run:\n",
         cpu_table(rows),
     ))
-    return before + BEGIN + tables + END + after
+    text = put_between(BEGIN, step_tables, END, text)
+    return put_between(BEGIN_KERNELS, kernel_tables(rows), END_KERNELS, text)
+
+
+def put_between(begin, new, end, text):
+    """Return `text` with `new` in place of what stands between the marks `begin` and `end`."""
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return before + begin + new + end + after
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,3 +207,40 @@ def memory_cell(rows, size, is_checkpointed):
     if row is None:
         return "not measured"
     return f"{row['rows']} ({row['device'].split(',')[0]})"
+
+
+def kernel_tables(rows):
+    """Attention and the loss beside others: our time, our TFLOP/s, and our speedup over each."""
+    attention = {}    # {what stands in the first three columns: {name: newest row}}
+    loss = {}
+    for row in rows:
+        if row.get("pass") != "both" or device_kind(row) == "cpu":
+            continue
+        gpu = row["device"].split(",")[0]
+        if row["bench"] == "attention":
+            H, Hkv, D = row["heads"]
+            packing = "rows cut once" if row["packing"] == "cuts" else "whole rows"
+            mask = "causal" if row["causal"] else "full"
+            case = (gpu, f"{row['size']} ({H}/{Hkv} heads of {D})", f"{packing}, {mask}")
+            attention.setdefault(case, {})[row["name"]] = row
+        else:
+            case = (gpu, row["size"], f"{row['positions']:,} x {row['vocab_size']:,}")
+            loss.setdefault(case, {})[row["name"]] = row
+    if not attention:
+        return "No kernels have been measured yet.\n"
+    head = ["GPU", "attention of", "sequences", "ours", *RIVALS_IN_ATTENTION]
+    tables = markdown(head, kernel_lines(attention, RIVALS_IN_ATTENTION))
+    head = ["GPU", "loss of", "targets x vocabulary", "ours", *RIVALS_IN_LOSS]
+    return tables + "\n" + markdown(head, kernel_lines(loss, RIVALS_IN_LOSS))
+
+
+def kernel_lines(cases, rivals):
+    lines = []
+    for case, row_of in cases.items():
+        ours = row_of["ours"]
+        line = [*case, f"{ours['ms']:.2f} ms, {ours['tflops']:.0f} TFLOP/s"]
+        for name in rivals:
+            row = row_of.get(name, {})
+            line.append(f"{row['ratio']:.2f} x" if "ratio" in row else "")
+        lines.append(line)
+    return lines

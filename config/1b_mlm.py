@@ -1,8 +1,8 @@
 # 1B, MLM at 40 % for all 42,000 steps: the baseline.
 #   torchrun --nproc_per_node=8 train.py config/1b_mlm.py
 # A step is 12 rows x 8 GPUs x 12 micro-batches = 1,152 rows of 2,048 tokens = 2,359,296 tokens.
-# 42,000 steps are 99.1 B tokens. At 7.01 GFLOP a token (Encoder.flops, for sequences of 12 to 2,036
-# tokens) that is about 488 GPU-hours on an H100 at 40 % MFU: an estimate, not measured.
+# 42,000 steps are 99.1 B tokens, at 7.01 GFLOP a token (Encoder.flops, for sequences of 12 to 2,036
+# tokens). At the tokens/s of one H200 (docs/speed.md) that is 416 GPU-hours.
 size = "1b"
 data_dir = "data/fineweb-edu"      # 152 B tokens of sample-350BT: the command is in README.md
 out_dir = "out/1b-mlm40-42k"      # the paper's name for this model

@@ -4,12 +4,13 @@ A program works on a block of queries and a block of keys at a time. With larger
 loaded less often, until the registers or the shared memory of the GPU run out. When they do depends
 on the GPU, the kernel and the head dim, so the sizes stand in a table.
 
-The table was chosen by what the compiler makes of a configuration: registers, spills (registers
-that did not fit and go through memory), shared and tensor memory, and so how many programs fit on
-one streaming multiprocessor (SM). docs/log.md, 2026-11-26, lists candidates, and tests/aot.py
-prints the figures of the table's rows. Their speed is not measured. ATTENTION_AUTOTUNE=1 measures
-it, and may find better sizes. Where both fit, we prefer two programs of four warps to one of eight:
-one of them computes its softmax while the other waits for its products.
+Hopper's rows were chosen by time, on an H200 (docs/log.md, 2026-11-27). The others were chosen by
+what the compiler makes of a configuration: registers, spills (registers that did not fit and go
+through memory), shared and tensor memory, and so how many programs fit on one streaming
+multiprocessor (SM). docs/log.md, 2026-11-26, lists candidates, and tests/aot.py prints the figures
+of the table's rows. ATTENTION_AUTOTUNE=1 measures their speed, and may find better sizes. Where
+both fit, we prefer two programs of four warps to one of eight: one of them computes its softmax
+while the other waits for its products. On the H200 that was faster in every kernel.
 """
 
 from typing import NamedTuple
@@ -67,13 +68,15 @@ TABLE = {
     (89, "dkdv", 128): Blocks(64, 64, 8, 2),
     (89, "dq", 64): Blocks(64, 64, 4, 2),
     (89, "dq", 128): Blocks(64, 64, 8, 2),
-    # Hopper. dkdv at 96 and 128 spills 9 instructions.
-    (90, "forward", 64): Blocks(128, 128, 8, 3, True),
-    (90, "forward", 128): Blocks(128, 128, 8, 2, True),
-    (90, "dkdv", 64): Blocks(64, 128, 8, 2, True),
-    (90, "dkdv", 128): Blocks(64, 128, 8, 2, True),
-    (90, "dq", 64): Blocks(128, 64, 8, 3, True),
-    (90, "dq", 128): Blocks(128, 64, 8, 2, True),
+    # Hopper. With small blocks of four warps several programs share an SM. On an H200 they take 0.72
+    # to 0.96 of the time of larger blocks of eight warps, which the compiler's figures suggested.
+    # dkdv at 96 and 128 spills 7 instructions.
+    (90, "forward", 64): Blocks(64, 64, 4, 3, True),
+    (90, "forward", 128): Blocks(64, 64, 4, 3, True),
+    (90, "dkdv", 64): Blocks(64, 64, 4, 2),
+    (90, "dkdv", 128): Blocks(64, 64, 4, 2, True),
+    (90, "dq", 64): Blocks(64, 64, 4, 2, True),
+    (90, "dq", 128): Blocks(64, 64, 4, 2, True),
     # Data-centre Blackwell. Every product has 128 rows (queries, in dkdv keys): 64 would fill half
     # of the 128 lanes of tensor memory. In forward and in dq at 64 two programs share its 512
     # columns. dkdv at 96 and 128 spills 36 instructions, all outside its inner loop; 64 keys would
