@@ -299,7 +299,7 @@ def train(c, device, processes, at_exit):
         "tokenizer_hash": corpus.tokenizer_hash,
         "train_tokens": corpus.n_tokens,
     }
-    hold_out_dir(c.out_dir, processes, at_exit)
+    unwritable = hold_out_dir(c.out_dir, processes, at_exit)
     beginning = resume.start(c, run_settings, processes)
     step = beginning.step
     log_path = os.path.join(c.out_dir, "log.jsonl")
@@ -307,6 +307,10 @@ def train(c, device, processes, at_exit):
     if step >= max_steps and log.has_validation(log_path, max_steps):
         processes.print0(f"{c.out_dir} is finished: {max_steps} steps; nothing to do")
         return
+    if unwritable:
+        raise RunError(
+            f"{c.out_dir} cannot be written ({unwritable}): make it writable and run the same command"
+        )
     data_settings = DataSettings(
         block_size=c.block_size, batch_rows=c.batch_rows,
         random_length=c.random_length, document_mask=c.document_mask,
@@ -375,7 +379,8 @@ def train(c, device, processes, at_exit):
             f"run's {max_steps * c.batch_rows:,} rows are read for the second time or more"
         )
     if not why_eager:
-        model.compile()
+        model.compile()      # torch does it at the first call
+        processes.print0("compiling the model before the first step, about a minute ...")
     wrapped_model = model
     if processes.world_size > 1:
         devices = [processes.local_rank] if device.startswith("cuda") else None

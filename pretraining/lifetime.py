@@ -43,20 +43,27 @@ def stop_on_signals(at_exit):
 def hold_out_dir(out_dir, processes, at_exit):
     """Make out_dir and hold it until at_exit ends, so that no other training writes there.
 
+    -> "", or why nobody can write there, e.g. on a read-only disk: a finished run may lie on one
     Raises UserError if it holds something else than a run, or if another training holds it.
     """
     resume.check_out_dir(out_dir)
     error = None
+    unwritable = ""
     if processes.is_first:
         try:
             at_exit.enter_context(lock.hold_new(out_dir, "train.py"))
         except UserError as user_error:
             error = user_error
-    # The other ranks hear whether the first one was refused. One on each machine has verified the
-    # corpus until now, which may take longer than --timeout.
+        except OSError as os_error:
+            unwritable = os_error.strerror or str(os_error)
+    # The other ranks hear how the first one fared. One on each machine has verified the corpus until
+    # now, which may take longer than --timeout.
     wait_for_all(processes)
-    n_refused = all_sum([error is not None], processes)[0]
+    n_refused, n_unwritable = all_sum([error is not None, unwritable != ""], processes)
     if error:
         raise error
     if n_refused:
         sys.exit(2)
+    if n_unwritable:
+        return unwritable or "by the first process"
+    return ""

@@ -1,4 +1,5 @@
 """Training: exact resume, invariance to how the work is split, branches, signals, and trouble that loses nothing."""
+import errno
 import json
 import os
 import random
@@ -203,9 +204,13 @@ def test_a_grad_clip_of_0_is_no_clipping_and_the_norm_is_logged(tiny):
     assert norms == [row["grad_norm"] for row in rows(far_away.out_dir)] and all(0 < norm < float("inf") for norm in norms)
 
 
-def test_compiled_training_follows_eager_training(tiny, monkeypatch):
+def test_compiled_training_follows_eager_training_and_a_line_says_what_takes_so_long(tiny, capsys):
     eager, compiled = tiny("eager"), tiny("compiled", compile=True)
-    train.main(eager), train.main(compiled)
+    train.main(eager)
+    assert "compiling" not in capsys.readouterr().out
+    train.main(compiled)
+    said = capsys.readouterr().out
+    assert said.index("compiling the model before the first step, about a minute ...\n") < said.index("  validation  ")
     assert losses(compiled.out_dir) == pytest.approx(losses(eager.out_dir), abs=1e-4)
     torch._dynamo.reset()
 
@@ -313,6 +318,40 @@ def test_a_finished_run_says_so_and_a_changed_setting_is_refused_by_name(tiny, c
     assert refused.returncode == 2 and "already holds a run" in refused.stderr
     assert run_python(command(save_interval=5, micro_rows=4)).returncode == 0     # how it runs may change
     assert files(checkpoint.path_of(c.out_dir, 20)) == before
+
+
+def read_only(monkeypatch):
+    """Make this process see all disks as read-only, as root would see a disk that is mounted so."""
+    real_open, real_os_open = open, os.open
+
+    def refuse(name):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+
+    def guarded_open(name, mode="r", *arguments, **kwargs):
+        return refuse(name) if set(mode) & set("wax+") else real_open(name, mode, *arguments, **kwargs)
+
+    def guarded_os_open(name, flags, *arguments, **kwargs):
+        return refuse(name) if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT) else real_os_open(name, flags, *arguments, **kwargs)
+    monkeypatch.setattr("builtins.open", guarded_open)
+    monkeypatch.setattr(os, "open", guarded_os_open)
+    for name in ("mkdir", "rename", "replace", "remove", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, lambda name, *arguments, **kwargs: refuse(name))
+
+
+def test_a_finished_run_on_a_read_only_disk_says_so_and_one_that_is_not_says_what_to_do(tiny, capsys, monkeypatch):
+    done, half = tiny("done"), tiny("half")
+    train.main(done)
+    train.main(half)
+    shutil.rmtree(checkpoint.path_of(half.out_dir, 20))
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        read_only(patch)
+        train.main(done)
+        with pytest.raises(RunError, match=r"half cannot be written \(Read-only file system\): make it writable"):
+            train.main(half)
+        with pytest.raises(UserError, match="seed: 42 then, 1 now"):
+            train.main(tiny("done", seed=1))
+    assert f"{done.out_dir} is finished: 20 steps; nothing to do\n" in capsys.readouterr().out
 
 
 def test_a_folder_with_other_files_is_not_taken_over(tiny, tmp_path):
