@@ -14,7 +14,7 @@ needed of it, written as the value would be:
 """
 import json
 
-from core.configurator import UserError
+from core.configurator import LARGEST, UserError
 
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false",
          type(None): "null", None: "null", list: "a list", dict: "an object"}
@@ -68,7 +68,7 @@ def misfit(value, shape, key=""):
         return misfit_of_object(value, shape, key)
     if shape is None and value is None:
         return ""
-    if shape is float and type(value) is int:
+    if shape is float and type(value) is int and abs(value) <= LARGEST:
         return ""
     if isinstance(shape, type) and type(value) is shape:
         return ""

@@ -36,7 +36,8 @@ GRAMMAR = (
     "decN ends a decayed start (610m-clm-dec42k-mlm40-64k), altN takes turns "
     "(610m-alt1k-clm-mlm40-42k), -seedN and then -STEP may end it"
 )
-STEPS = r"[1-9]\d*k?"  # 1500 or 42k
+STEPS = r"[1-9]\d{0,8}k?"  # 1500 or 42k
+MOST_TURNS = 10_000
 
 
 class Stage(NamedTuple):
@@ -169,13 +170,13 @@ def recipe_of(words):
     # At the end: the step of an intermediate checkpoint. It stands behind another number of steps
     # or a seed.
     step = 0
-    if len(words) > 2 and re.fullmatch(r"[1-9]\d*", words[-1]):
-        if re.fullmatch(rf"(dec)?{STEPS}|seed\d+", words[-2]):
+    if len(words) > 2 and re.fullmatch(r"[1-9]\d{0,11}", words[-1]):
+        if re.fullmatch(rf"(dec)?{STEPS}|seed\d{{1,18}}", words[-2]):
             step = int(words.pop())
 
     # Before it: the seed.
     seed = SEED
-    if words and re.fullmatch(r"seed\d+", words[-1]):
+    if words and re.fullmatch(r"seed\d{1,18}", words[-1]):
         seed = int(words.pop().removeprefix("seed"))
 
     # What is left are stages, or the short form of stages that take turns.
@@ -198,6 +199,8 @@ def stages_in_turns(turn_steps, words):
     for objective in objectives:
         check_objective(objective)
     total = number_of_steps(words[-1])
+    if total > MOST_TURNS * turn_steps:
+        raise WrongName(f"its turns are too short: there are more than {MOST_TURNS:,}")
     stages = []
     while not stages or stages[-1].end < total:
         objective = objectives[len(stages) % len(objectives)]

@@ -485,7 +485,8 @@ def figure_7(sources):
 def scores_of_models(source, names, column):
     """Scores of some models on one task: a study's selected trials, or the paper's means."""
     if source.is_paper:
-        return [source.score(name, [column], "paper").mean for name in names]
+        published = [source.score(name, [column], "paper") for name in names]
+        return [score.mean for score in published if score is not None]
     scores = []
     for name in names:
         for rows in source.rows[name, column].values():

@@ -26,11 +26,15 @@ def read_inputs(args):
     run_folders = []
     trials = {}         # {path: row}: a file counts once even if two arguments hold it
     for arg in args:
-        if arg.endswith((".csv", ".jsonl")) and not os.path.isfile(arg):
+        if not os.path.exists(arg):
+            arg = os.path.expanduser(arg)
+        # a folder may have any name, "a.csv" too
+        is_named_as_file = arg.endswith((".csv", ".jsonl")) and not os.path.isdir(arg)
+        if is_named_as_file and not os.path.isfile(arg):
             raise UserError(f"{arg} is not a file")
-        if arg.endswith(".csv"):
+        if is_named_as_file and arg.endswith(".csv"):
             inputs.paper = PaperResults(arg)
-        elif arg.endswith(".jsonl"):
+        elif is_named_as_file:
             inputs.study.add(read_rows(arg), arg)
         elif os.path.isfile(os.path.join(arg, "study.json")):
             inputs.study.add(read_study(arg), arg)
@@ -48,6 +52,8 @@ def read_inputs(args):
                     run_folders.append(arg)
     inputs.study.trials += trials.values()
     inputs.runs = read_runs(run_folders, inputs.study.notes)
+    # the log of a trunk is read again for each of its branches: keep each note once
+    inputs.study.notes = list(dict.fromkeys(inputs.study.notes))
     return inputs
 
 

@@ -384,9 +384,13 @@ class PaperResults:
         self.cells = {}
         # {family: {column: data set}}
         self.columns = {family: {} for family in PUBLISHED_FAMILIES}
-        with open(path, encoding="utf-8", newline="") as f:
-            for number, row in enumerate(csv.DictReader(f), start=2):
-                self.add_line(row, f"{path}, line {number}")
+        number = 1
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as f:
+                for number, row in enumerate(csv.DictReader(f), start=2):
+                    self.add_line(row, f"{path}, line {number}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read after line {number}: {error}") from None
         if not self.cells:
             raise UserError(f"{path} holds no published result")
         self.names = sorted({name for name, _, _ in self.cells}, key=order_of)
@@ -401,6 +405,8 @@ class PaperResults:
             dataset = row["dataset"]
             cell = Published(float(row["mean"]), float(row["ci95"]))
             columns = self.columns[family]
+            if not dataset or not math.isfinite(cell.mean) or not math.isfinite(cell.half_width):
+                raise ValueError(dataset)
         except (KeyError, AttributeError, TypeError, ValueError, UserError):
             raise UserError(f"{where} is not a published result: expected the columns "
                             f"{PAPER_COLUMNS}") from None
@@ -420,6 +426,8 @@ class PaperResults:
         Under the rule "standard" the same interval is widened to Student's t for five seeds; the
         learning rates stay those that the rule "paper" selected.
         """
+        if not columns:
+            return None
         family = next(family for family, datasets in self.columns.items() if columns[0] in datasets)
         if any((name, family, column) not in self.cells for column in columns):
             return None
@@ -453,6 +461,8 @@ class PaperResults:
             return last_step
         if axis == "tokens":
             return last_step * PAPER_TOKENS_PER_STEP
+        if recipe.size not in PAPER_GFLOPS:
+            return None
         body, head, attention = PAPER_GFLOPS[recipe.size]
         total = 0.0
         begin = 0

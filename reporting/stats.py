@@ -9,7 +9,6 @@ in two ways:
 * over pretraining seeds, with a t interval, where both models share two seeds or more.
 """
 import os
-import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -226,9 +225,13 @@ def load_example_scores(row):
         raise NoExampleScores("no .npz of its examples' scores")
     try:
         with np.load(path) as file:
-            return file["test"].astype(np.float64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            scores = file["test"].astype(np.float64)
+    except Exception:
+        # a damaged file makes numpy, zipfile and zlib raise errors of many types
         raise NoExampleScores("an .npz that cannot be read") from None
+    if scores.ndim != 1 or not np.isfinite(scores).all():
+        raise NoExampleScores("an .npz without a score of each example")
+    return scores
 
 
 def differences_by_seed(results, claim, column):

@@ -163,19 +163,30 @@ def retrieval_table(rows):
             continue
         means = []
         for key in RANKING_SCORES:
-            mean = np.mean([row["test"][key] for row in selection.rows])
-            means.append(f"{100 * mean:.2f}")
+            means.append(ranking_score(selection.rows, key))
         first = selection.rows[0]
         lines.append(table_line([
             table_cell(task),
             table_cell(model),
-            f"{first['documents']:,}",
-            f"{first['test']['n']:,}",
+            count_in_words(first.get("documents")),
+            count_in_words(first["test"].get("n")),
             *means]))
     if not lines:
         return ""
     separator = "|" + "---|" * len(titles)
     return "\n".join([table_line(titles), separator, *lines]) + "\n"
+
+
+def ranking_score(rows, key):
+    """The mean of a score of trials' rankings, in percent, or NOTHING if one lacks it."""
+    scores = [row["test"].get(key) for row in rows]
+    if not all(isinstance(score, int | float) for score in scores):
+        return NOTHING
+    return f"{100 * np.mean(scores):.2f}"
+
+
+def count_in_words(count):
+    return f"{count:,}" if isinstance(count, int) else NOTHING
 
 
 # ---- scores of a study and of the paper
@@ -401,7 +412,7 @@ def largest_deviation(paper):
     for name in paper.names:
         for family, columns in paper.columns.items():
             printed = paper.printed_average(name, family)
-            if printed is not None:
-                mean = paper.score(name, list(columns), "paper").mean
-                deviations.append(abs(mean - printed))
-    return max(deviations)
+            score = paper.score(name, list(columns), "paper")
+            if printed is not None and score is not None:
+                deviations.append(abs(score.mean - printed))
+    return max(deviations, default=0.0)

@@ -311,11 +311,7 @@ def test_intact_files_are_taken(command, made_once, tmp_path, monkeypatch):
     assert run_main(module.main, module.Config, words) == ("", False)
 
 
-# reporting/read.py still shows a traceback for a config.json that is no object.
-OPEN = pytest.param("report_run", marks=pytest.mark.xfail(strict=False))
-
-
-@pytest.mark.parametrize("command", [OPEN if name == "report_run" else name for name in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_damaged_file_is_one_line(command, made_once, tmp_path, monkeypatch):
     assert failures(command, cases_of(command)[:6], made_once, tmp_path, monkeypatch, seconds=60) == []
 
