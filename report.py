@@ -88,9 +88,6 @@ def main(c):
     if trials:
         tables = [trial_table(trials), retrieval_table(trials)]
         texts["trials.md"] = "\n".join(table for table in tables if table)
-    for text in texts.values():
-        print(text)
-
     # a study, or the paper: the page with all tables and figures
     if study.models or inputs.paper:
         page_text, page_figures = study_page(study, inputs.paper)
@@ -101,9 +98,12 @@ def main(c):
     if study.trials or study.models:
         texts["rows.jsonl"] = "".join(json.dumps(row) + "\n" for row in report_rows(study))
 
+    write_report(c.to, texts, figures)
+    for name in ("table.md", "trials.md"):
+        if name in texts:
+            print(texts[name])
     for note in study.notes:
         print(f"warning: {note}")
-    write_report(c.to, texts, figures)
     print(", ".join(os.path.join(c.to, name) for name in [*texts, *figures]))
 
 

@@ -160,6 +160,9 @@ class Console:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")      # None: closed by >&-
+        if hasattr(self.stream, "reconfigure"):
+            # what a console without UTF-8 cannot show becomes an escape like \\xb1
+            self.stream.reconfigure(errors="backslashreplace")
         self.error = None
 
     def write(self, text):

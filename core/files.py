@@ -15,6 +15,7 @@ import queue
 import re
 import socket
 import threading
+import unicodedata
 
 from core.configurator import UserError
 
@@ -75,9 +76,35 @@ def check_regular(path):
         raise UserError(f"{path} is not a file (but a folder, a pipe, a device or a broken link)")
 
 
+def printable(name):
+    """A name in one line of characters that can be written anywhere.
+
+    Line feeds, control characters and bytes that are not UTF-8 become escapes like \\n.
+    """
+    characters = []
+    for character in name:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
+
+
 def table_cell(name):
-    """A name as a cell of a Markdown table, in which a bar would end the cell."""
-    return name.replace("|", "\\|")
+    """Markdown as a cell of a table, in which a bar would end the cell."""
+    return printable(name).replace("|", "\\|")
+
+
+def as_markdown(name):
+    """A name as Markdown that shows it as it is, in a table, too.
+
+    An underscore inside a word, and brackets before which no link begins, are only text. They stay,
+    so that usual names remain readable.
+    """
+    outer_underscore = r"(?<![^\W_])_|_(?![^\W_])"
+    end_of_link_text = r"\](?=\()"
+    entity = r"&(?=#?\w+;)"
+    markup = rf"[\\`*~<$|]|{outer_underscore}|{end_of_link_text}|{entity}"
+    return re.sub(markup, r"\\\g<0>", printable(name))
 
 
 def unique(path):

@@ -13,3 +13,8 @@
     page          report.md, the page with the tables and figures
     output        the folder that a report is written to
 """
+import os
+
+# A notebook's or a desktop's way to show pictures does not work everywhere. A report only writes
+# them to files. matplotlib reads this variable as it is imported.
+os.environ["MPLBACKEND"] = "Agg"

@@ -2,6 +2,7 @@
 import itertools
 from collections import Counter, defaultdict
 
+from core.files import as_markdown
 from reporting.scores import column_of, select_trials, split_seed
 from reporting.sections import sections
 
@@ -55,7 +56,7 @@ def list_warnings(study, results):
             edges_of_grids(trials),
         "Not above an untrained baseline, so a difference there says little":
             not_above_baseline(trials)}
-    sentences = list(study.notes)
+    sentences = [as_markdown(note) for note in study.notes]
     for title, items in warnings.items():
         if items:
             sentences.append(f"**{title}**: {shortened(items)}.")
@@ -64,7 +65,7 @@ def list_warnings(study, results):
 
 def shortened(items):
     """The first few items as text, and how many more there are."""
-    text = "; ".join(items[:MOST_ITEMS])
+    text = "; ".join(map(as_markdown, items[:MOST_ITEMS]))
     if len(items) > MOST_ITEMS:
         text += f"; and {len(items) - MOST_ITEMS} more"
     return text

@@ -22,6 +22,7 @@ from reporting.panels import (
     Bar,
     Line,
     add_legend,
+    as_plain_text,
     draw_bars,
     draw_line,
     families_of,
@@ -385,7 +386,8 @@ class Spread:
                     for label, scores in scores_of_columns[family, column].items():
                         draw_spread(axis, i, label, scores)
                 self.label_panel(axis, family, columns)
-            row[0].set_ylabel(f"{source.label}\nscore - its mean, points", fontsize=10)
+            label = as_plain_text(source.label)
+            row[0].set_ylabel(f"{label}\nscore - its mean, points", fontsize=10)
         add_legend(figure)
         return figure
 
@@ -393,7 +395,9 @@ class Spread:
     def label_panel(axis, family, columns):
         title = f"{family}, {METRICS.get(family, 'score')}" if columns else f"{family}: no rows"
         axis.set_title(title, fontsize=10)
-        names = [textwrap.fill(column, 14, break_long_words=False) for column in columns]
+        names = []
+        for column in columns:
+            names.append(textwrap.fill(as_plain_text(column), 14, break_long_words=False))
         rotation = 0 if len(columns) < 4 else 30
         axis.set_xticks(range(len(columns)), names, fontsize=8, rotation=rotation)
         axis.set_xlim(-0.6, max(len(columns), 1) - 0.4)

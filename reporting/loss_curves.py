@@ -2,7 +2,7 @@
 import matplotlib.pyplot as plt
 
 from objectives import split_name
-from reporting.panels import BOTH_PURPLE, CLM_RED, MLM_BLUE
+from reporting.panels import BOTH_PURPLE, CLM_RED, MLM_BLUE, as_plain_text
 
 # each panel's title, the rows of a run that it shows, and the key of a loss in these rows
 LOSS_PANELS = (("MLM loss, validation", "validation", "val_mlm_loss"),
@@ -42,7 +42,7 @@ def draw_losses(axis, run, kind, key):
     tokens = [row["tokens"] / 1e6 for row in run[kind]]
     losses = [row[key] for row in run[kind]]
     colour = run_colour(run)
-    style = dict(color=colour, label=legend_label(run["name"]), lw=1.8)
+    style = dict(color=colour, label=as_plain_text(run["name"]), lw=1.8)
     if kind == "train":
         # the raw losses stay visible behind their average
         axis.plot(tokens, losses, color=colour, alpha=0.18, lw=0.8)
@@ -71,16 +71,6 @@ def smooth(values, weight=0.9):
         mean = weight * mean + (1 - weight) * value
         averages.append(mean / (1 - weight ** i))
     return averages
-
-
-def legend_label(name):
-    """A folder's name, changed so that matplotlib shows it as it is.
-
-    Unchanged, dollar signs would be read as formulas, and a label that begins with an underscore
-    would be left out of the legend.
-    """
-    name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
 
 
 def tokens_at_swap(run):

@@ -1,11 +1,13 @@
 """Writing a report into its folder. A file that report.py did not write is never replaced."""
 import io
 import os
+import warnings
 
 import matplotlib.pyplot as plt
 
 from core import files, lock
 from core.configurator import UserError
+from reporting.panels import fonts_for
 
 # How report.py recognizes its own files: the first line of a page, the metadata of a picture, and
 # the first row of a rows.jsonl
@@ -29,6 +31,23 @@ def is_own_file(path):
     return not beginning or any(mark.encode() in beginning for mark in marks)
 
 
+def use_fonts(figures):
+    """Let all text of some matplotlib figures have fonts for its characters, if there are any.
+
+    Names may have characters that matplotlib's own font lacks. Prints a warning if no font has them.
+    """
+    texts = []
+    for figure in figures:
+        texts += figure.findobj(plt.Text)
+    fonts, missing = fonts_for("".join("".join(text.get_text() for text in texts).split()))
+    if fonts:
+        for text in texts:
+            text.set_fontfamily(["DejaVu Sans", *fonts])
+    if missing:
+        print(f"warning: no installed font has {missing}, so the pictures show boxes in their place; "
+              "on Debian, apt install fonts-noto-cjk has most")
+
+
 def write_report(folder, texts, figures):
     """Writes {name: text} and {name: matplotlib figure} into a folder, and closes the figures.
 
@@ -43,9 +62,12 @@ def write_report(folder, texts, figures):
     with lock.hold(folder, "report.py"):
         for name, text in texts.items():
             files.write_whole(os.path.join(folder, name), text.encode())
+        use_fonts(figures.values())
         for name, figure in figures.items():
             path = os.path.join(folder, name)
             picture = io.BytesIO()
-            figure.savefig(picture, dpi=100, format="png", metadata={"Software": SOFTWARE})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")
+                figure.savefig(picture, dpi=100, format="png", metadata={"Software": SOFTWARE})
             plt.close(figure)
             files.write_whole(path, picture.getvalue())

@@ -1,6 +1,7 @@
 """report.md: the page with all tables, figures and tests of a study, or of the paper."""
 import numpy as np
 
+from core.files import as_markdown
 from reporting import stats, tables
 from reporting.caveats import list_warnings
 from reporting.output import MARK
@@ -133,7 +134,7 @@ def page(results, paper, tests, drawn):
         return "\n".join(blocks)
 
     has_shared_models = paper is not None and not set(results.names).isdisjoint(paper.names)
-    blocks = [MARK, f"# Report: plan {results.study.plan}\n",
+    blocks = [MARK, f"# Report: plan {as_markdown(results.study.plan)}\n",
               "## Warnings\n", warnings_list(results),
               "## How to read it\n", how_to_read(results, paper if has_shared_models else None),
               "## Does A beat B?\n", test_tables(tests, paper)]
@@ -156,7 +157,8 @@ def how_to_read(results, paper):
     texts = [ABOUT_SCORES]
     if results is not None:
         cases = [f"{tables.coverage(n):.0f} of 100 cases at n = {n}" for n in (2, 3, 5)]
-        texts.append(ABOUT_OUR_SCORES.format(plan=results.study.plan, coverage=", ".join(cases)))
+        plan = as_markdown(results.study.plan)
+        texts.append(ABOUT_OUR_SCORES.format(plan=plan, coverage=", ".join(cases)))
     if paper is not None:
         texts.append(ABOUT_PAPER_SCORES.format(deviation=tables.largest_deviation(paper)))
     return "\n".join(texts)
@@ -226,8 +228,9 @@ def test_line(test, paper):
     if test["p"] is not None:
         p = f"{test['p']:.4f}"
         holm = f"{test['holm']:.4f}"
-    return [test["ordering"], test["better"], test["worse"], f"{test['family']}: {test['task']}",
-            by_seed, test["items"] or tables.NOTHING, over_examples, p, holm, test["verdict"],
+    task = f"{test['family']}: {as_markdown(test['task'])}"
+    return [test["ordering"], test["better"], test["worse"], task, by_seed,
+            test["items"] or tables.NOTHING, over_examples, p, holm, test["verdict"],
             published_difference(paper, test)]
 
 

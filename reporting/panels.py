@@ -7,13 +7,17 @@ axis is fitted to means and dots: an interval that is much wider runs out of its
 import math
 import textwrap
 from dataclasses import dataclass
+from functools import cache
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
 
+from core import files
 from reporting.scores import Score
 
-matplotlib.use("Agg")
+# pictures look the same for everybody, whatever a user's own matplotlibrc says
+matplotlib.rcdefaults()
 
 # the paper's colours for its two objectives, and one for both together
 MLM_BLUE = "#1f5fbf"
@@ -22,6 +26,44 @@ BOTH_PURPLE = "#7d3c98"
 
 STUDY_RULE = "standard"         # the rule of a study's scores; the paper's are shown as published
 METRICS = {"SC": "accuracy", "TC": "F1", "QA": "F1", "IR": "NDCG@10"}
+
+
+# ---- names in figures
+
+def as_plain_text(name):
+    """A name, changed so that matplotlib shows it as it is.
+
+    Unchanged, dollar signs would be read as formulas, and a label that begins with an underscore
+    would be left out of the legend.
+    """
+    name = files.printable(name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def fonts_for(text):
+    """The names of installed fonts that have the characters which matplotlib's own font lacks.
+
+    -> names, the characters that no font has
+    """
+    missing = set(text) - characters_of(font_manager.findfont("DejaVu Sans"))
+    names = []
+    if missing:
+        # regular fonts before bold ones
+        fonts = font_manager.fontManager.ttflist
+        for font in sorted(fonts, key=lambda font: (font.weight != 400, font.name)):
+            if missing & characters_of(font.fname):
+                names.append(font.name)
+                missing -= characters_of(font.fname)
+    return names, "".join(sorted(missing))
+
+
+@cache
+def characters_of(path):
+    """The characters that a font has, as a set."""
+    try:
+        return {chr(code) for code in font_manager.get_font(path).get_charmap()}
+    except (OSError, RuntimeError):
+        return set()
 
 
 # ---- panels, legends and axes
@@ -69,7 +111,7 @@ def make_panels(models):
                 title = f"{family}, {METRICS.get(family, 'score')}"
             else:
                 title = f"{family}: {', '.join(columns)}"
-            axis.set_title(textwrap.fill(title, 30), fontsize=10)
+            axis.set_title(textwrap.fill(as_plain_text(title), 30), fontsize=10)
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=9)
             if columns:
@@ -77,7 +119,7 @@ def make_panels(models):
             else:
                 axis.text(0.5, 0.5, "no rows", transform=axis.transAxes, ha="center", color="grey")
                 axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{source.label}\nscore, %", fontsize=10)
+        row[0].set_ylabel(f"{as_plain_text(source.label)}\nscore, %", fontsize=10)
     return figure, panels
 
 

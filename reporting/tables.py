@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from scipy import stats
 
-from core.files import table_cell
+from core.files import as_markdown
 from reporting.scores import (
     DATASETS,
     RULES,
@@ -57,7 +57,7 @@ def run_table(runs):
         if last["val_mlm_loss"] == best and len(runs) > 1:
             mlm_loss = f"**{mlm_loss}**"
         lines.append(table_line([
-            table_cell(run["name"]),
+            as_markdown(run["name"]),
             phases_in_words(run["settings"]["phases"]),
             f"{last['tokens']:,}",
             f"{last['seconds']:,.0f}",
@@ -131,8 +131,8 @@ def trial_table(rows):
         # the estimate under each rule, and the learning rates it selects
         by_rule = [selection_in_words(select_trials(group, rule), lrs[task]) for rule in RULES]
         lines.append(table_line([
-            table_cell(task),
-            table_cell(model),
+            as_markdown(task),
+            as_markdown(model),
             *by_rule,
             baseline_in_words(group),
             len({row["seed"] for row in group}),
@@ -145,7 +145,8 @@ def baseline_in_words(rows):
     """The baseline that trials recorded, as "34.56 (BM25)"; empty if none did."""
     for row in rows:
         if row.get("baseline"):
-            return f"{100 * row['baseline']['score']:.2f} ({row['baseline']['name']})"
+            name = as_markdown(row["baseline"]["name"])
+            return f"{100 * row['baseline']['score']:.2f} ({name})"
     return ""
 
 
@@ -166,8 +167,8 @@ def retrieval_table(rows):
             means.append(ranking_score(selection.rows, key))
         first = selection.rows[0]
         lines.append(table_line([
-            table_cell(task),
-            table_cell(model),
+            as_markdown(task),
+            as_markdown(model),
             count_in_words(first.get("documents")),
             count_in_words(first["test"].get("n")),
             *means]))
@@ -258,7 +259,8 @@ def study_table(results, names, family, paper):
     published = []                  # the names that the paper has scores of
     if paper is not None and paper.columns.get(family):
         published = [name for name in names if name in paper.names]
-    header = ["model", "rule", "interval over seeds", *columns, f"**{family}**"]
+    titles = [as_markdown(column) for column in columns]
+    header = ["model", "rule", "interval over seeds", *titles, f"**{family}**"]
     # columns for the paper's scores, if it has any
     datasets = []
     if published:
@@ -289,9 +291,10 @@ def study_table(results, names, family, paper):
 
 def what_the_mean_is(family, columns, common):
     """The sentence below a table: which columns its means are over, and which are left out."""
-    averaged = ", ".join(common) or "nothing: no task is common to all models of this table"
+    averaged = ", ".join(map(as_markdown, common))
+    averaged = averaged or "nothing: no task is common to all models of this table"
     sentence = f"{family} is the mean of {averaged}"
-    left_out = [column for column in columns if column not in common]
+    left_out = [as_markdown(column) for column in columns if column not in common]
     if left_out:
         sentence += (" (left out, because not every model here has it: "
                      f"{', '.join(left_out)})")
@@ -346,7 +349,8 @@ def lr_tables(results):
             texts.append(f"**{family}**: no task is common to all models that have any.\n")
         table = lr_table(results, columns)
         if table:
-            texts.append(f"**{family}** ({', '.join(columns)})\n\n{table}")
+            tasks = ", ".join(map(as_markdown, columns))
+            texts.append(f"**{family}** ({tasks})\n\n{table}")
     return "\n".join(texts)
 
 

@@ -28,7 +28,7 @@ from benchmarks.rows import record
 from core import checkpoint
 from core import files as core_files
 from core.configurator import RunError, UserError
-from core.files import find_files
+from core.files import as_markdown, find_files
 from corpus.documents import documents, files_of
 from reporting import read as report_read
 from reporting.loss_curves import loss_curves
@@ -264,7 +264,7 @@ def test_fine_tuning_of_an_odd_encoder_on_an_odd_task_and_its_report(odd, encode
     to = str(tmp_path / "to" / ODD)
     draw(run, str(tmp_path / "out" / ODD), to=to)
     table = open(os.path.join(to, "trials.md"), encoding="utf-8").read()
-    name = ODD.replace("|", "\\|")
+    name, task = as_markdown(ODD), as_markdown(task)
     assert f"| {task} | {name}-40 |" in table and f"| {name} | 20 clm, 20 mlm |" in open(os.path.join(to, "table.md"), encoding="utf-8").read()
     draw(os.path.join(to, "rows.jsonl"), to=str(tmp_path / "again" / ODD))
     assert open(tmp_path / "again" / ODD / "trials.md", encoding="utf-8").read() == table

@@ -1,5 +1,4 @@
 """The study's names say all there is to say, and its plan costs what sharing leaves."""
-import glob
 import os
 import re
 
@@ -8,6 +7,7 @@ from conftest import ROOT, run_python
 
 import study
 from core.configurator import UserError, configure
+from core.files import find_files
 from experiments import recipes
 from experiments.plan import plan_runs, run_holding
 from experiments.recipes import parse
@@ -64,8 +64,8 @@ def test_the_plan_is_the_papers_15_and_17_and_6_models_and_a_step_its_2359296_to
 
 
 def test_a_config_is_called_one_of_the_papers_models_only_if_it_is_one():
-    for path in glob.glob(os.path.join(ROOT, "config", "*.py")):
-        for name in re.findall(r'^out_dir = "out/(.*)" +# the paper\'s name for this model$', open(path).read(), re.M):
+    for path in find_files(os.path.join(ROOT, "config"), "*.py"):
+        for name in re.findall(r'^out_dir = "out/(.*)" +# the paper\'s name for this model$', open(path, encoding="utf-8").read(), re.M):
             assert name in EVERY, path
 
 

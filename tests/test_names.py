@@ -1,0 +1,100 @@
+"""A name is shown as it is, whatever it means to Markdown or matplotlib, and the environment does not decide whether there is a report."""
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+
+import made_study as made
+import matplotlib.pyplot as plt
+import pytest
+from conftest import ROOT, run_python
+from made_study import draw
+
+from core.files import as_markdown, printable
+from reporting import output, panels
+from reporting.loss_curves import loss_curves
+from reporting.output import write_report
+from reporting.read import read_run
+
+RUN = os.path.join(ROOT, "tests", "data", "old", "run")
+ODD = ["$\\frac$", "$", "_a", "__init__", "a_", "a|b", "a\\|b", "*b*", "`c`", "<b>", "a\nb", "\x1b[31m", "\udcff", "模型", "🙂", "^{", "\\", "#", "a$b$c", " ", "[a](b)", "![a](b)", "~~a~~", "&lt;", "a ]( b"]
+
+
+def shown(markdown):
+    """What Markdown without any markup shows: backslashes before punctuation are gone. A bar or a line feed would end a table's cell."""
+    assert not re.search(r"(?<!\\)(\\\\)*\|", markdown) and "\n" not in markdown
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_in_markdown_is_shown_as_it_is(name):
+    text = as_markdown(name)
+    assert shown(text) == printable(name) and printable(text).encode() and len(printable(name).splitlines()) == 1
+    assert not re.search(r"(?<!\\)([$`*<~]|\]\(|&lt;)|(?<![\w\\])_|(?<!\\)_(?!\w)", text.replace("\\\\", "")), text
+
+
+@pytest.mark.parametrize("name", ["610m-clm-42k", "uner_en_ewt", "lr [5e-4]", "run 1 (copy)", "Ümläut", "a.b-c+d=e,f"])
+def test_usual_names_stay_as_they_are(name):
+    assert as_markdown(name) == name
+
+
+def test_every_text_of_a_study_survives_odd_names(tmp_path, monkeypatch):
+    """Tasks, baselines and the plan may have any name: no cell breaks, and each figure can be drawn."""
+    tasks = {name: "sequence" for name in ("$\\frac$", "a|b", "_a_", "模型")}
+    monkeypatch.setattr(made, "TASKS", tasks)
+    root = made.write(str(tmp_path / "s"), names=[*made.BOTH, "610m-clm-10k-mlm40-42k"], tasks=tuple(tasks), lrs=(2e-5, 5e-5), seeds=(0, 1), plan="$\\x$")
+    for name in os.listdir(f"{root}/{made.folder_of('610m-clm-42k')}/trials"):
+        path = f"{root}/{made.folder_of('610m-clm-42k')}/trials/{name}/lr5e-05_sd0.json"
+        made.dump(path, json.load(open(path)) | {"baseline": {"name": "$|_x", "score": 0.99}})
+    figures = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *_, **__: (figures.append(figure), figure.canvas.draw()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import report
+        report.main(report.Config((root,), f"{root}/report"))
+    assert len(figures) >= 3
+    page = open(f"{root}/report/report.md", encoding="utf-8").read()
+    assert "\\$\\\\frac\\$" in page and "a\\|b" in page and "\\_a\\_" in page and "# Report: plan \\$\\\\x\\$\n" in page
+    assert not re.search(r"(?<!\\)\$", page)
+    blocks = re.findall(r"(?:^\|.*\n)+", page, re.M)
+    assert len(blocks) > 4
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) for line in block.splitlines()}) == 1, block
+
+
+def test_characters_that_no_font_has_are_one_line(tmp_path, monkeypatch, capfd):
+    folder = str(tmp_path / "模型")
+    shutil.copytree(RUN, folder)
+    write_report(str(tmp_path / "out"), {}, {"loss_curves.png": loss_curves([read_run(folder)])})
+    said = capfd.readouterr()
+    fonts, missing = panels.fonts_for("模型a")
+    assert said.err == "" and said.out.count("\n") == (1 if missing else 0)
+    # where a font has them it is used, for these texts alone
+    monkeypatch.setattr(output, "fonts_for", lambda _: (["DejaVu Serif"], ""))
+    figure = loss_curves([read_run(folder)])
+    write_report(str(tmp_path / "out2"), {}, {"loss_curves.png": figure})
+    assert {tuple(text.get_fontfamily()) for text in figure.findobj(plt.Text)} == {("DejaVu Sans", "DejaVu Serif")}
+    assert panels.fonts_for("usual names, 1.5e-3 ± ½ †") == ([], "")
+
+
+@pytest.mark.parametrize("environment", [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"},
+    {"MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_report_is_written_whatever_the_console_the_display_and_a_users_style(tmp_path, environment):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nonexistent\nsavefig.transparent: True\n")
+    folder = str(tmp_path / "模型 ü")
+    shutil.copytree(os.path.join(ROOT, "tests", "data", "old"), folder)
+    done = run_python(["report.py", f"{folder}/run", f"{folder}/grid", f"--to={tmp_path}/out"], env=environment | {"MATPLOTLIBRC": str(tmp_path)})
+    assert done.returncode == 0 and done.stderr == ""
+    assert "rule paper: test" in done.stdout and {"table.md", "trials.md", "loss_curves.png", "rows.jsonl"} <= set(os.listdir(tmp_path / "out"))
+
+
+def test_a_folder_whose_name_is_not_utf8_has_a_report(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("other systems refuse such a name")
+    folder = os.path.join(str(tmp_path), "run\udcff")
+    shutil.copytree(RUN, folder)
+    draw(folder, to=f"{tmp_path}/out")
+    assert "| run\\\\udcff | 10 clm, 10 mlm |" in (tmp_path / "out" / "table.md").read_text()
