@@ -70,7 +70,10 @@ def steps(c):
             row = measure_step(c, size, key, folder, device)
             if "seconds" in row:
                 median = statistics.median(row["seconds"])
-                row["ratio"] = median / median_of_ours.setdefault(size, median)
+                if key == "ours":
+                    median_of_ours[size] = median
+                if size in median_of_ours:
+                    row["ratio"] = median / median_of_ours[size]
             log(step_in_words(row))
             record(c.to, row, device)
             forget_model(device)

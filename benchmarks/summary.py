@@ -69,7 +69,9 @@ def step_in_words(row):
     ms = 1000 * statistics.median(row["seconds"])
     mfu = f"{row['mfu']:.1%} MFU" if row["mfu"] else "no MFU (no published peak)"
     gib = row["peak"] / 2 ** 30
-    ratio = "" if row["key"] == "ours" else f", {row['ratio']:.2f} x the time of ours, MLM"
+    ratio = ""
+    if row["key"] != "ours" and "ratio" in row:      # it is missing where our MLM step failed
+        ratio = f", {row['ratio']:.2f} x the time of ours, MLM"
     return (f"{name}: {row['tok_per_s']:,.0f} tokens/s, {ms:.0f} ms a step, {mfu}, "
             f"peak {gib:.1f} GiB, first step after {row['first']:.0f} s{ratio}")
 

@@ -144,8 +144,8 @@ def gpu_cell(row):
 
 
 def ratio_to_ours(row):
-    """Return, in words, our speedup over it in the same run; "" for ours itself."""
-    if row.get("reference") == "ours" and row["key"] != "ours":
+    """Return, in words, our speedup over it in the same run; "" for ours itself or if ours failed."""
+    if row.get("reference") == "ours" and row["key"] != "ours" and "ratio" in row:
         return f", {row['ratio']:.2f} x"
     return ""
 

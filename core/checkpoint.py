@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import defaultdict
 
@@ -266,6 +267,12 @@ def find(path):
             raise UserError(f"{error}: choose another checkpoint") from None
     newest = latest(path)
     if newest is None:
+        # A folder as on the Hugging Face hub has weights beside its config.json. A run has only the latter.
+        has_weights = find_files(path, "*.safetensors") or find_files(path, "pytorch_model*")
+        is_foreign = has_weights and os.path.isfile(os.path.join(path, "config.json"))
+        if is_foreign or path.startswith("hf:"):
+            command = f"python hf.py import {shlex.quote(path.removeprefix('hf:'))} OUT"
+            raise UserError(f"{path} is a Hugging Face model: {command}, then give OUT")
         raise UserError(f"no checkpoint at {path}: give a folder RUN/step_NNNNNNN, or a RUN that has one")
     return newest
 

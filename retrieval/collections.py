@@ -26,8 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of, write_whole
-from core.schema import read_json
+from core.files import find_files, hashed, lines_of
 from tasks import packing
 from tasks.family import field_of, shortened
 from tasks.loading import json_lines, load_from_hub
@@ -146,18 +145,8 @@ def source_of(task):
 
 def cached_survey(folder, name, rules, survey):
     """survey(), which one process of a machine makes for all and for later runs."""
-
-    def write(path):
-        write_whole(path, json.dumps(survey()).encode())
-
-    def read(path):
-        try:
-            return read_json(path, SURVEY_SHAPE)
-        except UserError as error:
-            raise OSError(str(error)) from None  # damaged: it is made again
-
     with packing.alone_in(folder):
-        return packing.cached(folder, f"{name}-survey", rules, write, read, ending=".json")
+        return packing.cached_json(folder, f"{name}-survey", rules, survey, SURVEY_SHAPE)
 
 
 # ---- checks and notes

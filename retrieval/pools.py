@@ -9,15 +9,12 @@ pool has a name, every row of results records it, and results of different pools
     hard     the judged documents and, for each query, BM25's best documents of the corpus
     full     the whole corpus
 """
-import json
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from core.configurator import UserError
-from core.files import write_whole
-from core.schema import read_json
+from tasks import packing
 
 POOLS = ("judged", "hard", "full")
 # The BM25 baseline is left out for larger pools. With more than a million documents it takes a
@@ -104,17 +101,17 @@ def pool_ids(collection, pool, hard_negatives, cache_dir):
     if pool == "judged":
         return judged
 
-    # BM25's documents. The file's name changes with the collection and with how many are asked for.
-    name = f"{collection.name}-{collection.fingerprint}-bm25-{hard_negatives}.json"
-    path = os.path.join(cache_dir, name)
-    if not os.path.isfile(path):
+    def best_ids():
+        """BM25's documents, as a sorted list of ids."""
         scores_of_query = bm25(collection, sorted(query_ids), None, hard_negatives)
-        best_ids = set()
+        ids = set()
         for scores in scores_of_query.values():
-            best_ids |= scores.keys()
-        os.makedirs(cache_dir, exist_ok=True)
-        write_whole(path, json.dumps(sorted(best_ids)).encode())
-    return judged | set(read_json(path))
+            ids |= scores.keys()
+        return sorted(ids)
+
+    name = f"{collection.name}-bm25-{hard_negatives}"
+    rules = [collection.fingerprint, hard_negatives]
+    return judged | set(packing.cached_json(cache_dir, name, rules, best_ids, list))
 
 
 def bm25(collection, query_ids, pool, k):

@@ -9,8 +9,6 @@ import torch
 
 from core.configurator import UserError
 from core.distributed import all_sum
-from core.files import write_json
-from core.schema import read_json
 from core.tokenizer import DOCUMENT, QUERY
 from retrieval import tokens
 from retrieval.collections import Collection, load_collection
@@ -148,20 +146,14 @@ class Library:
         settings = self.settings
         rules = [collection.fingerprint, pool, settings.hard_negatives, settings.mode, DEPTH]
 
-        def write(path):
+        def make():
             qrels = collection.qrels["test"]
             ranking = bm25(collection, list(qrels), ids_of_pool, DEPTH)
-            write_json(path, {"score": score(qrels, ranking, settings.mode).means["score"]})
-
-        def read(path):
-            try:
-                return read_json(path, {"score": float})["score"]
-            except UserError as error:
-                raise OSError(str(error)) from None  # damaged: it is made again
+            return score(qrels, ranking, settings.mode).means["score"]
 
         name = f"{collection.name}-bm25-score"
         with packing.alone_in(settings.cache_dir):
-            return packing.cached(settings.cache_dir, name, rules, write, read, ending=".json")
+            return packing.cached_json(settings.cache_dir, name, rules, make, float)
 
     def tokenize(self, name, texts, key, max_length, paper_encoding=False):
         """Tokenizes texts, or reads their tokens from the cache. See tokens.cached_tokens."""

@@ -2,7 +2,8 @@
 
     CACHE_DIR/<name>-<hash>/tokens.bin           all token ids end to end, int32
                             index.safetensors    bounds [n + 1]: where each text begins and ends;
-                                                 truncated [1]: how many texts were cut
+                                                 truncated [1]: how many texts were cut;
+                                                 sha256 [32]: a checksum of the three files
                             ids.json             the texts' ids
 """
 import itertools
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from core.distributed import shows_progress
-from core.schema import read_json
+from core.schema import parse_json
 from tasks import packing
 
 BATCH = 10_000  # texts tokenized at a time: only these are in memory, however large the corpus
@@ -60,11 +61,26 @@ def cached_tokens(name, texts, tokenizer, max_length, key, folder, paper_encodin
 
 
 def read_tokens(folder):
-    """Opens the three files of a folder. -> as cached_tokens"""
+    """Opens the three files of a folder. -> as cached_tokens
+
+    Raises an exception if one is missing or damaged.
+    """
     index = load_file(os.path.join(folder, "index.safetensors"))
+    contents = packing.without_checksum(index | read_contents(folder))
+    ids = parse_json(contents.pop("ids").tobytes(), "ids.json", list)
+    return contents, ids
+
+
+def read_contents(folder):
+    """The arrays of tokens.bin and ids.json. -> {"tokens": int32 [N], "ids": uint8}"""
     # Token ids may be larger than memory. They stay on disk until a batch reads them.
-    tokens = np.memmap(os.path.join(folder, "tokens.bin"), np.int32, "r")
-    return index | {"tokens": tokens}, read_json(os.path.join(folder, "ids.json"))
+    path = os.path.join(folder, "tokens.bin")
+    tokens = np.empty(0, np.int32)       # no text: an empty file cannot be mapped
+    if os.path.getsize(path):
+        tokens = np.memmap(path, np.int32, "r")
+    with open(os.path.join(folder, "ids.json"), "rb") as file:
+        ids = np.frombuffer(file.read(), np.uint8)
+    return {"tokens": tokens, "ids": ids}
 
 
 def write_tokens(folder, name, texts, tokenizer, max_length, paper_encoding):
@@ -95,7 +111,8 @@ def write_tokens(folder, name, texts, tokenizer, max_length, paper_encoding):
         "bounds": np.cumsum([0, *lengths], dtype=np.int64),
         "truncated": np.array([n_truncated]),
     }
-    with open(os.path.join(folder, "index.safetensors"), "wb") as file:
-        file.write(save(index))
     with open(os.path.join(folder, "ids.json"), "w", encoding="utf-8") as file:
         json.dump(ids, file)
+    index[packing.CHECKSUM] = packing.checksum(index | read_contents(folder))
+    with open(os.path.join(folder, "index.safetensors"), "wb") as file:
+        file.write(save(index))

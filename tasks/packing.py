@@ -12,19 +12,23 @@ import contextlib
 import fcntl
 import hashlib
 import inspect
+import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
-from core.files import unique
+from core.configurator import UserError
+from core.files import find_files, unique
+from core.schema import parse_json, read_json
 
-VERSION = 2            # raise it when this file encodes in another way: old caches are not read then
+VERSION = 3            # raise it when this file encodes in another way: old caches are not read then
+CHECKSUM = "sha256"    # what a cache file calls its checksum
 
 
 # ---- examples to tokens
@@ -61,7 +65,10 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
             for key, array in encode(family, split_examples, tokenizer, max_length).items():
                 flat[f"{split}.{key}"] = array
         with open(path, "wb") as f:
-            f.write(save(flat))
+            f.write(save(flat | {CHECKSUM: checksum(flat)}))
+
+    def read(path):
+        return without_checksum(load_file(path))
 
     # Everything that decides the arrays: the family's own code, so that you can edit it, and the
     # mode, since the paper's code cuts a long context and the standard mode makes windows of it.
@@ -69,7 +76,7 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
         code = hashlib.sha256(f.read()).hexdigest()
     is_standard = family.mode != "paper"
     rules = [tokenizer.hash.hex(), fingerprint, family.task.kind, code, max_length, is_standard, VERSION]
-    flat = cached(folder, name, rules, write, load_file, ending=".safetensors")
+    flat = cached(folder, name, rules, write, read, ending=".safetensors")
     splits = {split: {} for split in examples}
     for flat_key, array in flat.items():
         split, _, key = flat_key.partition(".")
@@ -102,17 +109,23 @@ def cached(folder, name, rules, write, read, ending=""):
     write(path) makes it. Its path is FOLDER/<name>-<hash of rules><ending>. rules: a list of
     everything that decides the content, so that any change makes a new file. It is written under
     another name and then renamed, so that no process ever reads half of it, also when several make
-    it at the same time. A damaged file is made again.
+    it at the same time. If read(path) raises anything, the file is damaged, and is made again.
     """
     digest = hashlib.sha256(repr(rules).encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{name}-{digest}{ending}")
-    try:
-        return read(path)
-    except (OSError, SafetensorError):
-        pass                               # missing or damaged: make it
-    os.makedirs(folder, exist_ok=True)
     temporary = unique(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    if os.path.lexists(path):
+        try:
+            return read(path)
+        except Exception as error:         # each format has errors of its own
+            reason = " ".join(str(error).split())
+            tqdm.write(f"{path} is damaged ({reason[:200]}): it is made again")
+        remove(temporary)
+        with contextlib.suppress(FileNotFoundError):     # another process was faster
+            os.rename(path, temporary)
+    os.makedirs(folder, exist_ok=True)
+    remove(temporary)
+    remove_leftovers(path)
     write(temporary)
     try:
         os.replace(temporary, path)
@@ -121,6 +134,64 @@ def cached(folder, name, rules, write, read, ending=""):
             raise
         shutil.rmtree(temporary)           # another process was faster to make this folder
     return read(path)
+
+
+def remove(path):
+    """Remove a file, a link or a folder, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def remove_leftovers(path):
+    """Remove what killed processes left beside a cache file: unfinished ones, untouched for a day."""
+    folder, name = os.path.split(path)
+    for other in os.listdir(folder):
+        if other.startswith(f"{name}."):
+            unfinished = os.path.join(folder, other)
+            files = [unfinished, *find_files(unfinished, "*")]
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - max(map(os.path.getmtime, files)) > 86_400:
+                    remove(unfinished)
+
+
+def cached_json(folder, name, rules, make, shape):
+    """What make() returns, a value for JSON, kept in a file as in cached(). shape: see core/schema.py"""
+    def write(path):
+        text = json.dumps(make())
+        with open(path, "w", encoding="ascii") as f:
+            json.dump({CHECKSUM: hashlib.sha256(text.encode()).hexdigest(), "value": text}, f)
+
+    def read(path):
+        content = read_json(path, {CHECKSUM: str, "value": str})
+        if hashlib.sha256(content["value"].encode()).hexdigest() != content[CHECKSUM]:
+            raise UserError("its checksum is another one")
+        return parse_json(content["value"], path, shape)
+
+    return cached(folder, name, rules, write, read, ending=".json")
+
+
+def checksum(arrays):
+    """The SHA-256 of {name: array}, as an array of 32 bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def without_checksum(arrays):
+    """Arrays as they were before their checksum was added. Raises UserError if it is not theirs."""
+    arrays = dict(arrays)
+    if CHECKSUM not in arrays:
+        raise UserError("it has no checksum, as in earlier versions")
+    expected = arrays.pop(CHECKSUM)
+    if checksum(arrays).tobytes() != expected.tobytes():
+        raise UserError("its checksum is another one")
+    return arrays
 
 
 # ---- tokens to batches

@@ -129,8 +129,9 @@ def test_the_corpus_is_walked_through_once_for_all_processes_and_runs(tmp_path, 
     assert targets[0].document_ids == targets[2].document_ids == ["d1", "d3"] and targets[0].baseline == targets[2].baseline
     # another corpus, and a damaged file, are noticed
     (survey,) = (tmp_path / "cache").glob("rivers-survey-*.json")
-    survey.write_text("{")
-    assert load_collection("rivers", folder, settings.cache_dir).judged == plain.judged
+    for text in ("{", "7", survey.read_text().replace("river 3", "stream 3")):
+        survey.write_text(text)
+        assert load_collection("rivers", folder, settings.cache_dir).judged == plain.judged
     corpus = tmp_path / "data" / "rivers" / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace("river 3", "stream 3"))
     changed = load_collection("rivers", folder, settings.cache_dir)
@@ -191,6 +192,9 @@ def test_the_three_pools(tmp_path):
     assert hard == judged | {f"near{i}" for i in range(16, 24)}                             # what BM25 has first for q16 to q23
     more = pool_ids(loaded, "hard", 20, str(tmp_path))
     assert hard < more <= {d["_id"] for d in documents} and pool_ids(loaded, "hard", 20, str(tmp_path)) == more
+    for path in tmp_path.glob("rivers-bm25-*.json"):
+        path.write_text("[7]")
+    assert pool_ids(loaded, "hard", 20, str(tmp_path)) == more
 
 
 def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path, corpus_dir, monkeypatch):
@@ -210,6 +214,37 @@ def test_tokens_are_made_once_in_the_order_of_the_texts_cut_and_closed(tmp_path,
     assert np.array_equal(again["tokens"], encoded["tokens"])
     assert len(tokens.cached_tokens("x", lambda: iter(texts[:5]), tok, 64, "other", str(tmp_path))[1]) == 5
     assert all("." not in name for name in map(str, (p.name for p in tmp_path.iterdir())))       # nothing temporary is left
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "index.safetensors", "ids.json"])
+@pytest.mark.parametrize("damage", ["emptied", "shortened by a token", "shortened by a byte", "a byte changed", "NULs", "removed", "a folder"])
+def test_damaged_files_of_tokens_are_made_again_with_one_line(tmp_path, corpus_dir, capsys, file, damage):
+    tok = tokenizer.load(corpus_dir)
+    texts = [(f"d{i}", f"Document: the state of the union {i}") for i in range(9)]
+
+    def read():
+        contents, ids = tokens.cached_tokens("x", lambda: iter(texts), tok, 64, "key", str(tmp_path))
+        return {key: array.tolist() for key, array in contents.items()}, ids
+    made = read()
+    assert capsys.readouterr().out == "" and set(made[0]) == {"tokens", "bounds", "truncated"}
+    (path,) = tmp_path.glob(f"*/{file}")
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage != "removed":
+        middle = len(content) // 2
+        path.write_bytes({"emptied": b"", "shortened by a token": content[:-4], "shortened by a byte": content[:-1], "NULs": bytes(len(content)),
+                          "a byte changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]}[damage])
+    assert read() == made
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and " is damaged (" in said and said.endswith("): it is made again\n")
+    assert read() == made and capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_texts_are_no_tokens(tmp_path, corpus_dir):
+    contents, ids = tokens.cached_tokens("x", lambda: iter(()), tokenizer.load(corpus_dir), 64, "key", str(tmp_path))
+    assert len(contents["tokens"]) == 0 and ids == []
 
 
 def test_the_papers_encoding_opens_a_text_as_llama_3_does_and_does_not_close_it(tmp_path, corpus_dir):

@@ -340,6 +340,18 @@ def test_a_wrong_call_is_one_line_and_exit_2(small, changes, says):
     assert "Traceback" not in done.stderr
 
 
+def test_a_model_of_hugging_face_as_ckpt_is_answered_with_the_command_that_imports_it(small, tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="no checkpoint at"):
+        finetune.main(small(ckpt=str(folder)))
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    for ckpt, source in ((str(folder), f"'{folder}'"), ("hf:org/name", "org/name")):
+        with pytest.raises(UserError, match=f"^{ckpt} is a Hugging Face model: python hf.py import {source} OUT, then give OUT$"):
+            finetune.main(small(ckpt=ckpt))
+
+
 def test_a_checkpoint_beside_anothers_tokenizer_is_refused(small, encoder, tmp_path):
     run = str(tmp_path / "mixed")
     shutil.copytree(encoder, run)

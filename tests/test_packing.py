@@ -235,10 +235,28 @@ def test_the_cache_is_read_back_and_made_anew_for_other_data_tokenizer_or_length
     encode({k: v[1:50] for k, v in examples.items()}, tok, 500)
     encode(few, tokenizer.get("train:512", ["some other text, " * 200 + e["words"][0] for e in examples["train"]]), 500)
     assert len(os.listdir(folder)) == 4
-    with open(path, "r+b") as f:
-        f.truncate(100)                       # a damaged file is no data
-    again = encode(few, tok, 500)
-    assert (again["test"]["tokens"] == made["test"]["tokens"]).all()
+    with open(path, "rb") as f:
+        content = f.read()
+    for damaged in (b"", content[:100], bytes(len(content)), content[:-9] + bytes(9), content[:-1] + bytes([content[-1] ^ 1])):
+        with open(path, "wb") as f:
+            f.write(damaged)                  # a damaged file is no data
+        again = encode(few, tok, 500)
+        assert (again["test"]["tokens"] == made["test"]["tokens"]).all()
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(tmp_path):
+    def make(value):
+        return packing.cached_json(str(tmp_path), "x", [value], lambda: value, int)
+    assert make(1) == 1
+    (made,) = tmp_path.iterdir()
+    old, young = tmp_path / f"{made.name}.host.1", tmp_path / f"{made.name}.host.2"
+    old.mkdir()
+    (old / "tokens.bin").write_text("")
+    young.write_text("")
+    for path in (old / "tokens.bin", old):
+        os.utime(path, (1, 1))
+    made.write_text("")
+    assert make(1) == 1 and set(tmp_path.iterdir()) == {made, young}
 
 
 def test_of_two_processes_that_make_a_folder_of_the_cache_the_faster_one_wins(tmp_path):

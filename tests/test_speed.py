@@ -14,6 +14,7 @@ from conftest import DEVICE, ROOT, files, run_python
 import bench
 import train
 from benchmarks import contestants as bench_contestants
+from benchmarks import steps as bench_steps
 from benchmarks import tables as bench_tables
 from benchmarks.settings import StepSettings
 from core import checkpoint, configurator
@@ -231,6 +232,23 @@ def test_bench_train_races_real_steps_and_says_why_a_peer_is_missing(tmp_path):
     whole = model.flops([64] * 2, 128, False), model.flops([32] * 4, 20, False)      # the most and the least of such a step
     rate = row["flops_per_s"] / row["tok_per_s"] * 128
     assert whole[1] < rate < whole[0]
+
+
+def test_a_size_whose_own_step_failed_is_no_reference_for_others(tmp_path, monkeypatch, capsys):
+    def measure(c, size, key, folder, device):
+        row = {"bench": "train", "run": "steps", "key": key, "name": key, "size": size, "reference": "ours"}
+        if (size, key) == ("tiny", "ours"):
+            return row | {"why": "out of memory"}
+        seconds = {"ours": 1.0, "ours-clm": 2.0, "eurobert": 4.0}[key]
+        return row | {"seconds": [seconds], "tok_per_s": 1.0, "mfu": None, "peak": 2 ** 30, "first": 1.0}
+    monkeypatch.setattr(bench_steps, "measure_step", measure)
+    monkeypatch.setattr(bench_contestants, "write_corpus", lambda settings, folder: None)
+    to = tmp_path / "rows.jsonl"
+    bench_steps.steps(bench_steps.Config(sizes=("tiny", "demo"), device="cpu", to=str(to)))
+    ratios = {(row["size"], row["key"]): row.get("ratio") for row in map(json.loads, to.read_text().splitlines())}
+    assert ratios == {("tiny", "ours"): None, ("tiny", "ours-clm"): None, ("demo", "ours"): 1.0, ("demo", "ours-clm"): 2.0, ("tiny", "eurobert"): None}
+    assert capsys.readouterr().out.count("x the time of ours") == 1
+    assert bench_tables.ratio_to_ours({"reference": "ours", "key": "eurobert"}) == ""
 
 
 def test_the_tables_of_the_docs_follow_from_the_rows():
