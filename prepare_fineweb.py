@@ -17,7 +17,8 @@ whether it is held out for validation. Hidden files are left out, and a line of 
 
 Everything is written under temporary names first. After an interruption, run the same command: it
 resumes after the last complete shard. If the command or a file was wrong, correct it and run it
-again. A complete corpus is left alone. Only one process writes --out at a time.
+again. A complete corpus is left alone. Only one process at a time writes --out, or its part of it
+with --shard; it removes what killed ones left.
 
 At scale: hf:ORG/NAME:CONFIG streams a data set of the Hugging Face hub; parquet:FOLDER reads a
 folder of its parquet files. Both need the columns `text` and `id`. Several processes share the
@@ -32,7 +33,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import time
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ from core.configurator import (
     Workers,
     run,
 )
-from core.files import find_files, is_new, write_json
+from core.files import LOCK, find_files, is_new, remove_file_or_folder, remove_leftovers, write_json
 from core.schema import read_json
 from corpus import hub, parallel
 from corpus.assemble import build_corpus
@@ -63,6 +63,12 @@ from huggingface import tokenizer as hf_tokenizer
 # no login.
 LLAMA3 = "hf:EuroBERT/EuroBERT-210m"
 PARQUET_SOURCES = ("hf:", "parquet:")     # sources that are prepared file by file, in parallel
+
+# The files of a corpus beside its shards, each written under another name first.
+OWN_FILES = ("manifest.json", "tokenizer.tiktoken", "tokenizer_info.json")
+# A shard: of local files, train_00007.bin, or of file 7 of many, train_00007_000.bin. And an unfinished one.
+SHARD = r"(train|val)_\d{5,}(_\d{3,})?\.bin"
+LEFTOVER_SHARD = rf"{SHARD}\.tmp"
 
 # The shape of manifest.json. A complete one has counts and shards, too.
 MANIFEST = {
@@ -102,9 +108,34 @@ def prepare(c):
     check_settings(c)
     settings = settings_to_record(c)
     with contextlib.ExitStack() as held:
-        if not c.shard and not is_finished(c.out):
-            held.enter_context(lock.hold_new(c.out, "prepare_fineweb.py"))
+        if not is_finished(c.out):
+            hold_out(c, held)
         write_corpus(c, settings)
+
+
+def hold_out(c, held):
+    """Hold c.out, or this shard's part of it, until the ExitStack `held` ends, and remove leftovers.
+
+    Shards of the same n have no file in common, so each has a lock of its own, `.lock.0-of-4`.
+    Raises UserError if another process prepares files that would also be ours.
+    """
+    if c.shard:
+        machine, machines = machine_and_count(c.shard)
+        own_lock = f"{lock.NAME}.{machine}-of-{machines}"
+        held.enter_context(lock.hold_new(c.out, f"prepare_fineweb.py --shard={c.shard}", own_lock))
+        compatible = rf"\.lock\.\d+-of-{machines}"
+    else:
+        own_lock = lock.NAME
+        held.enter_context(lock.hold_new(c.out, "prepare_fineweb.py", own_lock))
+        compatible = ""
+    for name in sorted(os.listdir(c.out)):
+        if re.fullmatch(LOCK, name) and name != own_lock and not re.fullmatch(compatible, name):
+            lock.check_free(c.out, name)
+    # What killed processes left. With --shard, others may be at work: prepare_file() removes its own.
+    if not c.shard:
+        remove_leftovers(c.out, OWN_FILES, LEFTOVER_SHARD)
+        if os.path.isdir(os.path.join(c.out, "files")):
+            remove_leftovers(os.path.join(c.out, "files"), pattern=parallel.LEFTOVER)
 
 
 def is_finished(out):
@@ -259,15 +290,18 @@ def read_manifest(c, settings):
 def has_work(out):
     """True if an unfinished corpus has a shard or a prepared file that another try can use."""
     prepared = [path for path in find_files(out, "files/*") if os.path.basename(path).isdigit()]
-    return bool(prepared or find_files(out, "train_*.bin"))
+    shards = [path for path in find_files(out, "train_*") if re.fullmatch(SHARD, os.path.basename(path))]
+    return bool(prepared or shards)
 
 
 def remove_unfinished(out):
-    """Remove the files of an unfinished corpus: its tokenizer, shards and prepared files."""
-    shutil.rmtree(os.path.join(out, "files"), ignore_errors=True)
-    for name in ("tokenizer_info.json", "tokenizer.tiktoken", "*_[0-9]*.bin", "*_[0-9]*.bin.tmp"):
-        for path in find_files(out, name):
-            os.remove(path)
+    """Remove the files of an unfinished corpus: its tokenizer, shards and prepared files. Others stay."""
+    for path in find_files(out, "files/*"):
+        if re.fullmatch(rf"\d{{5,}}|{parallel.LEFTOVER}", os.path.basename(path)):
+            remove_file_or_folder(path)
+    for name in os.listdir(out):
+        if re.fullmatch(rf"tokenizer_info\.json|tokenizer\.tiktoken|{SHARD}|{LEFTOVER_SHARD}", name):
+            os.remove(os.path.join(out, name))
 
 
 def missing_shards(out, manifest):

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from core import lock
 from core.configurator import NonNegativeFloat, Path, PositiveInt, Seed, UserError, Workers, run
+from core.files import remove_leftovers
 from experiments import jobs
 from experiments.commands import jobs_of
 from experiments.layout import Launch, Study, check_folder, write_study
@@ -77,6 +78,7 @@ def run_here(study, n_processes):
     check_folder(study.out_dir)
     os.makedirs(study.out_dir, exist_ok=True)
     with lock.hold(study.out_dir, "study.py") as lock_file:
+        remove_leftovers(study.out_dir, ["study.json"])
         write_study(study)
         print_rows_read_again(study.runs, study.scale, study.data_dir)
         all_jobs = jobs_of(study)

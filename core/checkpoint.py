@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from core import tokenizer
 from core.configurator import RunError, UserError
-from core.files import find_files
+from core.files import OF_CHECKPOINTS, find_files, remove_leftovers
 from core.schema import read_json
 from model import Encoder, ModelConfig
 
@@ -107,8 +107,8 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     path = path_of(out_dir, step)
     temporary = os.path.join(out_dir, f".writing_{step:07d}_{os.urandom(4).hex()}")
     replaced = f"{temporary}_replaced"
-    for leftover in find_files(out_dir, ".writing_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if os.path.isdir(out_dir):
+        remove_leftovers(out_dir, pattern=OF_CHECKPOINTS)
 
     # What goes into which file.
     weights = model.state_dict()

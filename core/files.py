@@ -4,6 +4,7 @@ Users choose the names of folders. Here a name is never taken for a pattern, and
 """
 
 import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import lzma
 import os
 import queue
 import re
+import shutil
 import socket
 import threading
 import unicodedata
@@ -114,6 +116,14 @@ def unique(path):
 
 # -------------------------------------------------------------------------------------------------
 # writing and reading
+
+# A lock of core/lock.py, also that of one --shard of prepare_fineweb.py.
+LOCK = r"\.lock(\.\d+-of-\d+)?"
+# What a killed process may leave: of write_whole(), behind the file's own name, and of core/checkpoint.py.
+OF_WRITE_WHOLE = r"\.\d+-[0-9a-f]{8}\.tmp"
+OF_CHECKPOINTS = r"\.writing_\d{7}_[0-9a-f]{8}(_replaced)?"
+
+
 def write_whole(path, content):
     """Write bytes to a file. An interruption leaves the old content, never half of the new one."""
     # Several processes, on several machines, may write the same file at once.
@@ -130,11 +140,33 @@ def is_new(folder, *own_files):
     if not os.path.isdir(folder):
         return True
     for name in os.listdir(folder):
-        # of write_whole, or of core/checkpoint.py
-        is_leftover = re.fullmatch(r".+\.\d+-[0-9a-f]{8}\.tmp|\.writing_\d{7}_[0-9a-f]{8}(_replaced)?", name)
-        if name not in (".lock", *own_files) and not is_leftover:
+        is_lock_or_leftover = re.fullmatch(f"{LOCK}|.+{OF_WRITE_WHOLE}|{OF_CHECKPOINTS}", name)
+        if name not in own_files and not is_lock_or_leftover:
             return False
     return True
+
+
+def remove_leftovers(folder, own_files=(), pattern="(?!)"):
+    """Remove what killed processes left in a folder; only for who holds its lock.
+
+    That is what write_whole() leaves of `own_files`, names of files that nobody writes without the
+    lock: NAME.PID-XXXXXXXX.tmp. pattern: a regular expression for more names, whole ones.
+    """
+    own_names = "|".join([LOCK, *(re.escape(name) for name in own_files)])
+    for name in os.listdir(folder):
+        if re.fullmatch(f"({own_names}){OF_WRITE_WHOLE}|{pattern}", name):
+            remove_file_or_folder(os.path.join(folder, name))
+
+
+def remove_file_or_folder(path):
+    """Remove a file, or a folder with all that is in it. A link stays, and so does what cannot be removed."""
+    if os.path.islink(path):
+        return
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 def write_json(path, value):

@@ -42,31 +42,18 @@ def this_kernel():
 
 
 @contextlib.contextmanager
-def hold(folder, program):
+def hold(folder, program, name=NAME):
     """Hold a folder, which must exist and be ours to write, while the block runs.
 
-    program: its name, for the message that others get. Yields the open file of the lock; a child
-    process that inherits it (subprocess's pass_fds) holds the folder, too. Raises UserError at once
-    if another process holds it.
+    program: its name, for the message that others get. name: of the file, where several may write a
+    folder, each under a lock of its own. Yields the open file of the lock; a child process that
+    inherits it (subprocess's pass_fds) holds the folder, too. Raises UserError at once if another
+    process holds it.
     """
-    path = os.path.join(folder, NAME)
+    path = os.path.join(folder, name)
     file = open_lock(path)
     try:
-        owner = read_owner(file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy(folder, owner)) from None
-        except OSError as error:
-            # Some network file systems have no such locks: then the heartbeat alone decides.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        # A holder that wrote nothing removes the lock with its folder: what we opened may be gone.
-        if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            raise UserError(busy(folder, owner))
-        owner = read_owner(file)      # it may have changed before we got the lock
-        if owner and owner.get("kernel") != this_kernel() and is_alive(path):
-            raise UserError(busy(folder, owner))
+        take(file, path, fcntl.LOCK_EX)
         sign(file, this_process() | {"program": program})
         stop = threading.Event()
         heart = threading.Thread(target=beat, args=(file, stop), daemon=True)
@@ -82,20 +69,50 @@ def hold(folder, program):
         file.close()
 
 
+def take(file, path, kind):
+    """Take an open lock, or only see whether nobody holds it. Raises UserError if another process does.
+
+    kind: fcntl.LOCK_EX to hold it, LOCK_SH to see, which any number of processes may do at a time
+    """
+    folder = os.path.dirname(path)
+    owner = read_owner(file)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(busy(folder, owner)) from None
+    except OSError as error:
+        # Some network file systems have no such locks: then the heartbeat alone decides.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    # A holder that wrote nothing removes the lock with its folder: what we opened may be gone.
+    if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+        raise UserError(busy(folder, owner))
+    owner = read_owner(file)      # it may have changed before we got the lock
+    if owner and owner.get("kernel") != this_kernel() and is_alive(path):
+        raise UserError(busy(folder, owner))
+
+
+def check_free(folder, name):
+    """Raises UserError if another process holds the lock `name` of a folder."""
+    path = os.path.join(folder, name)
+    with open_lock(path) as file:
+        take(file, path, fcntl.LOCK_SH)
+
+
 @contextlib.contextmanager
-def hold_new(folder, program):
+def hold_new(folder, program, name=NAME):
     """Hold a folder as hold() does, and make it if it is missing.
 
     A folder made here is removed again if it is still empty at the end, e.g. after a wrong setting.
     """
     is_made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
-    with hold(folder, program) as file:
+    with hold(folder, program, name) as file:
         try:
             yield file
         finally:
-            if is_made and os.listdir(folder) == [NAME]:
-                os.remove(os.path.join(folder, NAME))
+            if is_made and os.listdir(folder) == [name]:
+                os.remove(os.path.join(folder, name))
                 os.rmdir(folder)
 
 
@@ -176,5 +193,6 @@ def age_of(path):
         now = os.fstat(number).st_mtime
     finally:
         os.close(number)
-        os.unlink(probe)
+        with contextlib.suppress(FileNotFoundError):      # the holder took it for a leftover
+            os.unlink(probe)
     return now - os.stat(path).st_mtime

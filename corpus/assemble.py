@@ -6,7 +6,7 @@ moves the shards of file 7 to OUT/train_00007_000.bin, ... Only shards that lose
 written again.
 """
 import os
-import shutil
+import re
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError
-from core.files import find_files
-from corpus.parallel import DOCUMENT, SPLITS, folder_of, forget, is_of, prepare_files
+from core.files import find_files, remove_file_or_folder
+from corpus.parallel import DOCUMENT, LEFTOVER, SPLITS, folder_of, forget, is_of, prepare_files
 from corpus.shards import Shard, ShardWriter, shard_facts
 
 MERGE_AT_ONCE = 1 << 22    # records in memory while duplicates are looked for
@@ -226,8 +226,9 @@ def place(source, target, lengths, is_kept, tok):
 
 
 def remove_unused_files(out, last_index):
-    """Remove the folders of files after the stop, and leftovers of killed processes."""
+    """Remove the folders of files after the stop, and leftovers of killed processes. Others stay."""
     for path in find_files(os.path.join(out, "files"), "*"):
         name = os.path.basename(path)
-        if not name.isdigit() or int(name) > last_index:
-            shutil.rmtree(path)
+        is_after_stop = re.fullmatch(r"\d{5,}", name) and int(name) > last_index
+        if is_after_stop or re.fullmatch(LEFTOVER, name):
+            remove_file_or_folder(path)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -20,12 +21,15 @@ from tqdm import tqdm
 
 from core import tokenizer as tokenizers
 from core.configurator import RunError, UserError
-from core.files import ahead, find_files, hashed, write_json, write_whole
+from core.files import ahead, find_files, hashed, remove_file_or_folder, write_json, write_whole
 from core.schema import read_json
 from corpus import hub
 from corpus.shards import SplitWriter
 
 SPLITS = ("train", "val")
+
+# The name of a folder while it is written, 00007.PID.tmp: a killed process leaves it.
+LEFTOVER = r"\d{5,}\.\d+\.tmp"
 
 # documents.bin holds one record for each document that is not blank, sorted by id.
 DOCUMENT_FIELDS = [
@@ -111,8 +115,10 @@ def prepare_file(job, index, enough, threads, report):
     """
     # Remove leftovers of killed processes, and what a run with a smaller --tokens made of it.
     folder = folder_of(job.out, index)
-    for old in [folder, *find_files(os.path.dirname(folder), f"{index:05d}.*.tmp")]:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    for old in find_files(os.path.dirname(folder), f"{index:05d}.*"):
+        if re.fullmatch(LEFTOVER, os.path.basename(old)):
+            remove_file_or_folder(old)
 
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
@@ -232,8 +238,9 @@ def read_prepared(job, index, enough):
 def forget(out, index):
     """Remove everything that was made of one file, so that it is prepared again."""
     shutil.rmtree(folder_of(out, index), ignore_errors=True)
-    for path in find_files(out, f"*_{index:05d}_???.bin"):
-        os.remove(path)
+    for path in find_files(out, f"*_{index:05d}_*.bin"):
+        if re.fullmatch(rf"(train|val)_{index:05d}_\d{{3,}}\.bin", os.path.basename(path)):
+            os.remove(path)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 from core import checkpoint
 from core import tokenizer as tokenizers
+from core.files import remove_leftovers
 from core.lock import NAME, hold
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
@@ -111,6 +112,7 @@ def write(source, out, weights_only=False, ignore=(), allow_bin=False):
     os.makedirs(out, exist_ok=True)
     with hold(out, "hf.py"):
         check_is_free(out, OWN_FILES)  # another import may have ended in the meantime
+        remove_leftovers(out, OWN_FILES)  # checkpoint.save() removes those of checkpoints
         for name in ("tokenizer.tiktoken", "tokenizer_info.json"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out, name))  # an interrupted import's

@@ -7,10 +7,14 @@ import threading
 from core import lock
 from core.configurator import UserError
 from core.distributed import all_sum, wait_for_all
+from core.files import OF_CHECKPOINTS, remove_leftovers
 from pretraining import resume
 
 # Ctrl-C; what Slurm, Kubernetes and a kill send; Slurm's warning; a terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+# The files of a run beside its checkpoints. Each is written under another name first.
+OWN_FILES = ("config.json", "log.jsonl", "tokenizer.tiktoken", "tokenizer_info.json")
 
 
 def stop_on_signals(at_exit):
@@ -52,6 +56,7 @@ def hold_out_dir(out_dir, processes, at_exit):
     if processes.is_first:
         try:
             at_exit.enter_context(lock.hold_new(out_dir, "train.py"))
+            remove_leftovers(out_dir, OWN_FILES, OF_CHECKPOINTS)
         except UserError as user_error:
             error = user_error
         except OSError as os_error:

@@ -60,6 +60,7 @@ def write_report(folder, texts, figures):
         if os.path.isfile(path) and not is_own_file(path):
             raise UserError(f"{path} was not written by report.py: choose another --to")
     with lock.hold(folder, "report.py"):
+        files.remove_leftovers(folder, [*texts, *figures])
         for name, text in texts.items():
             files.write_whole(os.path.join(folder, name), text.encode())
         use_fonts(figures.values())

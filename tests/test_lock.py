@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
@@ -135,3 +137,46 @@ def test_prepare_fineweb_and_report_write_no_folder_that_another_process_writes(
     prepare_fineweb.prepare(c)
     with lock.hold(tmp_path / "out", "another.py"):      # a complete corpus is only looked at
         prepare_fineweb.prepare(c)
+
+
+@pytest.mark.parametrize("first, second, is_refused", [
+    ("0/2", "0/2", True), ("0/2", "00/2", True), ("0/2", "1/2", False), ("0/2", "1/3", True), ("1/3", "0/2", True), ("0/2", "", True), ("", "1/2", True),
+])
+def test_two_preparations_of_the_same_files_are_refused_and_shards_that_share_none_are_not(tmp_path, monkeypatch, first, second, is_refused):
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        text = f.read()
+    (tmp_path / "source").mkdir()
+    for k in range(6):
+        table = pyarrow.table({"text": [text[1000 * k:1000 * k + 1000]], "id": [str(k)]})
+        pyarrow.parquet.write_table(table, tmp_path / "source" / f"{k}.parquet")
+
+    def config(shard):
+        return prepare_fineweb.Config(source=f"parquet:{tmp_path}/source", out=str(tmp_path / "out"), tokenizer="train:320", val_fraction=0.0,
+                                      processes=1, shard=shard)
+    real = prepare_fineweb.write_corpus
+    said = []
+
+    def meanwhile(c, settings):
+        monkeypatch.setattr(prepare_fineweb, "write_corpus", real)
+        try:
+            prepare_fineweb.prepare(config(second))
+        except UserError as error:
+            said.append(str(error))
+        real(c, settings)
+    monkeypatch.setattr(prepare_fineweb, "write_corpus", meanwhile)
+    prepare_fineweb.prepare(config(first))
+    holder = f"prepare_fineweb.py{f' --shard={first}' if first else ''} (pid {os.getpid()} on "
+    assert len(said) == is_refused and all(text.startswith(holder) and "\n" not in text for text in said)
+    for shard in ("0/2", "1/2", ""):
+        prepare_fineweb.prepare(config(shard))
+    assert prepare_fineweb.is_finished(str(tmp_path / "out"))
+
+
+def test_a_shard_that_another_machine_prepares_is_refused_while_its_lock_is_touched(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"settings": {}, "complete": false}')
+    another_machine(tmp_path / ".lock.1-of-3", age=20)
+    for name in (".lock", ".lock.0-of-2"):
+        with lock.hold(tmp_path, "prepare_fineweb.py", name), pytest.raises(UserError, match="pid 7 on elsewhere"):
+            lock.check_free(tmp_path, ".lock.1-of-3")
+    another_machine(tmp_path / ".lock.1-of-3", age=lock.STALE + 5)
+    lock.check_free(tmp_path, ".lock.1-of-3")
