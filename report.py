@@ -104,7 +104,7 @@ def main(c):
             print(texts[name])
     for note in study.notes:
         print(f"warning: {note}")
-    print(", ".join(os.path.join(c.to, name) for name in [*texts, *figures]))
+    print(f"the report is in {os.path.abspath(c.to)}: {', '.join([*texts, *figures])}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import os
 import shlex
 from dataclasses import dataclass
 
-from core import lock
+from core import files, lock
 from core.configurator import NonNegativeFloat, Path, PositiveInt, Seed, UserError, Workers, run
 from core.files import remove_leftovers
 from experiments import jobs
@@ -86,8 +86,9 @@ def run_here(study, n_processes):
         environments = jobs.process_environments(study.device, n_processes)
         # The jobs inherit the lock: one that outlives this process keeps others out, too.
         jobs.run_jobs(all_jobs, study.out_dir, lock_file, environments)
-    report = shlex.join(["python", "report.py", study.out_dir, f"--to={study.out_dir}/report"])
-    print(f"{len(study.names)} checkpoints in {study.out_dir}; for tables and figures: {report}")
+    report = ["python", files.own_path("report.py"), study.out_dir, f"--to={study.out_dir}/report"]
+    print(f"{len(study.names)} checkpoints in {study.out_dir}; for tables and figures: "
+          f"{shlex.join(report)}")
 
 
 def main(c):

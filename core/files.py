@@ -72,6 +72,11 @@ def files_below(folder, suffixes):
     return paths
 
 
+def own_path(name):
+    """How a command names a file of this repository: as in the docs, or with its folder elsewhere."""
+    return name if os.path.samefile(os.curdir, ROOT) else os.path.join(ROOT, name)
+
+
 def check_regular(path):
     """Raise UserError for a pipe or a device, whose reading may never end, and for a broken link."""
     if os.path.lexists(path) and not os.path.isfile(path):

@@ -7,12 +7,15 @@ from functools import partial
 
 from core import checkpoint
 from core.configurator import UserError
+from core.files import own_path
 from core.schema import read_json
 from experiments.cost import cost_of
 from experiments.jobs import Job
 from experiments.layout import Place
 from experiments.recipes import DECAY, WARMUP
 from tasks import queue, registry, worker
+
+RUN_CONFIG_SHAPE = {"settings": {"branch_from": str}}   # what is needed of a run's config.json
 
 
 def jobs_of(study):
@@ -110,8 +113,8 @@ def training_words(study, run):
     # if fewer models were asked for at that time. Its weights are the same to the bit.
     config_path = os.path.join(run_dir, "config.json")
     if os.path.isfile(config_path):
-        settings["branch_from"] = read_json(config_path)["settings"]["branch_from"]
-    return ["train.py", *flags(settings)]
+        settings["branch_from"] = read_json(config_path, RUN_CONFIG_SHAPE)["settings"]["branch_from"]
+    return [own_path("train.py"), *flags(settings)]
 
 
 def phases_at(scale, recipe):
@@ -193,8 +196,8 @@ def scoring_words(study, grid, ckpt):
         "device": study.device,
         "data_dir": study.tasks_dir,
     }
-    config_files = [config_file] if config_file else []
-    return [grid.script, *config_files, *flags(settings)]
+    config_files = [own_path(config_file)] if config_file else []
+    return [own_path(grid.script), *config_files, *flags(settings)]
 
 
 def has_all_rows(scale, grid, ckpt):

@@ -24,6 +24,8 @@ from experiments.scales import SCALES, Scale, batch_of
 from pretraining import data
 from tasks import worker
 
+STUDY_SHAPE = {"plan": str, "models": {str: {"folder": str}}}   # what is needed of study.json
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -106,7 +108,7 @@ def write_study(study):
     facts = facts_of(study)
     models = {}
     if os.path.isfile(path):
-        old = read_json(path)
+        old = read_json(path, STUDY_SHAPE)
         # Compare as JSON, in which tuples are lists. If the study was printed where its corpus is
         # missing, its old facts lack those of the corpus.
         facts_as_json = json.loads(json.dumps(facts))

@@ -123,7 +123,7 @@ def batch_of(scale, data_dir):
     vocab_size = 128_256
     info = os.path.join(data_dir, "tokenizer_info.json")
     if os.path.isfile(info):
-        vocab_size = read_json(info).get("vocab_size", vocab_size)
+        vocab_size = read_json(info, {"vocab_size?": int}).get("vocab_size", vocab_size)
     # Without settings of its own, a scale has train.py's defaults, the paper's batch.
     rows = scale.train.get("batch_rows", 1152)
     block_size = scale.train.get("block_size", 2048)

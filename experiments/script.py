@@ -26,18 +26,20 @@ SLURM_FUNCTIONS = (
 def print_script(study):
     """Write study.json and print the commands that are left to run, as a shell script."""
     launch = study.launch
-    # A line feed in a setting would end the comment that repeats the command.
-    command = shlex.join(sys.argv[1:]).replace("\n", " ")
-    print(f"#!/usr/bin/env bash\n# python study.py {command}\nset -euo pipefail")
-    if launch.program == "slurm":
-        print(SLURM_FUNCTIONS.replace("GPUS", str(launch.gpus_per_node)))
-    elif launch.nodes > 1:
-        print("# on every machine alike, with HOST set to the name of the first")
-
     os.makedirs(study.out_dir, exist_ok=True)
     write_study(study)
     jobs = [job for job in jobs_of(study) if not job.is_done()]
     names_left = {job.name for job in jobs}
+
+    # A line feed in a setting would end the comment that repeats the command.
+    command = shlex.join(sys.argv[1:]).replace("\n", " ")
+    print(f"#!/usr/bin/env bash\n# python study.py {command}\nset -euo pipefail")
+    # Paths in the commands may be relative to this folder. The script may be started in another.
+    print(f"cd {shlex.quote(os.getcwd())}")
+    if launch.program == "slurm":
+        print(SLURM_FUNCTIONS.replace("GPUS", str(launch.gpus_per_node)))
+    elif launch.nodes > 1:
+        print("# on every machine alike, with HOST set to the name of the first")
     for job in jobs:
         if launch.program == "slurm":
             print(slurm_job(job, launch, names_left))

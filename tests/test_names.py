@@ -87,7 +87,7 @@ def test_a_report_is_written_whatever_the_console_the_display_and_a_users_style(
     folder = str(tmp_path / "模型 ü")
     shutil.copytree(os.path.join(ROOT, "tests", "data", "old"), folder)
     done = run_python(["report.py", f"{folder}/run", f"{folder}/grid", f"--to={tmp_path}/out"], env=environment | {"MATPLOTLIBRC": str(tmp_path)})
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == "" and f"the report is in {tmp_path}/out: table.md, trials.md, rows.jsonl, loss_curves.png\n" in done.stdout
     assert "rule paper: test" in done.stdout and {"table.md", "trials.md", "loss_curves.png", "rows.jsonl"} <= set(os.listdir(tmp_path / "out"))
 
 

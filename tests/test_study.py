@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -220,6 +221,50 @@ def test_printed_commands_are_those_that_would_run_with_slurm_waiting_for_what_c
     assert len(heads) == 3 + 2 * 4 and sum("finetune.py config/finetune_paper.py" in c for c in commands) == 4
     one = run_python(["study.py", "run", "--launch=torchrun", "--only=610m-clm-12k", "--evaluate=false", f"--out_dir={tmp_path}/t", "--data_dir=nowhere"])
     assert one.stdout.splitlines()[-1].startswith("torchrun --nproc_per_node=8 train.py --size=610m '--phases=[[\"clm\", 12000]]' --seed=42")
+
+
+def test_a_script_printed_in_another_folder_may_be_run_in_a_third(tmp_path, monkeypatch, capsys):
+    """Relative folders are of where it was printed, and the programs are named with their folder."""
+    home = tmp_path / "it's home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    (tmp_path / "sbatch").write_text('#!/bin/bash\npwd >> "$HERE/jobs"; grep srun >> "$HERE/jobs"; echo 1\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    study.main(study.Config(args=("run",), launch="slurm", only="610m-clm-12k", out_dir="s", data_dir="nowhere"))
+    done = subprocess.run(["bash", "-c", capsys.readouterr().out], cwd="/", env=os.environ | {"HERE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    lines = (tmp_path / "jobs").read_text().splitlines()
+    assert done.returncode == 0 and len(lines) == 6 and set(lines[::2]) == {str(home)}
+    for line in lines[1::2]:
+        program, *arguments = line.partition(" --nproc_per_node=8 ")[2].split()
+        assert os.path.isfile(program) and os.path.dirname(program) == ROOT
+        assert all(os.path.isfile(word) for word in arguments if word.endswith(".py"))
+        assert "--out_dir=s/610m-clm-12k" in arguments or any(word.startswith("--ckpt=s/610m-clm-12k/") for word in arguments)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"{", "is not JSON"), (b"[]", "the content is a list, not an object"), (b"{}", "has no 'plan'"), (b'{"plan": "smoke", "models": []}', "'models' is a list"),
+    (b'{"plan": "smoke", "models": {"610m-clm-12k": "x"}}', "'models.610m-clm-12k' is"), (b"\xff", "not UTF-8"), (b"[" * 200_000, "nested too deep")])
+def test_a_damaged_study_json_is_one_line(corpus_dir, tmp_path, content, says):
+    (tmp_path / "study.json").write_bytes(content)
+    c = study.Config(args=("run",), scale="smoke", only="610m-clm-12k", data_dir=corpus_dir, out_dir=str(tmp_path), evaluate=False, device="cpu")
+    with pytest.raises(UserError, match=f"study.json.*{re.escape(says)}"):
+        study.main(c)
+    assert (tmp_path / "study.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("command, path, content, says", [
+    ("run", "s/610m-clm-12k/config.json", "[]", "the content is a list"), ("run", "s/610m-clm-12k/config.json", '{"settings": {}}', "has no 'settings.branch_from'"),
+    ("plan", "d/tokenizer_info.json", "[]", "the content is a list"), ("plan", "d/tokenizer_info.json", '{"vocab_size": "many"}', "'vocab_size' is \"many\"")])
+def test_another_damaged_file_of_a_study_is_one_line_and_no_script(tmp_path, capsys, command, path, content, says):
+    os.makedirs(os.path.dirname(tmp_path / path))
+    (tmp_path / path).write_text(content)
+    os.makedirs(tmp_path / "s", exist_ok=True)
+    (tmp_path / "s" / "study.json").write_text(json.dumps({"plan": "smoke", "scale": SCALES["smoke"], "models": {}}))
+    data_dir = str(tmp_path / "d") if command == "plan" else "nowhere"
+    c = study.Config(args=(command,), scale="smoke", only="610m-clm-12k", data_dir=data_dir, out_dir=str(tmp_path / "s"), evaluate=False, launch="torchrun")
+    with pytest.raises(UserError, match=f"{path}.*{re.escape(says)}"):
+        study.main(c)
+    assert command == "plan" or capsys.readouterr().out == ""
 
 
 def test_the_time_that_is_left_counts_kinds_that_have_ended_and_names_the_others():
