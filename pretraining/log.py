@@ -4,6 +4,7 @@ Losses stay on the device until they are written. So between two console lines t
 for the GPU.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -45,17 +46,29 @@ class RunLog:
         self.restart_clock()
 
     def start_wandb(self, run_id, run_settings):
-        """Send the rows to Weights & Biases, too. A resumed run has its old run_id: its plot continues."""
-        import wandb
+        """Send the rows to Weights & Biases, too. A resumed run has its old run_id: its plot continues.
 
-        self.wandb_run = wandb.init(
-            project=self.c.wandb_project,
-            dir=self.c.out_dir,
-            id=run_id,
-            resume="allow",
-            config=run_settings,
-            name=os.path.basename(os.path.normpath(self.c.out_dir)),
-        )
+        Raises UserError if that is not possible here.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("wandb_log=true needs a package: pip install wandb") from None
+        try:
+            self.wandb_run = wandb.init(
+                project=self.c.wandb_project,
+                dir=self.c.out_dir,
+                id=run_id,
+                resume="allow",
+                config=run_settings,
+                name=os.path.basename(os.path.normpath(self.c.out_dir)),
+            )
+        except (wandb.Error, ValueError) as error:
+            # no login, no network, a project's name or a variable (ValueError) that wandb refuses
+            raise UserError(
+                f"wandb_log=true, but wandb does not start ({' '.join(str(error).split())[:300]}): run "
+                "`wandb login`, or set WANDB_MODE=offline and run `wandb sync` later, or leave out wandb_log"
+            ) from None
 
     def restart_clock(self):
         """Time steps from now on: what came before, such as a validation, does not slow them."""
@@ -160,12 +173,25 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb_run:
-            for row in rows:
-                self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            with self.without_wandb_if_it_fails():
+                for row in rows:
+                    self.wandb_run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self):
+        """Let Weights & Biases send what it still has."""
         if self.wandb_run:
-            self.wandb_run.finish()
+            with self.without_wandb_if_it_fails():
+                self.wandb_run.finish()
+
+    @contextlib.contextmanager
+    def without_wandb_if_it_fails(self):
+        """Continue without Weights & Biases after an error of it: its own process may have died."""
+        try:
+            yield
+        except Exception as error:      # of many types
+            self.wandb_run = None
+            print(f"warning: wandb has failed, the run continues without it; all rows are in {self.path} "
+                  f"({' '.join(str(error).split())[:300]})", flush=True)
 
 
 def read_rows(path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from core.configurator import RunError, UserError
 from core.device import pick_dtype
 from kernels.reference import linear_cross_entropy as dense
 from objectives import objective_at
-from pretraining import data
+from pretraining import data, log
 
 
 def science(out_dir):
@@ -262,6 +263,49 @@ def test_wandb_offline_gets_the_run(command, tmp_path):
     with open(tmp_path / "run" / "config.json") as f:
         assert folder.name.endswith(json.load(f)["run_id"])
     assert b"grad_norm" in record and b"val_mlm_loss" in record and b"learning_rate" in record
+
+
+@pytest.fixture
+def run_log(tmp_path, monkeypatch):
+    """A RunLog where wandb knows nobody."""
+    import wandb
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    run_log = object.__new__(log.RunLog)
+    run_log.c = SimpleNamespace(wandb_project="nanoencoder", out_dir=str(tmp_path))
+    run_log.path = str(tmp_path / "log.jsonl")
+    run_log.processes = SimpleNamespace(is_first=True)
+    run_log.wandb_run = None
+    yield run_log
+    wandb.teardown()
+
+@pytest.mark.parametrize("environment, project, says", [
+    ({}, "nanoencoder", "No API key configured"), ({"WANDB_API_KEY": "short"}, "nanoencoder", "WANDB_API_KEY invalid"),
+    ({"WANDB_MODE": "offline"}, "a/b", "Invalid project name"), ({"WANDB_MODE": "sometimes"}, "nanoencoder", "Input should be 'online'")])
+def test_wandb_that_cannot_start_is_one_line_before_the_first_step(run_log, monkeypatch, environment, project, says):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run_log.c.wandb_project = project
+    with pytest.raises(UserError, match=f"wandb does not start .*{says}.*`wandb login`, or set WANDB_MODE=offline") as error:
+        run_log.start_wandb("abcd0123", {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_continues_without_a_wandb_that_fails(run_log, capsys):
+    class Dead:
+        def log(self, *_, **__):
+            raise BrokenPipeError("its process\nis gone")
+
+    run_log.wandb_run = Dead()
+    run_log.write([{"step": 1, "loss": 2.0}])
+    run_log.write([{"step": 2, "loss": 1.0}])
+    run_log.close()
+    assert [row["step"] for row in rows(os.path.dirname(run_log.path))] == [1, 2]
+    assert capsys.readouterr().out.count("warning: wandb has failed, the run continues without it") == 1
 
 
 def test_without_a_compiler_it_says_so_once_and_runs_eager(command):
