@@ -1,4 +1,4 @@
-"""The Encoder: a stack of Llama-style blocks, whose attention is causal or bidirectional by one flag.
+"""The Encoder: a stack of Llama-style blocks. One flag makes its attention causal or bidirectional.
 
 Architecture and sizes are those of EuroBERT and of arXiv 2507.00994 (Table 1): RMSNorm, rotary
 positions, grouped-query attention, SwiGLU, no biases, no dropout, an untied LM head. The weights
@@ -29,7 +29,7 @@ class ModelConfig:
     n_embd: int
     n_ffn: int
     vocab_size: int
-    # The most tokens of a sequence in training. Positions are rotary, so no weight depends on it.
+    # Tokens of the longest sequence in training. Positions are rotary, so no weight depends on it.
     block_size: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -51,7 +51,7 @@ SIZES = {
     "tiny": dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128),
     # minutes on two CPU cores
     "demo": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=256, n_ffn=768),
-    # a study on a CPU or one GPU (experiments/scales.py); "small" is nanoGPT's for Shakespeare
+    # a study on a CPU or one GPU (experiments/scales.py); "small" is nanoGPT's size for Shakespeare
     "micro": dict(n_layer=2, n_head=2, n_kv_head=2, n_embd=128, n_ffn=384),
     "mini": dict(n_layer=2, n_head=3, n_kv_head=3, n_embd=192, n_ffn=576),
     "small": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_ffn=1024),
@@ -88,7 +88,7 @@ def rotary(cu_seqlens, T, c):
         scaling = c.rope_scaling
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slower, 1: unchanged
+        ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: kept
         frequency = frequency * (ramp + (1 - ramp) / scaling["factor"])
     angle = (position[:, None] * frequency)[:, None, :]  # [T, 1, D/2]
     return angle.cos(), angle.sin()
@@ -106,7 +106,7 @@ def rotate(x, cos, sin):
 
 
 def select_rows(x, positions):
-    """x [T, C] unchanged if positions is None, else its rows there, [N, C]."""
+    """Return x [T, C] itself if positions is None, else its rows at these positions, [N, C]."""
     if positions is None:
         return x
     return x.index_select(0, positions)
@@ -212,7 +212,8 @@ class Encoder(nn.Module):
                 x = checkpoint(block, x, cos, sin, cu_seqlens, causal, **options)
             else:
                 x = block(x, cos, sin, cu_seqlens, causal)
-        # The last block is never checkpointed: the backward pass needs its activations at once.
+        # The last block is never checkpointed: the backward pass begins with it, and would compute
+        # its activations again right away.
         x = self.blocks[-1](x, cos, sin, cu_seqlens, causal, positions)  # [T, C] or [N, C]
         return self.norm(x)
 
@@ -237,8 +238,8 @@ class Encoder(nn.Module):
     def num_parameters(self):
         """Count the parameters.
 
-        -> {"body": of blocks and final norm, "encoder": with the embedding (which the paper's sizes
-        count), "total": with the LM head, too}
+        -> {"body": those of the blocks and the final norm, "encoder": with the embedding, which is
+        how the paper counts its sizes, "total": with the LM head, too}
         """
         total = sum(p.numel() for p in self.parameters())
         head = 0 if self.config.tied else self.lm_head.weight.numel()
@@ -246,7 +247,7 @@ class Encoder(nn.Module):
         return {"body": encoder - self.embedding.weight.numel(), "encoder": encoder, "total": total}
 
     def flops(self, lengths, num_targets, causal):
-        """Count the FLOPs of one training step, those of its matrix products.
+        """Count the FLOPs of the matrix products of one training step.
 
         lengths: [S] ints, the tokens in each sequence; num_targets: the positions with a target
 

@@ -10,9 +10,10 @@ A number after the name is a rate in percent. mlm20 hides 20 % of the tokens wha
 so several phases make a schedule: (("mlm50", 1000), ("mlm20", 1000)). clm40 has a loss at 40 % of
 its positions, as many as mlm40.
 
-To add an objective, write a function and add one entry to OBJECTIVES below. Decide by `rows.position`
-and `rows.epoch` (see Rows in pretraining/data.py), never by a token's place in the batch: other
-numbers of GPUs and micro-batches cut the batch otherwise, and would hide other tokens.
+To add an objective, write a function and add one entry to OBJECTIVES below. Choose tokens by their
+`rows.position` and `rows.epoch` (see Rows in pretraining/data.py), never by their place in the
+batch: another number of GPUs or micro-batches cuts the batch in another way, and would hide other
+tokens.
 """
 
 import re
@@ -37,9 +38,9 @@ class Objective:
     is_causal: bool  # does it train under the causal attention mask?
     hides_tokens: bool  # does it replace tokens of the input?
     # (number of tokens, least number of sequences, rate, settings) -> the most targets to expect.
-    # Every batch gets room for this many, so that shapes stay the same under torch.compile. Fewer
-    # sequences mean more CLM targets, hence the least. A batch with more targets loses none: it has
-    # another shape, and is compiled again.
+    # Every batch gets room for this many, so that shapes stay the same under torch.compile. The
+    # function gets the least number of sequences, because fewer sequences have more CLM targets. A
+    # batch with more targets loses none: it has another shape, and is compiled again.
     most_targets: Callable
 
 
@@ -138,7 +139,7 @@ def split_name(name):
     Raises ValueError, naming all objectives, for a name that is not one.
     """
     if name in OBJECTIVES:
-        return name, None      # also one whose name ends in a digit
+        return name, None  # first, because the name of an objective may end in a digit
     kind, percent = re.fullmatch(r"(.*?)([0-9]*)", str(name), re.DOTALL).groups()
     is_valid_rate = percent == "" or 0 < int(percent) <= 100
     if kind not in OBJECTIVES or not is_valid_rate:
@@ -173,7 +174,7 @@ def recorded_objectives(state):
     """What a checkpoint recorded about its run's objectives, as facts_of() makes it.
 
     state: the state.json of a checkpoint of train.py. Checkpoints before 2026-11-26 do not have
-    these facts: then OBJECTIVES is asked. Raises UserError if it does not know a name.
+    these facts: then they come from OBJECTIVES. Raises UserError if it does not know a name.
     """
     if "objectives" in state:
         return state["objectives"]
@@ -187,9 +188,9 @@ def recorded_objectives(state):
 
 
 def objective_at(step, phases):
-    """The name of the objective of step `step`, counted from 0; after the last phase, its objective.
+    """The name of the objective of step `step`, counted from 0.
 
-    phases: ((name, steps), ...)
+    phases: ((name, steps), ...). After the end of the last phase, its objective.
     """
     for name, steps in phases:
         if step < steps:

@@ -44,7 +44,7 @@ HAS_TMA = (90, 100, 120)
 def architecture(major, minor):
     """Return TABLE's key for a GPU of this compute capability.
 
-    A GPU that is not listed gets the blocks that need least memory: Ada's, loaded by pointers.
+    A GPU that is not listed gets the blocks that need the least memory: Ada's, loaded by pointers.
     """
     return ARCHITECTURES.get((major, minor), 89)
 
@@ -101,7 +101,7 @@ TABLE = {
 }
 
 
-# What ATTENTION_AUTOTUNE=1 tries, each loaded by TMA and by pointers.
+# (BM, BN, num_warps, num_stages) that ATTENTION_AUTOTUNE=1 tries, each with TMA and with pointers.
 SIZES_TO_TRY = [
     (128, 128, 8, 3),
     (128, 128, 8, 2),

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     kv_rows: torch.Tensor  # [n * H * L] where their KV heads are in k and v [T * Hkv, D]
     is_hidden: torch.Tensor  # bool [n * H, 1, L] keys that are repetitions
     tokens: torch.Tensor  # [m] the tokens of these sequences
-    q_result_rows: torch.Tensor  # [m * H] where they are in a result [n * H * L, D]
+    q_result_rows: torch.Tensor  # [m * H] where these tokens are in a result [n * H * L, D]
     kv_result_rows: torch.Tensor  # [m * Hkv] and in a gradient of k or v [n * Hkv * L, D]
 
 
@@ -145,7 +145,7 @@ def heads_first(x, start, end, group=1):
 
 
 def sum_over_groups(grad, group):
-    """Add up the gradients of a KV head by the query heads of its group.
+    """Add up the gradients that a KV head gets from the query heads of its group.
 
     [H, L, D] -> [Hkv, L, D]
     """

@@ -2,14 +2,15 @@
 
 The idea (arXiv 2307.08691). Attention is out = softmax(q k^T / sqrt(D)) v. Written down literally,
 it makes a matrix of T x T scores for every head, and most of its time goes into writing that matrix
-to memory and reading it back. Here the scores never reach memory. A program holds one block of
-queries and walks over the blocks of keys and values that these queries see. For each query it keeps
+to memory and reading it back. Here the scores never reach memory. A program (one instance of a
+kernel; thousands run side by side) holds one block of queries and walks over the blocks of keys and
+values that these queries see. For each query it keeps
 
     row_max   the largest score so far
     row_sum   the sum of exp(score - row_max) over the keys so far
     acc       the sum of exp(score - row_max) * value over the keys so far      [D numbers]
 
-When a block of keys brings a larger score, row_sum and acc shrink by exp(old maximum - new
+When a block of keys brings a larger score, row_sum and acc are multiplied by exp(old maximum - new
 maximum). After the last block, acc / row_sum is the output, exactly. Besides the output, the
 program stores one number for each query, the log-sum-exp of its scores: lse = row_max +
 log(row_sum). The backward pass gets every softmax weight back from it: p = exp(score - lse).
@@ -57,9 +58,10 @@ kernels compute p and ds: 7 matrix products instead of 5.
 Grouped-query attention (GQA): a group of query heads reads one KV head. No key is repeated in
 memory. The program that sums dk and dv walks over all the query heads of its group.
 
-Loading. On Hopper and data-centre Blackwell a block is loaded through a TMA descriptor: the
-hardware computes the addresses and fills what lies outside the tensor with zeros, which frees 20 to
-80 registers a thread. Other GPUs load by pointers and masks. Block sizes come from blocks.py.
+Loading. In most kernels for Hopper and data-centre Blackwell, a block is loaded through a TMA
+descriptor: the hardware computes the addresses and fills what lies outside the tensor with zeros,
+which frees 20 to 80 registers a thread. The others load by pointers and masks. blocks.py says which
+do, and has the block sizes.
 
 Names in the kernels. Capital letters are tensors in memory (pointers, or TMA descriptors), sizes
 and compile-time constants: T tokens, H query heads, D head dim, BD the same rounded up to a power
@@ -100,7 +102,7 @@ def bounds_kernel(CU_SEQLENS, START, END, S, T, n_steps, B: tl.constexpr):
     high = tl.zeros([B], tl.int32) + S
     for _ in range(n_steps):
         middle = (low + high) // 2
-        # A token that is found (low == high) loads T + 1, so that neither bound moves any more.
+        # A token whose sequence is found (low == high) gets T + 1, so that no bound moves any more.
         ends_before = tl.load(CU_SEQLENS + middle + 1, mask=low < high, other=T + 1) <= tokens
         low = tl.where(ends_before, middle + 1, low)
         high = tl.where(ends_before, high, middle)
@@ -361,7 +363,7 @@ def descriptor(x, n_rows, width, is_held):
 
 
 def fits_tma(x):
-    """True if TMA can load x [T, heads, D]: rows on 16 bytes, the heads of a token side by side."""
+    """True if TMA can load x [T, heads, D]: rows aligned to 16 bytes, no gaps between heads."""
     is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return is_aligned and x.stride(1) == x.shape[2]
 
@@ -511,7 +513,7 @@ def setup_context(ctx, inputs, output):
     q, k, v, _, ctx.causal = inputs
     out, lse, bounds = output
     ctx.save_for_backward(q, k, v, out, lse, bounds)
-    # Do not make tensors of zeros for the gradients of lse and bounds, which nobody has.
+    # lse and bounds get no gradients: PyTorch need not make tensors of zeros for them.
     ctx.set_materialize_grads(False)
 
 
