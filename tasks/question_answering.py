@@ -73,7 +73,7 @@ class QuestionAnswering(Family):
         if isinstance(gold, list):         # as in SQuAD's own files: [{"text", "answer_start"}]
             gold = {"text": [field_of(answer, "text", str, where) for answer in gold],
                     "answer_start": [field_of(answer, "answer_start", int, where) for answer in gold]}
-        texts, starts = equally_long(gold, ("text", "answer_start"), where)
+        texts, starts = lists_of_equal_length(gold, ("text", "answer_start"), where)
         answers = list(zip(texts, starts))
         if not answers and not self.task.unanswerable:
             raise UserError(f"{where}: the question has no answer")
@@ -89,7 +89,8 @@ class QuestionAnswering(Family):
         answer_texts = field_of(row, "answers", list, where)
         marked = field_of(row, "entity_spans", dict, where)
         answers, entities = [], []
-        for text, start, end in zip(*equally_long(marked, ("text", "start", "end"), where)):
+        texts, starts, ends = lists_of_equal_length(marked, ("text", "start", "end"), where)
+        for text, start, end in zip(texts, starts, ends):
             end = entity_end(context, text, start, end, where)
             entities.append((start, end))
             if text in answer_texts:
@@ -185,9 +186,9 @@ class QuestionAnswering(Family):
         """The sum over windows of the mean of two cross-entropies: of the answer's first token, and
         of its last."""
         logits = logits.masked_fill(batch.targets["outside"][:, None], float("-inf"))
-        # The classes of cross_entropy are the places in a window, and it takes the last dimension,
-        # 2, as two questions of their own: start and end. [T, 2] -> [S, longest, 2]. Padding with
-        # -inf costs only two numbers a token.
+        # For cross_entropy, dimension 1 holds the classes: the places in a window. The last
+        # dimension holds two separate choices: start and end. [T, 2] -> [S, longest, 2]. Padding
+        # with -inf costs only two numbers a token.
         padded = pad_sequence(logits.split(batch.lengths), batch_first=True,
                               padding_value=float("-inf"))
         return F.cross_entropy(padded, batch.targets["ids"], reduction="sum") / 2
@@ -276,7 +277,7 @@ class QuestionAnswering(Family):
         return {"score": scores["f1"]} | scores, per_question
 
     def baseline(self, splits):
-        """The entity that the context mentions most often, or no answer if the task marks none."""
+        """The entity that the context mentions most often; no answer in a task without entities."""
         test = splits["test"]
         if not self.task.entities:
             scores, _ = self.score(test, [Prediction() for _ in test.examples])
@@ -302,7 +303,7 @@ class PaperQuestionAnswering(QuestionAnswering):
         return {"ids": is_inside.astype(np.int64)}, len(is_inside)
 
     def loss(self, logits, batch):
-        return Family.loss(self, logits, batch)                 # of two classes for each token
+        return Family.loss(self, logits, batch)                 # two classes for each token
 
     def predict(self, outputs):
         """For each question the set of tokens that are inside of the answer, by their places."""
@@ -330,8 +331,8 @@ class PaperQuestionAnswering(QuestionAnswering):
         return {"name": "no answer", "score": scores["score"]}
 
 
-def equally_long(row, names, where):
-    """The lists in some fields of a row. Raises UserError if their lengths differ."""
+def lists_of_equal_length(row, names, where):
+    """The lists in the fields `names` of a row. Raises UserError if their lengths differ."""
     lists = [field_of(row, name, list, where) for name in names]
     if len(set(map(len, lists))) > 1:
         sizes = ", ".join(f"{len(values)} in '{name}'" for name, values in zip(names, lists))
@@ -340,7 +341,7 @@ def equally_long(row, names, where):
 
 
 def entity_end(context, text, start, end, where):
-    """The character after an entity. Raises UserError if its text does not stand at its place.
+    """The place of the character after an entity. Raises UserError if its text is not there.
 
     ReCoRD's own files give the entity's last character, and the hub's copy the character after it.
     The text tells which.
@@ -417,7 +418,7 @@ def best_threshold(predictions, gold):
     margins = np.array([prediction.no_answer_margin for prediction in predictions])
     order = np.argsort(margins, kind="stable")
     total_gain = np.concatenate([[0.0], np.cumsum(np.array(gains)[order])])
-    # A threshold cannot part equal margins.
+    # No threshold lies between equal margins.
     sorted_margins = margins[order]
     is_possible = np.concatenate([[True], sorted_margins[1:] > sorted_margins[:-1], [True]])
     n_answered = int(np.where(is_possible, total_gain, -np.inf).argmax())
