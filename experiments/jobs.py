@@ -44,6 +44,7 @@ class Running:
     process: subprocess.Popen
     slot: int             # the index of its environment
     log: str              # the path of its log
+    log_start: int        # where its part of the log begins, in bytes: earlier runs wrote the rest
     started: float        # time.time()
     seconds: float = 0.0  # how long it took, once it has ended
 
@@ -163,7 +164,8 @@ class JobQueue:
     def start(self, job, slot):
         """Start a job in the environment of a slot. -> Running"""
         path = os.path.join(self.folder, "logs", f"{job.name}.txt")
-        with open(path, "a", encoding="utf-8") as log:
+        with open(path, "ab") as log:
+            log_start = log.tell()
             process = subprocess.Popen(
                 [sys.executable, *job.words],
                 stdin=subprocess.DEVNULL,
@@ -173,7 +175,7 @@ class JobQueue:
                 pass_fds=(self.lock_file.fileno(),),
                 preexec_fn=partial(die_with_parent, signal.SIGKILL),
             )
-        return Running(job, process, slot, path, started=time.time())
+        return Running(job, process, slot, path, log_start, started=time.time())
 
     def collect_ended(self):
         """Remove the jobs that have ended from the running ones. -> list of Running"""
@@ -201,14 +203,41 @@ class JobQueue:
         return eta([*self.waiting, *running_jobs], self.spent, len(self.environments))
 
     def stop(self):
-        """Ask the running jobs to finish their step and save, and kill those that take a minute."""
+        """Ask the running jobs to finish their step and save, and kill those that take a minute.
+
+        A training that still compiles has nothing to save, and would not look up for minutes: it is
+        killed at once. So is everything if Ctrl-C comes a second time.
+        """
         for running in self.running:
-            running.process.terminate()
-        for running in self.running:
-            try:
-                running.process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
+            if has_taken_a_step(running):
+                running.process.terminate()
+            else:
                 running.process.kill()
+        began = time.monotonic()
+        is_said = False
+        try:
+            while names := [r.job.name for r in self.running if r.process.poll() is None]:
+                seconds = time.monotonic() - began
+                if seconds > 60:
+                    break
+                if seconds > 2 and not is_said:
+                    tqdm.write(f"{', '.join(names)}: finishing the step and saving, at most a minute; "
+                               "Ctrl-C ends it at once")
+                    is_said = True
+                time.sleep(0.1)
+        finally:
+            for running in self.running:
+                running.process.kill()
+                running.process.wait()
+
+
+def has_taken_a_step(running):
+    """True if a job may have something to save: all but a training before its first step."""
+    if running.job.kind != "train":
+        return True
+    with open(running.log, "rb") as f:
+        f.seek(running.log_start)
+        return b"first step after" in f.read()
 
 
 def last_line(path):

@@ -91,6 +91,56 @@ def test_sigterm_lets_training_finish_its_step_and_save(corpus_dir, tmp_path):
     assert "stopped at step" in log.read_text().splitlines()[-1] and "run the same command to resume" in log.read_text()
 
 
+@pytest.fixture
+def start_job(tmp_path):
+    """Start a Python program as a job: start_job(kind, code) -> the jobs.JobQueue that runs it"""
+    (tmp_path / "logs").mkdir()
+    processes = []
+    with open(tmp_path / "lock", "w") as lock_file:
+        def start(kind, code):
+            job = jobs.Job("job", ["-u", "-c", code], is_done=lambda: False, kind=kind)
+            queue = jobs.JobQueue([job], str(tmp_path), lock_file, [{}])
+            queue.start_ready()
+            processes.append(queue.running[0].process)
+            while b"ready" not in (tmp_path / "logs" / "job.txt").read_bytes():
+                time.sleep(0.01)
+            return queue
+        yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(%r, 'ready'); time.sleep(100)"
+
+
+def test_a_training_that_still_compiles_is_ended_at_once_since_it_has_nothing_to_save(start_job, tmp_path):
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    (tmp_path / "logs" / "job.txt").write_text("first step after 3.0 s, of an earlier run\n")
+    queue = start_job("train", DEAF % "compiling")
+    began = time.monotonic()
+    queue.stop()
+    assert time.monotonic() - began < 5 and queue.running[0].process.returncode == -signal.SIGKILL
+
+
+def test_a_training_that_has_taken_a_step_may_save(start_job, tmp_path):
+    queue = start_job("train", "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('first step after 1 s, ready')\n"
+                      "try: time.sleep(100)\nfinally: time.sleep(0.3); print('saved')")
+    queue.stop()
+    assert queue.running[0].process.returncode == 0 and "saved" in (tmp_path / "logs" / "job.txt").read_text()
+
+
+def test_a_second_ctrl_c_ends_jobs_that_do_not_listen(start_job, monkeypatch):
+    queue = start_job("train", DEAF % "first step after 1 s")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(jobs.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        queue.stop()
+    assert queue.running[0].process.returncode == -signal.SIGKILL
+
+
 def test_study_json_names_every_checkpoint_and_the_same_command_has_nothing_to_do(undisturbed, corpus_dir):
     with open(f"{undisturbed}/study.json") as f:
         found = json.load(f)
