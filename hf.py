@@ -13,7 +13,7 @@ its LM head is for finetune.py and eval_ir.py only. train.py --init_from=hf:ORG/
 itself.
 
 Export writes safetensors, a tokenizer.json that gives our ids, and a model card with the facts of
-the training.
+the training. It refuses weights that hold NaN or infinity. One process at a time writes OUT.
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 

@@ -8,12 +8,13 @@ the mean over the tokens, scaled to length 1, as eval_ir.py embeds. A decoder is
 
 import json
 import os
+import re
 import shutil
-
-from safetensors.torch import load_file
 
 from core import checkpoint
 from core.configurator import UserError
+from core.files import remove_leftovers
+from core.lock import NAME, hold_new
 from core.tokenizer import DOCUMENT, QUERY
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
@@ -34,9 +35,18 @@ def export(ckpt, out, average=1, causal="auto"):
 
     ckpt: a checkpoint, or a run for its newest one. average: how many of the run's checkpoints to
     average; `ckpt` is the last of them. causal: "true" for a decoder, "false" for an encoder,
-    "auto" for what the model was last trained as. Raises UserError if that is not possible.
+    "auto" for what the model was last trained as. Raises UserError if that is not possible, or if
+    another process writes `out`.
     """
     check_is_free(out)
+    with hold_new(out, "hf.py"):
+        check_is_free(out)      # another export may have ended in the meantime
+        remove_leftovers(os.path.dirname(os.path.realpath(out)), pattern=temporary_name(out))
+        return export_into(out, ckpt, average, causal)
+
+
+def export_into(out, ckpt, average, causal):
+    """export() into a folder that this process holds."""
     path = checkpoint.find(ckpt)
     state = checkpoint.read_state(path)
     config = checkpoint.config_of(path)
@@ -86,12 +96,18 @@ def export(ckpt, out, average=1, causal="auto"):
     return hub_config, [checkpoint.step_of(p) for p in paths]
 
 
+def temporary_name(out):
+    """A regular expression for the folder beside `out` that write_folder() fills: OUT.XXXXXXXX.writing."""
+    return re.escape(os.path.basename(os.path.realpath(out))) + r"\.[0-9a-f]{8}\.writing"
+
+
 def write_folder(out, files, weights, card):
     """Write a model's folder under a temporary name and rename it: it is complete or absent.
 
-    files: {name: content of a JSON file}; weights: {name: tensor}; card: the text of README.md.
+    out: an empty folder that this process holds; files: {name: content of a JSON file}; weights:
+    {name: tensor}; card: the text of README.md.
     """
-    out = os.path.normpath(out)
+    out = os.path.realpath(out)
     temporary = f"{out}.{os.urandom(4).hex()}.writing"  # a name that nobody else uses
     os.makedirs(temporary)
     try:
@@ -104,6 +120,8 @@ def write_folder(out, files, weights, card):
             f.write(card)
         path = os.path.join(temporary, "model.safetensors")
         checkpoint.save_tensors(weights, path, metadata={"format": "pt"})
+        # Only an empty folder can be replaced: the lock goes just before.
+        os.remove(os.path.join(out, NAME))
         os.replace(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -136,14 +154,22 @@ def last_checkpoints(path, count):
 
 def mean_of(paths):
     """Return the mean of the weights of checkpoints: summed in fp64, returned in fp32."""
-    weights = load_file(os.path.join(paths[-1], "model.safetensors"))
+    weights = read_finite(os.path.join(paths[-1], "model.safetensors"))
     if len(paths) == 1:
         return weights
     total = {name: value.double() for name, value in weights.items()}
     for path in paths[:-1]:
-        for name, value in load_file(os.path.join(path, "model.safetensors")).items():
+        for name, value in read_finite(os.path.join(path, "model.safetensors")).items():
             total[name] += value
     return {name: (value / len(paths)).float() for name, value in total.items()}
+
+
+def read_finite(path):
+    """Return the tensors of a file. Raises UserError, naming one, if it holds NaN or infinity."""
+    tensors = checkpoint.read_tensors(path)
+    for name, value in tensors.items():
+        checkpoint.check_finite(name, value, path)
+    return tensors
 
 
 # ---- the head of a fine-tuned encoder
@@ -163,7 +189,7 @@ def read_head(path, row):
             f"{path} has a head for tasks of the kind {row['kind']}, which the export does not "
             "know: add its tensors to HEADS in huggingface/exporting.py"
         )
-    head = load_file(stored)
+    head = read_finite(stored)
     unknown = head.keys() - HEADS[row["kind"]]
     if unknown:
         raise UserError(

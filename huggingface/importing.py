@@ -9,7 +9,7 @@ import torch
 from core import checkpoint
 from core import tokenizer as tokenizers
 from core.files import remove_leftovers
-from core.lock import NAME, hold
+from core.lock import NAME, hold_new
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.folders import JSON_FILES, check_is_free, locate, read_model_json
@@ -103,19 +103,19 @@ def write(source, out, weights_only=False, ignore=(), allow_bin=False):
     was interrupted left there is replaced. -> Imported, and the checkpoint's path
     """
     check_is_free(out, OWN_FILES)
-    imported = read(source, weights_only, ignore, allow_bin)
-    with torch.device("meta"):  # no time spent on random weights
-        model = Encoder(imported.config)
-    model.load_state_dict(imported.weights, assign=True)
-    tokenizer_hash = imported.tokenizer.hash.hex() if imported.tokenizer else ""
-    state = {"settings": {"tokenizer_hash": tokenizer_hash}, "imported": imported.facts}
-    os.makedirs(out, exist_ok=True)
-    with hold(out, "hf.py"):
+    with hold_new(out, "hf.py"):
         check_is_free(out, OWN_FILES)  # another import may have ended in the meantime
-        remove_leftovers(out, OWN_FILES)  # checkpoint.save() removes those of checkpoints
+        imported = read(source, weights_only, ignore, allow_bin)
+        with torch.device("meta"):  # no time spent on random weights
+            model = Encoder(imported.config)
+        model.load_state_dict(imported.weights, assign=True)
+        tokenizer_hash = imported.tokenizer.hash.hex() if imported.tokenizer else ""
+        state = {"settings": {"tokenizer_hash": tokenizer_hash}, "imported": imported.facts}
+        # What an interrupted import left; checkpoint.save() removes that of checkpoints.
+        remove_leftovers(out, OWN_FILES)
         for name in ("tokenizer.tiktoken", "tokenizer_info.json"):
             with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(out, name))  # an interrupted import's
+                os.remove(os.path.join(out, name))
         if imported.tokenizer:
             tokenizers.save(imported.tokenizer, out)
         path = checkpoint.save(out, 0, model, state)

@@ -184,6 +184,24 @@ def test_a_state_that_says_no_model_is_one_line_with_its_key(run, change, says):
     assert "state.json" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change, says", [
+    (nan_in("blocks.1.mlp.down.weight"), "blocks.1.mlp.down.weight holds NaN or infinity"),
+    (lambda t: t["embedding.weight"][3:4, 2:3].fill_(-float("inf")), "embedding.weight holds NaN or infinity"),
+    (lambda t: t["lm_head.weight"].fill_(float("nan")), "lm_head.weight holds NaN or infinity"),
+])
+@pytest.mark.parametrize("average", [1, 2])
+def test_weights_that_are_not_finite_are_not_exported(corpus, run, tmp_path, change, says, average):
+    train_on(corpus, run)
+    change_tensors(run, "model.safetensors", change)
+    if average == 1:
+        shutil.rmtree(run / "step_0000020")
+        shutil.rmtree(run / "step_0000016")
+        shutil.rmtree(run / "step_0000015")
+    with pytest.raises(UserError, match=f"step_0000010.*{says}") as error:
+        exporting.export(str(run), str(tmp_path / "exported"), average=4 if average == 2 else 1)
+    assert "\n" not in str(error.value) and not os.path.exists(tmp_path / "exported")
+
+
 # ---- links, permissions, file systems
 
 def test_a_link_to_a_checkpoint_is_that_checkpoint_for_loading_and_export(run, tmp_path):

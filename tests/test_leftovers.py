@@ -179,6 +179,21 @@ def test_an_import_removes_what_a_killed_one_left(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "model")) == [lock.NAME, "step_0000000", "tokenizer.tiktoken", "tokenizer_info.json"]
 
 
+def test_an_export_removes_what_a_killed_one_left_and_nothing_else(tmp_path, monkeypatch):
+    for name in ("out.writing", "out.deadbeef", "out.DEADBEEF.writing", "my out.deadbeef.writing", "out2.deadbeef.writing", "notes.deadbeef.writing"):
+        (tmp_path / name).mkdir()
+    before = os.listdir(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)      # a killed process removes nothing
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 1)
+        exporting.export(os.path.join(OLD, "run"), str(tmp_path / "out"))
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path)) == len(before) + 2
+    exporting.export(os.path.join(OLD, "run"), str(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+    assert {"config.json", "model.safetensors", "README.md"} <= set(os.listdir(tmp_path / "out")) and lock.NAME not in os.listdir(tmp_path / "out")
+
+
 def test_a_report_removes_what_a_killed_one_left_and_nothing_else(tmp_path, monkeypatch):
     add_lookalikes(tmp_path)
     for nth in (1, 2):

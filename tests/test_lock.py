@@ -14,6 +14,7 @@ from conftest import ROOT
 import prepare_fineweb
 from core import lock
 from core.configurator import UserError
+from huggingface import exporting, importing
 from reporting.output import write_report
 
 HOLDER = """
@@ -180,3 +181,29 @@ def test_a_shard_that_another_machine_prepares_is_refused_while_its_lock_is_touc
             lock.check_free(tmp_path, ".lock.1-of-3")
     another_machine(tmp_path / ".lock.1-of-3", age=lock.STALE + 5)
     lock.check_free(tmp_path, ".lock.1-of-3")
+
+
+def test_two_exports_into_one_folder_the_second_is_refused_at_once(tmp_path, monkeypatch):
+    run = os.path.join(ROOT, "tests", "data", "old", "run")
+    said = []
+    real = exporting.write_folder
+
+    def meanwhile(*arguments):
+        for write, source in ((exporting.export, run), (importing.write, "a model that is never looked for")):
+            with pytest.raises(UserError) as error:
+                write(source, str(tmp_path / "out"))
+            said.append(str(error.value))
+        real(*arguments)
+    monkeypatch.setattr(exporting, "write_folder", meanwhile)
+    exporting.export(run, str(tmp_path / "out"))
+    assert len(said) == 2 and all(text.startswith(f"hf.py (pid {os.getpid()} on ") for text in said)
+    assert os.listdir(tmp_path) == ["out"] and lock.NAME not in os.listdir(tmp_path / "out")
+    with pytest.raises(UserError, match="already exists"):
+        exporting.export(run, str(tmp_path / "out"))
+
+
+def test_an_export_through_a_link_fills_the_folder_that_it_leads_to(tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    os.symlink(tmp_path / "disk" / "empty", tmp_path / "out")
+    exporting.export(os.path.join(ROOT, "tests", "data", "old", "run"), str(tmp_path / "out"))
+    assert os.path.isfile(tmp_path / "disk" / "empty" / "model.safetensors") and os.listdir(tmp_path / "disk") == ["empty"]
