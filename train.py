@@ -41,7 +41,14 @@ from core.configurator import (
     run,
     shorten,
 )
-from core.device import keep_freed_memory, pick_attention, pick_device, pick_dtype, why_not_compile
+from core.device import (
+    keep_freed_memory,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+    remove_interrupted_compilations,
+    why_not_compile,
+)
 from core.distributed import all_sum, naming_the_missing, start_processes
 from core.files import write_json
 from core.schema import read_json
@@ -379,6 +386,7 @@ def train(c, device, processes, at_exit):
             f"run's {max_steps * c.batch_rows:,} rows are read for the second time or more"
         )
     if not why_eager:
+        remove_interrupted_compilations()
         model.compile()      # torch does it at the first call
         processes.print0("compiling the model before the first step, about a minute ...")
     wrapped_model = model

@@ -5,6 +5,7 @@ run here with a one-line error.
 """
 
 import ctypes
+import glob
 import os
 import shutil
 import sys
@@ -127,6 +128,32 @@ def why_not_compile(device):
     if not os.path.isfile(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         return "Python's C headers are not installed (python3-dev)"
     return None
+
+
+def remove_interrupted_compilations():
+    """Remove what a killed C++ compiler left in torch.compile's cache.
+
+    The compiler writes a library under its final name, and torch takes a file of that name for
+    finished: after a `kill -9` in the first step no later run could load it. A folder
+    NAME_CxxBuild stands beside a library that is not finished, and whoever compiles it holds a lock.
+    """
+    # A second of imports, which torch.compile needs anyway.
+    from filelock import FileLock
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    cache = cache_dir()
+    for build in glob.glob(os.path.join(glob.escape(cache), "??", "*_CxxBuild")):
+        library = build.removesuffix("_CxxBuild")
+        key = os.path.basename(library).partition(".")[0]
+        try:
+            os.makedirs(os.path.join(cache, "locks"), exist_ok=True)
+            with FileLock(os.path.join(cache, "locks", f"{key}.lock"), timeout=0):
+                for path in (f"{library}.so", f"{library}.o"):
+                    if os.path.exists(path):
+                        os.remove(path)
+                shutil.rmtree(build)
+        except OSError:
+            pass      # it is being compiled (filelock's Timeout is an OSError), or is somebody else's
 
 
 # -------------------------------------------------------------------------------------------------

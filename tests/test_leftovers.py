@@ -12,10 +12,12 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 
 import prepare_fineweb
 from core import checkpoint, files, lock
 from core.configurator import UserError
+from core.device import remove_interrupted_compilations
 from core.distributed import Processes
 from huggingface import exporting, importing
 from model import Encoder
@@ -203,3 +205,21 @@ def test_a_report_removes_what_a_killed_one_left_and_nothing_else(tmp_path, monk
     write_report(str(tmp_path), {"table.md": "| run | steps |"}, {"loss_curves.png": plt.figure()})
     assert ours(tmp_path) == ["loss_curves.png", "table.md"]
     check_lookalikes(tmp_path)
+
+
+def test_a_library_that_a_killed_compiler_began_is_compiled_again(tmp_path, monkeypatch):
+    """torch takes any file of the right name for a finished library: after a kill in the first step no run could load it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for name in ("ab/cab1.main", "ab/cab2", "cd/ccd3.main", "cd/ccd4.main"):
+        for path in (tmp_path / f"{name}.cpp", tmp_path / f"{name}.so"):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        if "ccd4" not in name:
+            (tmp_path / f"{name}_CxxBuild").mkdir()
+            (tmp_path / f"{name}_CxxBuild" / "part.s").touch()
+    (tmp_path / "locks").mkdir()
+    with FileLock(tmp_path / "locks" / "ccd3.lock"):          # another process compiles it
+        remove_interrupted_compilations()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("??/*")}
+    finished_or_in_work = {"cd/ccd3.main.so", "cd/ccd3.main_CxxBuild", "cd/ccd4.main.so"}
+    assert left == finished_or_in_work | {f"{name}.cpp" for name in ("ab/cab1.main", "ab/cab2", "cd/ccd3.main", "cd/ccd4.main")}
