@@ -57,10 +57,10 @@ def put_tables(text, folder):
     rows = read_rows(folder)
     step_tables = "\n".join((
         "One GPU, 12 x 2,048 tokens a step, each row cut once, vocabulary 128,256, bf16: tokens/s, "
-        "MFU, peak memory, seconds to\nthe first step, our speedup over it:\n",
+        "MFU, peak memory, seconds to\nthe first step, our MLM step's speedup over it:\n",
         gpu_table(rows),
         memory_table(rows),
-        "A CPU: tokens/s, and our speedup over it in the same run:\n",
+        "A CPU: tokens/s, and our MLM step's speedup over it in the same run:\n",
         cpu_table(rows),
     ))
     text = put_between(BEGIN, step_tables, END, text)
