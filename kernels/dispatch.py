@@ -63,9 +63,10 @@ def why_not(name, device_type, dtype, head_dim):
 def resolve(impl, device_type=None, dtype=None, head_dim=None, n_head=3, n_kv_head=1):
     """Return the name of the implementation that runs: `impl`, or what "auto" means here.
 
-    Without a device_type only the spelling is checked, and "auto" stays "auto". On a GPU, "auto"
-    prints one line for each kind of input: what it takes, why, and both times. Raises ValueError
-    for an unknown name, and for an implementation that cannot run here.
+    The other arguments describe q, k and v. Without a device_type only the spelling is checked, and
+    "auto" stays "auto". On a GPU, "auto" prints one line for each kind of input: what it takes, why,
+    and both times. Raises ValueError for an unknown name, and for an implementation that cannot run
+    here.
     """
     if impl != "auto" and impl not in ATTENTION:
         raise ValueError(f"attention={impl}: expected auto or one of {', '.join(ATTENTION)}")

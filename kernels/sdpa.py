@@ -252,7 +252,7 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, causal: bool,
     training: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [T, H, D], what the backward pass needs besides (memory_for_backward)"""
+    """-> out [T, H, D], and what else the backward pass needs (see memory_for_backward)"""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     memory = memory_for_backward(q, training)
     saved = Saved(memory)
