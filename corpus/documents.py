@@ -58,15 +58,24 @@ def documents(files):
     Raises UserError naming file and line.
     """
     for path in files:
-        if path.endswith(".parquet"):
-            texts = parquet_texts(path)
-        elif path.endswith(".txt"):
-            texts = [file_text(path)]
-        else:
-            texts = json_texts(path)
-        for text in texts:
-            if text and text.strip():
-                yield text
+        try:
+            yield from texts_of(path)
+        except OSError as error:
+            # A failing disk: where the error names no file, the reader would blame the output.
+            raise OSError(error.errno, error.strerror or str(error), error.filename or path) from None
+
+
+def texts_of(path):
+    """Yield the text of every document of a file that is not null or blank."""
+    if path.endswith(".parquet"):
+        texts = parquet_texts(path)
+    elif path.endswith(".txt"):
+        texts = [file_text(path)]
+    else:
+        texts = json_texts(path)
+    for text in texts:
+        if text and text.strip():
+            yield text
 
 
 def file_text(path):
@@ -93,21 +102,31 @@ def parquet_texts(path):
             rows += len(batch)
 
 
+class DamagedData(Exception):
+    """What came from another machine is not what its file must hold. Another try may get it intact."""
+
+
 @contextlib.contextmanager
 def damage_named(path, is_remote=False):
     """Turn what pyarrow raises for a damaged file into a UserError that names the file.
 
-    is_remote: an OSError may be the network's, and stays one.
+    is_remote: into DamagedData instead; errors of the network stay what they are.
     """
     import pyarrow
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        # An OSError with a number comes from the system: the disk fails, and not the file's content.
-        if isinstance(error, OSError) and (is_remote or error.errno is not None):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not an intact parquet file: {reason}") from None
+        if isinstance(error, OSError):
+            # Those of pyarrow are plain and have no number. Those of the network have types of their
+            # own, and those of a failing disk have a number: its message needs the file's name.
+            if is_remote and (type(error) is not OSError or error.errno is not None):
+                raise
+            if error.errno is not None:
+                raise OSError(error.errno, error.strerror, path) from None
+        reason = f"not an intact parquet file: {str(error).splitlines()[0]}"
+        if is_remote:
+            raise DamagedData(reason) from None
+        raise UserError(f"{path} is {reason}") from None
 
 
 def check_text_column(schema, name, path):

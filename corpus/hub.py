@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from core.configurator import RunError, UserError
 from core.files import files_below
-from corpus.documents import TEXT, check_text_column, damage_named, text_values
+from corpus.documents import TEXT, DamagedData, check_text_column, damage_named, text_values
 
 COLUMNS = [TEXT, "id"]
 ROWS = 1024               # rows that are read, tokenized and written at a time
@@ -51,15 +51,25 @@ class Patience:
 
         # The hub says that the request itself is wrong: there is no such data set, or no access.
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, DamagedData):
+            reason = str(error)
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and 400 <= status < 500 and status not in WORTH_RETRYING:
             raise UserError(f"the hub does not give {self.subject} ({reason})") from None
 
         self.failures += 1
         if self.failures > self.retries:
+            what_failed = "the network failed"
+            advice = "run the same command to resume"
+            if isinstance(error, DamagedData):
+                what_failed = "it came damaged"
+                advice = (
+                    "if the same command later finds it damaged, too, it is damaged at its source: "
+                    "choose another --revision or tell its publisher"
+                )
             raise RunError(
-                f"{self.subject}: the network failed {self.failures} times in a row "
-                f"({reason}); complete files stay, run the same command to resume"
+                f"{self.subject}: {what_failed} {self.failures} times in a row ({reason}); complete "
+                f"files stay, {advice}"
             ) from None
         seconds = min(LONGEST_WAIT, 2.0 ** (self.failures - 1))
         print(
@@ -71,10 +81,10 @@ class Patience:
         time.sleep(seconds)
 
 
-def network_errors():
-    """The exceptions of a broken connection. OSError covers those of sockets and of the hub."""
+def passing_errors():
+    """The exceptions that another try may mend. OSError covers the errors of sockets and of the hub."""
     from huggingface_hub import errors
-    return OSError, errors.HTTPError
+    return OSError, errors.HTTPError, DamagedData
 
 
 def retried(call, subject, retries):
@@ -86,7 +96,7 @@ def retried(call, subject, retries):
     while True:
         try:
             return call()
-        except network_errors() as error:
+        except passing_errors() as error:
             patience.failed(error)
 
 
@@ -211,26 +221,25 @@ def tables(url, retries):
     in memory.)
 
     huggingface_hub itself repeats a failed request 5 times, over 23 seconds. If that was not
-    enough, the file is opened again at the row group that was being read.
+    enough, or if what came is damaged, the file is opened again at the row group that was being read.
     Raises UserError (not an intact parquet file, no such column) and RunError (too many network
-    errors).
+    errors, or always damaged).
     """
     import pyarrow.parquet
+    is_remote = url.startswith("hf://")
     patience = Patience(url, retries)
     group = 0            # the row group that is being read
     batches_done = 0     # batches of it that were yielded already
     rows_done = 0
     while True:
         try:
-            with damage_named(url, is_remote=url.startswith("hf://")), open_url(url) as raw:
+            with damage_named(url, is_remote), open_url(url) as raw:
                 file = pyarrow.parquet.ParquetFile(raw, buffer_size=BUFFER, pre_buffer=False)
                 check_columns(file.schema_arrow, url)
                 while group < file.num_row_groups:
                     for number, batch in enumerate(file.iter_batches(ROWS, [group], COLUMNS)):
                         if number == batches_done:
-                            columns = [
-                                text_values(batch.column(name), url, rows_done) for name in COLUMNS
-                            ]
+                            columns = read_columns(batch, url, rows_done)
                             batches_done += 1
                             rows_done += len(batch)
                             patience.worked()
@@ -238,11 +247,24 @@ def tables(url, retries):
                     group += 1
                     batches_done = 0
             return
-        except network_errors() as error:
+        except passing_errors() as error:
             # A file of this machine: waiting does not repair a disk.
-            if not url.startswith("hf://"):
+            if not is_remote:
                 raise
             patience.failed(error)
+
+
+def read_columns(batch, url, rows_done):
+    """The COLUMNS of a batch of rows, as lists of str or None; rows_done: of the file, before it.
+
+    Raises UserError for bytes that are not UTF-8, and DamagedData if they came from the hub.
+    """
+    try:
+        return [text_values(batch.column(name), url, rows_done) for name in COLUMNS]
+    except UserError as error:
+        if url.startswith("hf://"):
+            raise DamagedData(str(error)) from None
+        raise
 
 
 def check_columns(schema, url):

@@ -390,7 +390,7 @@ def work(sender, job, index, enough, threads):
     except BrokenPipeError:
         return      # the parent process is gone
     except OSError as error:
-        reason = f"{error.strerror or error} ({error.filename})"
+        reason = f"{error.strerror or error} ({error.filename or job.out})"
         sender.send(RunError(f"{reason}; complete files stay, run the same command to resume"))
 
 

@@ -2,7 +2,7 @@
 files, with the faults of real networks on demand.
 
     hub = Hub(folder); HF_ENDPOINT=hub.endpoint
-    hub.faults = lambda method, path, number: "drop" | "503" | None      # of the number-th request for a parquet file
+    hub.faults = lambda path, number: "drop" | "503" | "short" | "noise" | None      # of the number-th request for a parquet file
 """
 import hashlib
 import json
@@ -130,6 +130,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return self.connection.shutdown(2)
+        if fault == "short":     # answer with half of what was asked for, as if it were all
+            content = content[:len(content) // 2]
+        if fault == "noise":     # as many bytes as asked for, but others
+            content = bytes(byte ^ 0x5A for byte in content)
         self.answer(status, content, **facts)
 
 

@@ -1,4 +1,5 @@
 """Preparation at scale: files streamed from a hub on the loopback interface, cut connections, kills, duplicates, machines."""
+import errno
 import json
 import os
 import shutil
@@ -358,6 +359,66 @@ def test_an_outage_in_the_middle_of_a_file_loses_no_row_and_gives_none_twice(onl
     for table in hub_corpus.tables(url, 1):
         seen += table.ids
     assert len(out) == 16 and seen == list(map(str, range(24 * 1024)))
+
+
+@pytest.mark.parametrize("fault", ["short", "noise"])
+def test_a_damaged_answer_of_the_hub_is_asked_for_again_and_one_that_stays_damaged_blames_its_source(online, whole, tmp_path, fault):
+    """Once the end of a file, where its index is, and once the page of a column."""
+    write_large(os.path.join(online.folder, "org", "damaged", "a.parquet"), 8 * 1024)
+    url = hub_corpus.address("hf:org/damaged", COMMIT, "a.parquet")
+    for nth in (1, 2):
+        begin = online.requests
+        online.faults = lambda name, number, begin=begin, nth=nth: fault if number - begin == nth else None
+        assert [i for table in hub_corpus.tables(url, 1) for i in table.ids] == list(map(str, range(8 * 1024)))
+        assert online.requests > begin + 2
+    online.faults = lambda name, number: fault if "001_" in name else None
+    with pytest.raises(RunError) as error:
+        prepare(tmp_path / "x", retries=2)
+    text = str(error.value)
+    assert "001_00000.parquet: it came damaged 3 times in a row" in text and "damaged at its source" in text
+    assert str(tmp_path) not in text and "\n" not in text
+    online.faults = None
+    assert prepare(tmp_path / "x") == shards(whole)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "parquet"])
+def test_a_disk_that_cannot_read_the_source_blames_the_source(tmp_path, monkeypatch, name):
+    (tmp_path / "source").mkdir()
+    source = str(tmp_path / "source" / name)
+    if name == "parquet":
+        source = f"parquet:{tmp_path}/source"
+        write_parquet(str(tmp_path / "source" / "a.parquet"), documents()[0])
+    elif name == "a.parquet":
+        write_parquet(source, documents()[0])
+    else:
+        (tmp_path / "source" / name).write_bytes(b'{"text": "a"}\n' * 9)
+    real = open
+
+    class Failing:
+        def __init__(self, *arguments):
+            self.file = real(*arguments)
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+        readline = readinto = read
+
+    def failing_open(path, mode="r", *arguments, **kwargs):
+        is_source = str(path).startswith(str(tmp_path / "source"))
+        return Failing(path, mode) if is_source else real(path, mode, *arguments, **kwargs)
+    monkeypatch.setattr("builtins.open", failing_open)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", lambda file, **_: Failing(file if isinstance(file, str) else file.name, "rb").read())
+    with pytest.raises((RunError, UserError)) as error:
+        prepare_fineweb.main(prepare_fineweb.Config(source=source, out=str(tmp_path / "out"), processes=name == "parquet", tokenizer="train:320"))
+    assert "Input/output error" in str(error.value) and str(tmp_path / "source" / "a.") in str(error.value)
 
 
 def test_what_was_read_is_let_go_and_no_more_is_read_than_is_asked_for(online, hub):
