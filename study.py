@@ -16,7 +16,8 @@
 Models whose first steps are equal train them once. The run that trains these steps is a trunk: it
 keeps its checkpoint wherever another model branches off, and a branch equals a run from the
 beginning bit for bit (train.py --branch_from). So you can stop at any moment and resume, and ask
-for more models later. A scale shrinks models, batches and steps; names stay the paper's.
+for more models later. Ctrl-C lets the running commands finish their step and save, and a second one
+ends them at once. A scale shrinks models, batches and steps; names stay the paper's.
 
 out_dir holds one run per model, the results inside its checkpoints, the logs of all commands, and
 study.json, which tells report.py which checkpoint is which model.

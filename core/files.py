@@ -25,6 +25,8 @@ from core.configurator import UserError
 # end of line take no more memory than this.
 LONGEST_LINE = 64 << 20    # bytes
 
+THIS_PROCESS = os.urandom(4).hex()
+
 # The folder of this repository.
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -115,8 +117,11 @@ def as_markdown(name):
 
 
 def unique(path):
-    """A path beside `path` that no other process uses, on this machine or another."""
-    return f"{path}.{socket.gethostname()}.{os.getpid()}"
+    """A path beside `path` that no other process uses, on this machine or another.
+
+    Two containers may have one host name, and each a process 7: they differ in THIS_PROCESS.
+    """
+    return f"{path}.{socket.gethostname()}.{os.getpid()}-{THIS_PROCESS}"
 
 
 # -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from core.configurator import UserError
-from core.files import find_files, unique
+from core.files import find_files, remove_file_or_folder, unique
 from core.schema import parse_json, read_json
 
 VERSION = 3            # raise it when this file encodes in another way: old caches are not read then
@@ -120,11 +120,12 @@ def cached(folder, name, rules, write, read, ending=""):
         except Exception as error:         # each format has errors of its own
             reason = " ".join(str(error).split())
             tqdm.write(f"{path} is damaged ({reason[:200]}): it is made again")
-        remove(temporary)
+        if os.path.islink(path):
+            os.unlink(path)
         with contextlib.suppress(FileNotFoundError):     # another process was faster
             os.rename(path, temporary)
     os.makedirs(folder, exist_ok=True)
-    remove(temporary)
+    remove_file_or_folder(temporary)
     remove_leftovers(path)
     write(temporary)
     try:
@@ -136,15 +137,6 @@ def cached(folder, name, rules, write, read, ending=""):
     return read(path)
 
 
-def remove(path):
-    """Remove a file, a link or a folder, if it is there."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-
-
 def remove_leftovers(path):
     """Remove what killed processes left beside a cache file: unfinished ones, untouched for a day."""
     folder, name = os.path.split(path)
@@ -154,7 +146,7 @@ def remove_leftovers(path):
             files = [unfinished, *find_files(unfinished, "*")]
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - max(map(os.path.getmtime, files)) > 86_400:
-                    remove(unfinished)
+                    remove_file_or_folder(unfinished)
 
 
 def cached_json(folder, name, rules, make, shape):

@@ -31,7 +31,7 @@ ANY_ROW = {}          # the shape of any object, see core/schema.py
 
 # What a killed process leaves in a folder of trials: files under a name of its own, see unique(),
 # write_whole() and age_of().
-LEFTOVER = re.compile(r"(lr.+_sd\d+|settings)\.(json|npz|claim)(\..+)?\.(\d+|\d+-[0-9a-f]{8}\.tmp)")
+LEFTOVER = re.compile(r"(lr.+_sd\d+|settings)\.(json|npz|claim)(\..+)?\.\d+(-[0-9a-f]{8}(\.tmp)?)?")
 
 # Since when a claim has not been touched, as far as this process knows: {(device, inode, time of the
 # touch): a time of our own clock}. A claim that is renamed stays known, a touch makes it another one.

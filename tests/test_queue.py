@@ -203,7 +203,7 @@ def test_the_next_worker_removes_what_dead_ones_left_and_nothing_else(tmp_path):
     (folder / "lr9e-05_sd0.claim").write_text(dead)                       # of a grid that nobody continues
     kept = ["lr1e-05_sd0.json", "lr2e-05_sd0.claim", "lr1e-05_sd0.npz", "lr1e-05_sd0.json.damaged", "notes.1234", "settings.json"]
     (folder / "lr2e-05_sd0.claim").write_text(json.dumps(lock.this_process()))
-    left = ["lr1e-05_sd0.json.my.host.41", "settings.json.host.41.41-0123abcd.tmp", "lr1e-05_sd0.npz.host.41", "lr1e-05_sd0.claim.host.41"]
+    left = ["lr1e-05_sd0.json.my.host.41", "settings.json.host.41.41-0123abcd.tmp", "lr1e-05_sd0.npz.host.41-0123abcd", "lr1e-05_sd0.claim.host.41"]
     for name in [*left, *kept[2:]]:
         (folder / name).write_text("")
         os.utime(folder / name, (time.time() - 61,) * 2)
