@@ -4,8 +4,13 @@ Run everything with `bash runs/test.sh`, or `pytest -q tests/test_data.py` in an
 """
 import json
 import os
+import signal
 import subprocess
 import sys
+
+# A shell's background job ignores Ctrl-C, and so would every program that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:     # a test process a core: more threads would only get in each other's way
