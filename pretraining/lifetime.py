@@ -33,13 +33,13 @@ def stop_on_signals(at_exit):
         if signal.getsignal(number) is not signal.SIG_IGN:
             at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
 
-    # A terminal sends Ctrl-C to our children, too, and a compiler of torch.compile that dies of it
-    # ends the training. Children inherit what this thread blocks. So it blocks what a terminal
-    # sends, and a thread that only waits receives it for the process.
+    # A terminal and a job manager signal our children, too, and a compiler of torch.compile that dies
+    # of it ends the training. Children inherit what this thread blocks. So it blocks these signals,
+    # and a thread that only waits receives them for the process.
     is_over = threading.Event()
     threading.Thread(target=is_over.wait, daemon=True).start()
     at_exit.callback(is_over.set)
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     at_exit.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old_mask)
     return signals
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from core.device import pick_dtype
 from kernels.reference import linear_cross_entropy as dense
 from objectives import objective_at
 from pretraining import data, log
+from pretraining.lifetime import stop_on_signals
 
 
 def science(out_dir):
@@ -497,6 +499,16 @@ def test_each_signal_that_asks_for_an_end_saves_and_exits_0(tiny, command, numbe
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "run the same command to resume" in text and checkpoint.latest(c.out_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_job_lets_the_compiler_end_its_work(number):
+    with ExitStack() as at_exit:
+        signals = stop_on_signals(at_exit)
+        compiler = subprocess.Popen(["sleep", "0.2"])
+        compiler.send_signal(number)
+        os.kill(os.getpid(), number)
+        assert compiler.wait(timeout=60) == 0 and signals == [number]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent died")
