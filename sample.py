@@ -7,12 +7,15 @@ text (bidirectional mask).
 
 The same weights do both, so --compare shows what the swap of objectives did: a model can fill gaps
 after it, but not before. Without --prompt and --fill a model writes from the beginning of a
-document.
+document. A model that was last trained on MLM writes, too, with a note that names the checkpoint of
+its run that was trained to.
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
+import os
 import re
 import shutil
+import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -30,7 +33,10 @@ from core.configurator import (
     run,
 )
 from core.device import pick_attention, pick_device
-from huggingface.history import NO_HEAD, has_lm_head
+from core.schema import read_json
+from huggingface.history import NO_HEAD, has_lm_head, was_causal
+
+PARENT_SHAPE = {"parent": str}      # of a run's config.json: the checkpoint it began from, or ""
 
 
 @dataclass
@@ -139,6 +145,7 @@ def answer(c, path, device):
     pick_attention(c.attention, device, "float32", config)      # raises if it cannot run here
     model = checkpoint.load_model(path, device, c.attention)
     if not c.fill:
+        warn_if_not_causal(path)
         return [c.prompt + text for text in generate(model, tok, c.prompt, c, device)]
     gaps = fill(model, tok, c.fill, min(c.show, config.vocab_size), device)
     if not gaps:
@@ -148,6 +155,45 @@ def answer(c, path, device):
         lines = [f"{p:7.2%}  {token.strip() or repr(token)}" for token, p in candidates]
         texts.append("\n".join(lines))
     return texts
+
+
+def warn_if_not_causal(path):
+    """Print a line if a checkpoint was last trained to fill gaps: what it writes means little."""
+    if is_causal(path) is not False:
+        return
+    advice = "what it writes means little; --fill shows what it has learned"
+    better = causal_checkpoint_before(path)
+    if better:
+        advice = f"--ckpt={better} was, and is the newest one before it"
+    print(f"note: {path} was not last trained to continue texts: {advice}", file=sys.stderr)
+
+
+def causal_checkpoint_before(path):
+    """The newest earlier checkpoint, of the run or of one it comes from, that was trained to continue texts.
+
+    It is the end of the CLM phase, which a run keeps. "" if there is none.
+    """
+    seen = set()
+    while os.path.isdir(path) and os.path.realpath(path) not in seen:
+        seen.add(os.path.realpath(path))
+        run = os.path.dirname(os.path.normpath(path)) or "."
+        for earlier in reversed(checkpoint.all_of(run)):
+            if checkpoint.step_of(earlier) < checkpoint.step_of(path) and is_causal(earlier):
+                return earlier
+        # Go on with the checkpoint that the run began from.
+        config_path = os.path.join(run, "config.json")
+        path = read_json(config_path, PARENT_SHAPE)["parent"] if os.path.isfile(config_path) else ""
+        if is_causal(path):
+            return path
+    return ""
+
+
+def is_causal(path):
+    """True if a checkpoint was last trained under the causal mask; None if that is not known."""
+    try:
+        return was_causal(checkpoint.read_state(path))
+    except (UserError, OSError):
+        return None
 
 
 def print_side_by_side(names, texts):

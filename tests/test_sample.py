@@ -1,4 +1,5 @@
 """One checkpoint writes and fills; the same seed writes the same."""
+import json
 import re
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import run_python
 
 import sample
+import train
 from core import checkpoint
 from core.configurator import UserError
 
@@ -91,6 +93,31 @@ def test_comparing_shows_each_checkpoint_in_its_column(encoder):
         assert f"{p:.2%}" in lines[3].split()[2 * column]
     done = run_python(["sample.py", f"--ckpt={b}", "--prompt=Peace", "--max_new_tokens=5", "--num_samples=2"])
     assert done.returncode == 0 and done.stdout.count("Peace") == 2 and "sample 2" in done.stdout, done.stderr
+
+
+def noted(capsys, path, **settings):
+    """What sample.py notes on stderr while a checkpoint continues a prompt."""
+    sample.main(sample.Config(ckpt=str(path), max_new_tokens=2, device="cpu", **settings))
+    return capsys.readouterr().err
+
+
+def test_a_prompt_for_a_model_that_ended_on_mlm_is_continued_and_a_note_names_the_end_of_its_clm_phase(encoder, tmp_path, capsys):
+    clm, mlm = f"{encoder}/step_0000020", f"{encoder}/step_0000040"
+    for settings in ({"prompt": "Peace"}, {}):
+        said = noted(capsys, encoder, **settings)
+        assert f"note: {mlm} was not last trained to continue texts: --ckpt={clm} was" in said and said.count("note:") == 1
+    assert "note:" not in noted(capsys, clm, prompt="Peace") and "note:" not in noted(capsys, mlm, fill="The [MASK]")
+
+    # A branch that is MLM from its first step on, and a new schedule: the CLM phase is another run's.
+    shared = dict(size="tiny", block_size=128, batch_rows=8, micro_rows=8, dtype="float32", eval_interval=40, eval_rows=16, save_interval=40,
+                  compile=False, device="cpu", data_dir=json.load(open(f"{encoder}/config.json"))["settings"]["data_dir"], learning_rate=3e-3)
+    train.main(train.Config(out_dir=str(tmp_path / "branch"), branch_from=clm, phases=(("clm", 20), ("mlm", 4)), warmup_steps=4, decay_steps=0, **shared))
+    train.main(train.Config(out_dir=str(tmp_path / "cpt"), init_from=str(tmp_path / "branch"), phases=(("mlm", 2),), warmup_steps=0, decay_steps=0, **shared))
+    train.main(train.Config(out_dir=str(tmp_path / "mlm"), phases=(("mlm", 2),), warmup_steps=0, decay_steps=0, **shared))
+    capsys.readouterr()
+    for run in ("branch", "cpt"):
+        assert f"--ckpt={clm} was" in noted(capsys, tmp_path / run, prompt="Peace")
+    assert "--fill shows what it has learned" in noted(capsys, tmp_path / "mlm", prompt="Peace")
 
 
 @pytest.mark.parametrize("settings, message", [
