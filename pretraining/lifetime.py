@@ -1,5 +1,6 @@
 """The life of a run: the lock on its folder while it lives, and the signals that end it."""
 
+import os
 import signal
 import sys
 import threading
@@ -47,8 +48,9 @@ def stop_on_signals(at_exit):
 def hold_out_dir(out_dir, processes, at_exit):
     """Make out_dir and hold it until at_exit ends, so that no other training writes there.
 
-    -> "", or why nobody can write there, e.g. on a read-only disk: a finished run may lie on one
-    Raises UserError if it holds something else than a run, or if another training holds it.
+    -> "", or why nobody can write there: a finished run may lie on a read-only disk
+    Raises OSError if such a folder holds no run yet, and UserError if it holds something else than a
+    run, or if another training holds it.
     """
     resume.check_out_dir(out_dir)
     error = None
@@ -60,7 +62,10 @@ def hold_out_dir(out_dir, processes, at_exit):
         except UserError as user_error:
             error = user_error
         except OSError as os_error:
-            unwritable = os_error.strerror or str(os_error)
+            if os.path.isfile(os.path.join(out_dir, "config.json")):
+                unwritable = os_error.strerror or str(os_error)
+            else:
+                error = os_error
     # The other ranks hear how the first one fared. One on each machine has verified the corpus until
     # now, which may take longer than --timeout.
     wait_for_all(processes)

@@ -397,6 +397,8 @@ def test_a_finished_run_on_a_read_only_disk_says_so_and_one_that_is_not_says_wha
             train.main(half)
         with pytest.raises(UserError, match="seed: 42 then, 1 now"):
             train.main(tiny("done", seed=1))
+        with pytest.raises(OSError, match="Read-only file system"):      # before a model is fetched or made
+            train.main(tiny("new", init_from="hf:nobody/nothing"))
     assert f"{done.out_dir} is finished: 20 steps; nothing to do\n" in capsys.readouterr().out
 
 
