@@ -106,12 +106,9 @@ def check(c, all_names, demo_names):
     if not c.ckpt:
         raise UserError("which encoder? --ckpt=RUN/step_NNNNNNN, or --ckpt=RUN for its newest "
                         "checkpoint")
-    if c.tasks == "all":
-        names = all_names
-    elif c.tasks == "demo":
-        names = demo_names
-    else:
-        names = split_names(c.tasks)
+    names = []
+    for name in split_names(c.tasks):
+        names += {"all": all_names, "demo": demo_names}.get(name, [name])
     if not names or not c.lrs or not c.seeds:
         raise UserError("tasks, lrs and seeds need at least one value each, as in --tasks=sst2")
     if c.mode not in ("standard", "paper"):

@@ -290,6 +290,10 @@ def test_a_row_names_the_commit_and_whether_its_files_were_changed_since(tmp_pat
     assert git_commit() is None               # git is not installed
 
 
+def test_all_and_demo_stand_for_names_also_beside_others(small):
+    assert finetune.check(small(tasks="demo, sst2,sotu_era")) == ("sotu_era", "sotu_case", "sotu_cloze", "sst2")
+
+
 def test_the_tasks_own_number_of_steps_is_the_papers_and_named_or_not_is_the_same(small, tmp_path):
     rows_of = demo.case()
     write(tmp_path / "data", "uner", train=rows_of["train"][:70], validation=rows_of["test"][:9], test=rows_of["test"][9:30])
