@@ -50,14 +50,14 @@ class Config(worker.GridSettings):
     # what
     data_dir: Path = ""              # local collections instead of the hub: data_dir/<task>/ in BEIR's layout
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
-    train_on: str = ""                  # whose training pairs; empty: MS MARCO's (paper), else its own
+    train_on: str = ""                  # collection trained on; empty: MS MARCO (paper), else the searched one
     pool: str = ""                      # judged, hard or full; empty: judged (paper, demo), full (your own)
-    hard_negatives: PositiveInt = 100   # BM25's best documents for each query that are in the pool "hard"
-    finals: bool = False                # then the best learning rate's seeds again on the full pool
-    mteb: str = ""                    # score the encoder, untrained, on tasks of mteb, as in NFCorpus,SciFact
+    hard_negatives: PositiveInt = 100   # how many of BM25's best documents for each query the pool "hard" has
+    finals: bool = False                # afterwards, run the best learning rate again on the full pool
+    mteb: str = ""                    # instead: mteb's tasks, without fine-tuning, e.g. NFCorpus,SciFact
     # how
-    mode: str = "standard"              # standard: NDCG@10; paper: its score, and positives among negatives
-    paper_encoding: bool = False        # search without the closing token, as the paper's code very likely
+    mode: str = "standard"              # standard: NDCG@10; paper: its score, and answers among the negatives
+    paper_encoding: bool = False        # search without the closing token, as (very likely) the paper's code
     steps: NonNegativeInt = 0           # of each trial; 0: 1,000, the paper's
     batch: PositiveInt = 32             # pairs in a step; each query's negatives are the other documents
     temperature: PositiveFloat = 0.05   # of InfoNCE
@@ -281,7 +281,7 @@ def check(c):
         )
     if c.finals and all(search.pool == "full" for search in searches):
         raise UserError(
-            "finals=true is for pools that are not the full corpus: it is searched in full already"
+            "finals=true repeats the best trials on the full corpus, and every search has that pool already"
         )
     if c.paper_encoding and c.mode != "paper":
         raise UserError("paper_encoding=true is to compare with the paper: expected mode=paper with it")

@@ -12,7 +12,7 @@
 A trial is one task, one learning rate and one seed. It starts from the pretrained encoder and a new
 head, trains both, and scores them. It writes a row, OUT_DIR/trials/<task>/lr<lr>_sd<seed>.json, and
 the score of each example in an .npz of the same name. By default OUT_DIR is the checkpoint's own
-folder. Start this program as often as you like, on as many machines as see the folder: its
+folder. Start this program as often as you like, on as many machines as can see the folder: its
 processes share the trials that are left, finished trials stay, and a killed process costs only the
 trial it was in.
 
@@ -53,11 +53,11 @@ class Config(worker.GridSettings):
     keep: bool = False                  # keep each trial's encoder and head as a checkpoint beside its row
     # how
     mode: str = "standard"              # standard, or paper: the labels and scores of the paper's code
-    split: str = "hash"                 # who is in validation: by hash of the text, or encodeval: by row
+    split: str = "hash"                 # how validation is cut off: hash (of the text) or encodeval (by row)
     steps: NonNegativeInt = 0           # of each trial; 0: 1,000 or one epoch, as in the paper
     # system
     micro_tokens: PositiveInt = 16_384  # tokens in a forward and backward pass; a step is cut to fit
-    eval_tokens: PositiveInt = 8_192    # tokens in a forward pass of evaluation; more leave a CPU's caches
+    eval_tokens: PositiveInt = 8_192    # tokens in a forward pass of evaluation; more overflow a CPU's caches
 
 
 # ---- one process
@@ -94,7 +94,7 @@ class FineTuningWorker(worker.Worker):
         head = self.data.family.new_head(self.encoder.config.n_embd)
         head = head.to(self.device, getattr(torch, self.c.param_dtype))
         try:
-            row["train_loss"] = self.train(head, trial, name)      # about ten [step, mean loss]
+            row["train_loss"] = self.train(head, trial, name)      # about ten pairs [step, mean loss]
         except Diverged as error:
             tqdm.write(f"{name}: failed, {error}")
             return row | {"failed": True, "why": str(error), "validation": None, "test": None}
@@ -240,7 +240,7 @@ def main(c):
     if not out_dir:
         out_dir = os.path.join(path, "random") if c.random_weights else path
     this_worker = FineTuningWorker(c, path)
-    # {}: what else a row of the task would record is known once its data is read.
+    # The facts about each task are still empty: they are known only once its data is read.
     this_worker.refuse_other_settings(out_dir, {name: {} for name in names})
 
     trials = []

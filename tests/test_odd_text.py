@@ -224,7 +224,7 @@ def test_a_first_preparation_that_failed_leaves_the_folder_to_the_corrected_comm
     source.write_text(good)
     fresh = prepare(str(source), tmp_path / "fresh", tokenizer="train:320")
     assert prepare(str(source), out, tokenizer="train:320") == fresh                 # the line mended
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match="made with other settings"):
         prepare(str(source), out, tokenizer="train:384")                            # a complete corpus is kept
 
 
@@ -241,7 +241,7 @@ def test_a_bad_line_behind_complete_shards_is_mended_too(tmp_path):
         prepare(str(source), out, **settings)
     tokenizer.save(tok, out)                                                        # as if another tokenizer had got as far as a shard
     (out / "train_00000.bin").write_bytes(fresh["train_00000.bin"])
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match="made with other settings"):
         prepare(str(source), out, **settings | {"val_fraction": 0.2})               # a shard is work: other settings do not remove it
     source.write_text("".join(lines[:200]))
     assert prepare(str(source), out, **settings) == fresh

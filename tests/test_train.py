@@ -164,7 +164,7 @@ def test_micro_rows_is_the_most_at_once_and_the_largest_that_divides_is_taken(ti
 def test_micro_rows_that_does_not_divide_trains_and_a_line_says_what_is_taken(tiny, capsys):
     c = tiny(batch_rows=4, micro_rows=8)
     train.main(c)
-    assert "micro_rows=8 does not divide the 4 rows of a step that each process has: it takes 4 at once\n" in capsys.readouterr().out
+    assert "micro_rows=8 does not divide the 4 rows that each process has in a step: it takes 4 at once\n" in capsys.readouterr().out
     train.main(tiny("divides", batch_rows=4, micro_rows=4))
     assert "micro_rows=" not in capsys.readouterr().out
     assert losses(c.out_dir) == losses(tiny("divides").out_dir)
