@@ -50,7 +50,7 @@ class Config(worker.GridSettings):
     # what
     data_dir: Path = ""              # local collections instead of the hub: data_dir/<task>/ in BEIR's layout
     seeds: tuple[Seed, ...] = (0, 1, 2, 3, 4)  # of the order of the pairs, and of nothing else
-    train_on: str = ""                  # collection trained on; empty: MS MARCO (paper), else the searched one
+    train_on: str = ""                  # collection to train on; empty: MS MARCO (paper), else the same one
     pool: str = ""                      # judged, hard or full; empty: judged (paper, demo), full (your own)
     hard_negatives: PositiveInt = 100   # how many of BM25's best documents for each query the pool "hard" has
     finals: bool = False                # afterwards, run the best learning rate again on the full pool
