@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from core import tokenizer
+from core.configurator import UserError
 from core.device import pick_device, pick_dtype, why_not_compile
 from core.files import write_json
 from corpus.shards import ShardWriter
@@ -65,6 +66,7 @@ def contestants(settings, nanogpt_dir=""):
     """Return every contestant, in the order of NAMES. -> {key: Contestant}
 
     settings: StepSettings; nanogpt_dir: the folder of a clone of karpathy/nanoGPT, or "".
+    Raises UserError if that folder is not one.
     """
     device = pick_device(settings.device)
     on_gpu = device.startswith("cuda")
@@ -75,8 +77,9 @@ def contestants(settings, nanogpt_dir=""):
     no_padding = None if settings.random_length else "nothing to pad"
     no_malloc = "it concerns CPUs only" if on_gpu else None
     no_peer = None if importlib.util.find_spec("transformers") else "transformers is not installed"
-    has_clone = bool(nanogpt_dir) and os.path.isfile(os.path.join(nanogpt_dir, "model.py"))
-    no_clone = None if has_clone else "no --nanogpt=CLONE was given"
+    if nanogpt_dir and not os.path.isfile(os.path.join(nanogpt_dir, "model.py")):
+        raise UserError(f"--nanogpt={nanogpt_dir} is not a clone of karpathy/nanoGPT: it has no model.py")
+    no_clone = None if nanogpt_dir else "no --nanogpt=CLONE was given"
     # nanoGPT's only 6 x 384 model, config/train_shakespeare_char.py, has dropout 0.2; its README
     # asks for --compile=False on a CPU.
     no_dropout = None if settings.size == "small" else "nanoGPT's model of this size has none"

@@ -192,6 +192,7 @@ def test_the_report_shows_a_branch_from_step_0_and_reads_the_log(tiny, tmp_path)
                                          (["bench.py", "search", "--queries=9"], "expected at least 100 each"),
                                          (["bench.py", "train", "--contestants=gpt5"], "expected some of ours,ours-clm"),
                                          (["bench.py", "train", "--contestants=nanogpt"], "none can be measured here: nanogpt: no --nanogpt=CLONE"),
+                                         (["bench.py", "train", "--nanogpt=nowhere"], "--nanogpt=nowhere is not a clone of karpathy/nanoGPT"),
                                          (["bench.py", "memory", "--device=cpu"], "needs a limit, e.g. --memory_gib=2"),
                                          (["bench.py", "train", "--size=7b"], "size=7b"), (["bench.py", "steady", "--run_steps=150"], "run_steps=150"),
                                          (["bench.py", "ddp", "--run_steps=20"], "run_steps=20"),
