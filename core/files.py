@@ -98,11 +98,6 @@ def printable(name):
     return "".join(characters)
 
 
-def table_cell(name):
-    """Markdown as a cell of a table, in which a bar would end the cell."""
-    return printable(name).replace("|", "\\|")
-
-
 def as_markdown(name):
     """A name as Markdown that shows it as it is, in a table, too.
 
@@ -114,6 +109,11 @@ def as_markdown(name):
     entity = r"&(?=#?\w+;)"
     markup = rf"[\\`*~<$|]|{outer_underscore}|{end_of_link_text}|{entity}"
     return re.sub(markup, r"\\\g<0>", printable(name))
+
+
+def as_code(name):
+    """A name as Markdown's code; a name that would end the code is shown as a text is."""
+    return as_markdown(name) if "`" in name else f"`{printable(name)}`"
 
 
 def unique(path):

@@ -15,11 +15,12 @@ from core import checkpoint
 from core.configurator import UserError
 from core.files import remove_leftovers
 from core.lock import NAME, hold_new
+from core.schema import misfit
 from core.tokenizer import DOCUMENT, QUERY
 from huggingface import tokenizer as hf_tokenizer
 from huggingface import weights as hf_weights
 from huggingface.folders import check_is_free
-from huggingface.history import has_lm_head, was_causal
+from huggingface.history import check_history, has_lm_head, was_causal
 from huggingface.model_card import model_card
 
 # {kind of task: the tensors of its head}. They have the same names in Hugging Face's EuroBert.
@@ -28,6 +29,7 @@ HEADS = {
     "token": {"classifier.weight", "classifier.bias"},
     "span": {"classifier.weight", "classifier.bias"},
 }
+HEAD_SHAPE = {"kind": str, "labels": ([str], None)}   # what is read of the row of a model with a head
 
 
 def export(ckpt, out, average=1, causal="auto"):
@@ -49,6 +51,7 @@ def export_into(out, ckpt, average, causal):
     """export() into a folder that this process holds."""
     path = checkpoint.find(ckpt)
     state = checkpoint.read_state(path)
+    check_history(state, os.path.join(path, "state.json"))
     config = checkpoint.config_of(path)
     tokenizer = checkpoint.tokenizer_of(path)
     is_causal = was_causal(state) if causal == "auto" else causal == "true"
@@ -114,7 +117,8 @@ def write_folder(out, files, weights, card):
         for name, content in files.items():
             path = os.path.join(temporary, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w", encoding="utf-8") as f:
+            # Of a label that is not Unicode this makes JSON's own escape, as in "\udcff".
+            with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:
                 json.dump(content, f, indent=2, ensure_ascii=False)
         with open(os.path.join(temporary, "README.md"), "w", encoding="utf-8") as f:
             f.write(card)
@@ -184,6 +188,9 @@ def read_head(path, row):
     stored = os.path.join(path, "head.safetensors")
     if not os.path.isfile(stored):
         return {}
+    problem = misfit(row, HEAD_SHAPE)
+    if problem:
+        raise UserError(f"{path}/state.json, of 'fine_tuned': {problem}")
     if row["kind"] not in HEADS:
         raise UserError(
             f"{path} has a head for tasks of the kind {row['kind']}, which the export does not "

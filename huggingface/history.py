@@ -5,7 +5,52 @@ exported correctly, even by a version that does not know it.
 """
 
 from core.configurator import UserError
+from core.schema import misfit
 from objectives import objective_at, recorded_objectives
+
+# What is read of a checkpoint's state.json, and of those of its ancestors inside it. See core/schema.py.
+HISTORY_SHAPE = {"settings": {str: object}, "parent?": ({str: object}, None)}
+PRETRAINING_SHAPE = {
+    "step": int,
+    "totals": {"tokens": int, "flops": float},
+    "settings": {
+        "phases": [[(str, int)]], "batch_rows": int, "block_size": int, "seed": int,
+        "learning_rate": float, "beta1": float, "beta2": float, "adam_eps": float, "weight_decay": float,
+        "warmup_steps": int, "decay_steps": int, "mask_rate": float, "eval_mask_rate": float,
+        "branch_from": str, "init_from": str,
+    },
+    "objectives?": {str: {"is_causal": bool, "hides_tokens": bool, "rate": (float, None)}},
+}
+FINE_TUNING_SHAPE = {
+    "model": str, "task": str, "mode": str, "steps": int, "lr": float, "seed": int, "causal?": bool,
+    "validation?": ({"score?": float}, None), "test?": ({"score?": float}, None),
+}
+IMPORT_SHAPE = {
+    "source": str, "revision": (str, None), "causal?": (bool, None), "has_lm_head?": bool,
+}
+
+
+def check_history(state, where):
+    """Raises UserError if a state.json says of its training what we cannot read. where: its path"""
+    for ancestor in lineage(state):
+        problem = misfit(ancestor, HISTORY_SHAPE)
+        if not problem and "phases" in ancestor["settings"]:
+            problem = misfit(ancestor, PRETRAINING_SHAPE) or misfit_of_phases(ancestor)
+        problem = problem or misfit(ancestor.get("fine_tuned", None), (FINE_TUNING_SHAPE, None))
+        problem = problem or misfit(ancestor.get("imported", None), (IMPORT_SHAPE, None))
+        if problem:
+            raise UserError(f"{where}: {problem}")
+
+
+def misfit_of_phases(state):
+    """What is wrong with the phases of a run, in words; "" if nothing is."""
+    phases = state["settings"]["phases"]
+    for phase in phases:
+        if [type(value) for value in phase] != [str, int]:
+            return f"'settings.phases' has {phase}, not [objective, steps]"
+        if phase[0] not in state.get("objectives", {phase[0]: {}}):
+            return f"'objectives' lacks {phase[0]}, which is in 'settings.phases'"
+    return "" if phases else "'settings.phases' is empty"
 
 
 def was_causal(state):
@@ -43,6 +88,6 @@ def has_lm_head(state):
 def lineage(state):
     """Return the states of a checkpoint and of those it comes from, the newest first."""
     states = [state]
-    while states[-1].get("parent"):
+    while isinstance(states[-1], dict) and states[-1].get("parent"):
         states.append(states[-1]["parent"])
     return states

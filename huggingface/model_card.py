@@ -5,10 +5,11 @@ Everything in it is a fact of the checkpoint, of those it comes from, or of the 
 
 import json
 import os
+import re
 
 from core import checkpoint
 from core.configurator import UserError
-from core.files import table_cell
+from core.files import as_code, as_markdown
 from core.schema import parse_json
 from huggingface.history import lineage
 from objectives import recorded_objectives
@@ -49,14 +50,15 @@ def model_card(path, paths, state, hub_config, config, n_parameters):
             facts += validation_facts(state, path)
         facts += import_facts(earlier)
 
-    lines = ["---", *front_matter(architecture, hub_config, states), "---", "", f"# {title}", ""]
+    lines = ["---", *front_matter(architecture, hub_config, states), "---", ""]
+    lines += [f"# {as_markdown(title)}", ""]
     lines += [
-        f"Exported by nanoEncoder from `{run}/{step}`; after arXiv 2507.00994. It has no "
+        f"Exported by nanoEncoder from {as_code(f'{run}/{step}')}; after arXiv 2507.00994. It has no "
         "licence until its owner names one.",
         "",
     ]
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {table_cell(str(value))} |" for name, value in facts]
+    lines += [f"| {name} | {value} |" for name, value in facts]
     lines += ["", *how_to_load(auto_class(architecture))]
     return "\n".join(lines) + "\n"
 
@@ -78,13 +80,13 @@ def front_matter(architecture, hub_config, states):
 
     lines = []
     for key, value in entries.items():
-        if isinstance(value, list):
-            value = json.dumps(value)
+        if isinstance(value, list) or not re.fullmatch(r"[\w./-]+", value):
+            value = json.dumps(value)      # also YAML
         lines.append(f"{key}: {value}")
     return lines
 
 
-# ---- rows of the table: (name, value)
+# ---- rows of the table: (name, value), both Markdown
 
 
 def shape_facts(architecture, config, n_parameters):
@@ -107,10 +109,11 @@ def fine_tuning_facts(state):
     if not row:
         return []
     trial = f"{row['steps']} steps, learning rate {row['lr']:g}, seed {row['seed']}"
-    facts = [("fine-tuned on", f"{row['task']}: {trial}")]
+    facts = [("fine-tuned on", f"{as_markdown(row['task'])}: {trial}")]
     for split in ("validation", "test"):
         if row.get(split):
-            facts.append((f"{split} score", f"{100 * row[split]['score']:.2f}, mode {row['mode']}"))
+            score = f"{100 * row[split]['score']:.2f}, mode {as_markdown(row['mode'])}"
+            facts.append((f"{split} score", score))
     return facts
 
 
@@ -135,7 +138,7 @@ def pretraining_facts(state):
     ]
     for key in ("branch_from", "init_from"):
         if s[key]:
-            facts.append(("continued from", public_name(s[key])))
+            facts.append(("continued from", as_markdown(public_name(s[key]))))
     return facts
 
 
@@ -145,7 +148,7 @@ def describe_phases(state):
     objectives = recorded_objectives(state)
     phases = []
     for name, steps in s["phases"]:
-        phase = f"{steps:,} steps {name.rstrip('0123456789').upper()}"
+        phase = f"{steps:,} steps {as_markdown(name.rstrip('0123456789').upper())}"
         if objectives[name]["hides_tokens"]:
             rate = objectives[name]["rate"] or s["mask_rate"]
             phase += f" at {rate:.0%} masking"
@@ -182,7 +185,7 @@ def import_facts(state):
     source = public_name(imported["source"])
     if imported["revision"]:
         source += f" at {imported['revision']}"
-    return [("begun from", source)]
+    return [("begun from", as_markdown(source))]
 
 
 def is_on_the_hub(source):

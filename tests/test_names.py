@@ -12,7 +12,11 @@ import pytest
 from conftest import ROOT, run_python
 from made_study import draw
 
-from core.files import as_markdown, printable
+from core import checkpoint
+from core.configurator import UserError
+from core.files import as_code, as_markdown, printable
+from huggingface.history import check_history
+from huggingface.model_card import model_card
 from reporting import output, panels
 from reporting.loss_curves import loss_curves
 from reporting.output import write_report
@@ -77,6 +81,40 @@ def test_characters_that_no_font_has_are_one_line(tmp_path, monkeypatch, capfd):
     write_report(str(tmp_path / "out2"), {}, {"loss_curves.png": figure})
     assert {tuple(text.get_fontfamily()) for text in figure.findobj(plt.Text)} == {("DejaVu Sans", "DejaVu Serif")}
     assert panels.fonts_for("usual names, 1.5e-3 ± ½ †") == ([], "")
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if name.strip()])
+def test_a_model_card_shows_names_as_they_are(name):
+    with open(f"{RUN}/step_0000010/state.json") as f:
+        state = json.load(f)
+    config = checkpoint.config_of(f"{RUN}/step_0000010")
+    state["settings"]["init_from"] = f"/home/me/{name.replace('/', '')}/step_0000010"
+    tuned = {"settings": {}, "step": 8, "parent": state, "imported": {"source": f"hf:a/{name}", "revision": None},
+             "fine_tuned": {"model": name, "task": name, "mode": "standard", "steps": 8, "lr": 1e-3, "seed": 0, "test": {"score": 0.5}}}
+    about = {"architectures": ["EuroBertModel"], "model_type": "eurobert"}
+    card = model_card(f"/x/{name}/step_0000008", ["/x"], tuned, about, config, 1000)
+    _, top, text = card.encode().decode().split("---\n", 2)
+    assert len(top.splitlines()) == 4 and f"# {as_markdown(name)} on {as_markdown(name)}\n" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) == 3 for line in table)
+    assert f"| fine-tuned on | {as_markdown(name)}: 8 steps" in text and f"from {as_code(f'{name}/step_0000008')};" in text
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"parent": "run"}, "'parent' is \"run\", not an object"), ({"parent": {"settings": 1}}, "'settings' is 1"), ({"settings": {"phases": []}, "totals": 3}, "'totals' is 3"),
+    ({"fine_tuned": []}, "is a list"), ({"fine_tuned": {"model": "a"}}, "has no 'task'"), ({"imported": {"source": 3, "revision": None}}, "'source' is 3"),
+    ({"settings": {"phases": [["clm"]]}}, "has ['clm'], not [objective, steps]"), ({"settings": {"phases": []}}, "is empty"), ({"settings": {"seed": "x"}}, "'settings.seed' is"),
+    ({"objectives": {"mlm": {"is_causal": False, "hides_tokens": True, "rate": None}}}, "'objectives' lacks clm")])
+def test_a_history_that_cannot_be_read_is_one_line(changes, says):
+    with open(f"{RUN}/step_0000010/state.json") as f:
+        state = json.load(f)
+    check_history(state, "state.json")
+    changed = state | changes
+    if "settings" in changes:
+        changed["settings"] = state["settings"] | changes["settings"]
+    for whole in (changed, {"settings": {}, "parent": changed}):
+        with pytest.raises(UserError, match=f"^state.json: .*{re.escape(says)}"):
+            check_history(whole, "state.json")
 
 
 @pytest.mark.parametrize("environment", [
