@@ -40,6 +40,10 @@ def as_plain_text(name):
     return f" {name}" if name.startswith("_") else name
 
 
+# fonts of matplotlib that show boxes or other signs in the places of characters
+STAND_INS = ("Last Resort", "STIXNonUnicode", "cm")
+
+
 def fonts_for(text):
     """The names of installed fonts that have the characters which matplotlib's own font lacks.
 
@@ -51,7 +55,7 @@ def fonts_for(text):
         # regular fonts before bold ones
         fonts = font_manager.fontManager.ttflist
         for font in sorted(fonts, key=lambda font: (font.weight != 400, font.name)):
-            if missing & characters_of(font.fname):
+            if not font.name.startswith(STAND_INS) and missing & characters_of(font.fname):
                 names.append(font.name)
                 missing -= characters_of(font.fname)
     return names, "".join(sorted(missing))
