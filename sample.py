@@ -7,8 +7,8 @@ text (bidirectional mask).
 
 The same weights do both, so --compare shows what the swap of objectives did: a model can fill gaps
 after it, but not before. Without --prompt and --fill a model writes from the beginning of a
-document. A model that was last trained on MLM writes, too, with a note that names the checkpoint of
-its run that was trained to.
+document. A model that was last trained on MLM also writes, with a note that names the last
+checkpoint before it that was trained to write.
 """
 import core.ctrl_c  # noqa: F401 first: the imports below take seconds
 
@@ -171,7 +171,7 @@ def warn_if_not_causal(path):
 def causal_checkpoint_before(path):
     """The newest earlier checkpoint, of the run or of one it comes from, that was trained to continue texts.
 
-    It is the end of the CLM phase, which a run keeps. "" if there is none.
+    As a rule it is the end of the CLM phase, which a run keeps. "" if there is none.
     """
     seen = set()
     while os.path.isdir(path) and os.path.realpath(path) not in seen:
@@ -180,7 +180,7 @@ def causal_checkpoint_before(path):
         for earlier in reversed(checkpoint.all_of(run)):
             if checkpoint.step_of(earlier) < checkpoint.step_of(path) and is_causal(earlier):
                 return earlier
-        # Go on with the checkpoint that the run began from.
+        # Continue with the checkpoint that the run began from.
         config_path = os.path.join(run, "config.json")
         path = read_json(config_path, PARENT_SHAPE)["parent"] if os.path.isfile(config_path) else ""
         if is_causal(path):

@@ -102,7 +102,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     optimizer: if given, its state is saved
     head: if given, the head of a fine-tuned encoder
 
-    Raises RunError if the disk does not take it, and leaves the earlier checkpoints unchanged.
+    Raises RunError if it cannot be written. The earlier checkpoints then stay unchanged.
     """
     path = path_of(out_dir, step)
     temporary = os.path.join(out_dir, f".writing_{step:07d}_{os.urandom(4).hex()}")
@@ -113,7 +113,7 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
     # What goes into which file.
     weights = model.state_dict()
     if model.config.tied:
-        del weights["lm_head.weight"]  # the embedding's, and safetensors stores a tensor once
+        del weights["lm_head.weight"]  # the same tensor as the embedding: stored once
     tensors_of = {"model.safetensors": weights}
     if optimizer is not None:
         tensors_of["optimizer.safetensors"] = optimizer_state(model, optimizer)
@@ -143,8 +143,8 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
         for name in [*file_names, SUMS, ""]:
             sync(os.path.join(temporary, name))
 
-        # Give it its name. If a checkpoint already stands there, it is a damaged one. Results of
-        # fine-tuning in it stay. Of a link, only the link goes.
+        # Give the folder its name. A checkpoint that already has this name is a damaged one: it is
+        # replaced, but results of fine-tuning in it stay. If it is a link, only the link is removed.
         if os.path.islink(path):
             os.unlink(path)
         if results(path):
@@ -152,7 +152,8 @@ def save(out_dir, step, model, state, optimizer=None, head=None):
                 os.replace(os.path.join(temporary, name), os.path.join(path, name))
             os.rmdir(temporary)
         else:
-            # Out of the way first: on NFS a file that somebody still reads keeps its folder.
+            # Move the damaged one away first: on NFS a folder cannot be deleted while somebody
+            # reads a file in it.
             if os.path.isdir(path):
                 os.replace(path, replaced)
             os.replace(temporary, path)
@@ -179,7 +180,7 @@ def save_tensors(tensors, path, metadata=None):
 def optimizer_state(model, optimizer):
     """The state of any optimizer of torch's kind, as {"KEY.PARAMETER": tensor}.
 
-    torch's own state_dict numbers the parameters. Names stay right if a fork groups them otherwise.
+    torch's own state_dict numbers the parameters. Names stay right if a fork groups them differently.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -220,7 +221,7 @@ def prune(out_dir, keep_last, milestones, log=print):
 
     Some are neither counted nor deleted: those at `milestones` (steps), those that hold results of
     fine-tuning, and symbolic links, which may lead to another run's folder. A checkpoint that
-    cannot be deleted is logged, and stays: on NFS a file that somebody still reads keeps its folder.
+    cannot be deleted, as on NFS while somebody reads a file in it, is logged and stays.
     """
     deletable = []
     for path in all_of(out_dir):
@@ -253,8 +254,8 @@ def results(path):
 def find(path):
     """The path of an intact checkpoint, given its own path or its run's. Raises UserError.
 
-    A link to a checkpoint, such as `latest` or one that was moved to another disk, is followed up
-    to the name step_NNNNNNN: beside it lies the run.
+    A link, such as `latest`, is followed until the path ends in step_NNNNNNN: that lies in the run's
+    folder, even if it is itself a link to another disk.
     """
     if os.path.isfile(os.path.join(path, "state.json")):
         path = os.path.normpath(path)
@@ -297,8 +298,8 @@ def config_of(path):
     config = ModelConfig(**sizes)
     if config.n_head % config.n_kv_head or config.head_dim < 2 or config.head_dim % 2:
         raise UserError(
-            f"{where}: {config.n_head} heads of {config.head_dim}, {config.n_kv_head} for keys and values: "
-            "there must be a multiple of the latter, each of an even size"
+            f"{where}: {config.n_head} heads of size {config.head_dim}, {config.n_kv_head} for keys and "
+            "values: n_head must be a multiple of n_kv_head, and the size even"
         )
     return config
 
@@ -466,7 +467,7 @@ def load_optimizer_state(model, optimizer, tensors):
     values_of = defaultdict(dict)
     for key, value in tensors.items():
         state_key, _, name = key.partition(".")
-        values_of[name][state_key] = value.clone()  # a copy, for the original lies in the mapped file
+        values_of[name][state_key] = value.clone()  # a copy: the original is mapped from the file
 
     # load_state_dict knows a parameter by its number, counted through the optimizer's groups.
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}

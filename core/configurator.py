@@ -9,7 +9,7 @@
     python train.py config/demo_mlm.py --mask_rate=0.3
 
 --key VALUE is --key=VALUE, and a tuple takes all words up to the next --key: `--seeds 0 1 2`. A
-word that ends in .py is a config file, unless it is the value of a text: `--prompt a.py`. A config
+word that ends in .py is a config file, unless it is the value of a str: `--prompt a.py`. A config
 file is Python that assigns plain values to these names, so it can show its arithmetic.
 Both layers are strict: an unknown key is an error that names the nearest one, and a value must have
 its field's type. The type also says which values make sense, as in `steps: PositiveInt`; a Path may
@@ -64,8 +64,8 @@ Workers = Annotated[int, Range(0, 1024, "a whole number from 0 to 1,024")]      
 Path = Annotated[str, "may begin with ~, also after a prefix such as parquet:"]
 
 
-# What one kind of setting is called, here and elsewhere. For a key that a program does not have, its
-# message names the first of the same line that it has.
+# Each line holds the names of one setting, here and elsewhere. If a program does not have a key, its
+# error names the first key of the same line that it does have.
 SYNONYMS = (
     ("learning_rate", "lrs", "lr", "max_lr", "peak_lr"),
     ("weight_decay", "wd", "l2"),
@@ -107,14 +107,14 @@ class RunError(Exception):
 def run(main, config_class):
     """Call main(config) with the settings of the command line.
 
-    An expected error is printed as one line, and the process exits with its code. Anything else is
-    a bug of ours: it is called one, and its traceback is shown. A program whose console is gone, as
-    with `| head`, works on without it.
+    An expected error is printed as one line, and the process exits with its code. Any other error is
+    reported as a bug, with its traceback. A program whose console is gone, as with `| head`, continues
+    without it.
     """
     sys.stdout = Console(sys.stdout)
     sys.stderr = Console(sys.stderr)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)      # ends the work of core.ctrl_c
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # replaces that of core.ctrl_c
     config = None
     try:
         config = configure(config_class)
@@ -153,9 +153,9 @@ def where_state_is(config):
 
 
 class Console:
-    """A text stream that takes no more once it cannot be written, and lets the program go on.
+    """A text stream that drops its text once it cannot be written, so that the program continues.
 
-    error: why output was lost, if that is worth an error. That nobody reads it any more is not.
+    error: why text was lost; None if only because nobody reads it any more
     """
 
     def __init__(self, stream):
@@ -238,7 +238,7 @@ def configure(config_class, argv=None):
 def split_config_files(argv, fields):
     """The config files among the words of a command line, and its other words. -> (files, words)
 
-    A word that ends in .py is a config file, wherever it stands, but not after the --key of a text.
+    A word that ends in .py is a config file, wherever it stands, but not right after the --key of a str.
     """
     files = []
     words = []
@@ -310,8 +310,9 @@ def nearest(key, names):
 def parse(text, kind):
     """The Python value that a word of the command line stands for.
 
-    A word that is not a Python literal stays a str; check() then decides. Several texts need
-    brackets, as in --compare="('a', 'b')": without them a run called 1e3 is no number.
+    A word that is not a Python literal stays a str; check() then decides. Where a tuple of str is
+    expected, only a word in brackets is read as a literal, as in --compare="('a', 'b')". So a run may
+    be called 1e3.
     """
     if plain_type(kind) is str or (item_type(kind) is str and not text.startswith(("(", "["))):
         return text
@@ -338,7 +339,7 @@ def item_type(kind):
 
 
 def check(key, value, fields, where):
-    """The value in its field's type. Raises UserError if the key, the type or the range is wrong."""
+    """The value, as its field's type. Raises UserError if the key, the type or the range is wrong."""
     field = find_field(key, fields, where)
     kind = plain_type(field.type)
     # A list or one number may stand for a tuple, and an int for a float.
@@ -356,7 +357,7 @@ def check(key, value, fields, where):
             f"{key}={shorten(value)} in {where}: expected {kind.__name__}, as in {key}={field.default!r}"
         )
 
-    # The range, of the value itself or of each of a tuple's.
+    # Check the range of the value, or of each value in a tuple.
     if item_type(field.type):
         kind_of_item = typing.get_args(field.type)[0]
         return tuple(check_range(key, item, kind_of_item, where) for item in value)
@@ -364,7 +365,7 @@ def check(key, value, fields, where):
 
 
 def as_float(value, kind):
-    """The value, an int as a float if the type asks for one."""
+    """The value; an int becomes a float if the type asks for one."""
     if plain_type(kind) is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     return value

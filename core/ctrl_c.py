@@ -1,4 +1,4 @@
-"""Ctrl-C while a program of the root still imports torch: one line instead of a traceback.
+"""Ctrl-C while a program still imports torch: one line instead of a traceback.
 
 The programs import this module first. core.configurator.run takes over when main begins.
 """

@@ -17,7 +17,7 @@ from core.configurator import RunError, UserError
 
 # What torchrun tells each process that it starts.
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ANSWER = 5.0      # seconds in which a living process answers when another is missed
+ANSWER = 5.0      # seconds that the living processes have to answer when one is missing
 
 store = None      # where torchrun's processes leave each other notes, once they have joined
 
@@ -114,7 +114,7 @@ def die_with_parent(number):
 
 
 def wait_for_all(processes, hours=12):
-    """Wait until all processes have come this far, however long one of them has to read.
+    """Wait until all processes have come this far, even if one of them reads for hours.
 
     A process that dies meanwhile ends all: torchrun sees to that.
     """
@@ -125,7 +125,7 @@ def wait_for_all(processes, hours=12):
 
 @contextlib.contextmanager
 def naming_the_missing(processes):
-    """Turn the error of a process that waited in vain for another into a RunError that says for whom."""
+    """Turn the error of a process that waited in vain for another into a RunError that names the other."""
     try:
         yield
     except RuntimeError as error:

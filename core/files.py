@@ -21,8 +21,8 @@ import unicodedata
 
 from core.configurator import UserError
 
-# A line of a longer file of lines is refused. So a few kilobytes that unpack to gigabytes without an
-# end of line take no more memory than this.
+# lines_of() refuses a longer line. So a few kilobytes that unpack to gigabytes without an end of line
+# take no more memory than this.
 LONGEST_LINE = 64 << 20    # bytes
 
 THIS_PROCESS = os.urandom(4).hex()
@@ -51,7 +51,7 @@ def files_below(folder, suffixes):
     """
     names = []
     folders_seen = set()
-    # Links are followed after all real folders, so a folder inside has its own name and not a link's.
+    # Links are followed after all real folders. So a folder that is also linked to keeps its own name.
     folders, links = [""], []
     while folders or links:
         name = folders.pop() if folders else links.pop()
@@ -75,7 +75,7 @@ def files_below(folder, suffixes):
 
 
 def own_path(name):
-    """How a command names a file of this repository: as in the docs, or with its folder elsewhere."""
+    """A file of this repository as a command names it: with its folder, unless we are in that folder."""
     return name if os.path.samefile(os.curdir, ROOT) else os.path.join(ROOT, name)
 
 
@@ -99,10 +99,10 @@ def printable(name):
 
 
 def as_markdown(name):
-    """A name as Markdown that shows it as it is, in a table, too.
+    """A name as Markdown that shows it unchanged, also in a table.
 
-    An underscore inside a word, and brackets before which no link begins, are only text. They stay,
-    so that usual names remain readable.
+    An underscore inside a word is only text, and so are brackets without a "(" behind them. They get
+    no backslash, so that usual names remain readable.
     """
     outer_underscore = r"(?<![^\W_])_|_(?![^\W_])"
     end_of_link_text = r"\](?=\()"
@@ -129,7 +129,7 @@ def unique(path):
 
 # A lock of core/lock.py, also that of one --shard of prepare_fineweb.py.
 LOCK = r"\.lock(\.\d+-of-\d+)?"
-# What a killed process may leave: of write_whole(), behind the file's own name, and of core/checkpoint.py.
+# What a killed process may leave: write_whole() a file with this ending, core/checkpoint.py a folder.
 OF_WRITE_WHOLE = r"\.\d+-[0-9a-f]{8}\.tmp"
 OF_CHECKPOINTS = r"\.writing_\d{7}_[0-9a-f]{8}(_replaced)?"
 
@@ -157,10 +157,11 @@ def is_new(folder, *own_files):
 
 
 def remove_leftovers(folder, own_files=(), pattern="(?!)"):
-    """Remove what killed processes left in a folder; only for who holds its lock.
+    """Remove what killed processes left in a folder. The caller must hold the folder's lock.
 
-    That is what write_whole() leaves of `own_files`, names of files that nobody writes without the
-    lock: NAME.PID-XXXXXXXX.tmp. pattern: a regular expression for more names, whole ones.
+    own_files: names of files that are written by write_whole(), and only by the lock's holder. What
+    is left of one is called NAME.PID-XXXXXXXX.tmp. pattern: a regular expression that matches the
+    complete names of other leftovers.
     """
     own_names = "|".join([LOCK, *(re.escape(name) for name in own_files)])
     for name in os.listdir(folder):
@@ -199,7 +200,7 @@ def decode(raw, where):
 
 
 def first_bad_byte(raw):
-    """Where bytes stop to be UTF-8; None if they do not."""
+    """The position of the first byte that is not UTF-8; None if there is none."""
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -236,7 +237,7 @@ def open_packed(path):
 
 
 def unpacked(file, path):
-    """Yield the lines of an open file; one that is too long is cut behind LONGEST_LINE.
+    """Yield the lines of an open file; one that is too long is cut one byte after LONGEST_LINE.
 
     Raises UserError if the file is cut off or was not packed that way.
     """

@@ -1,4 +1,4 @@
-"""One writer a folder.
+"""One writer per folder.
 
 A program that writes a folder holds its `.lock` until it ends. The kernel frees the lock when the
 process dies, however it dies, so nothing has to be cleaned up after a kill. Where several machines
@@ -25,14 +25,14 @@ STALE = 60.0          # seconds without one after which a holder on another mach
 def this_process():
     """What a lock or a claim is signed with.
 
-    Two containers may have one host name and each a process 7. The kernel's boot and the namespace
-    of process ids tell them apart.
+    Two containers may have the same host name, and a process 7 each. The kernel's boot and the
+    namespace of process ids tell them apart.
     """
     return {"host": socket.gethostname(), "pid": os.getpid(), "kernel": this_kernel()}
 
 
 def this_kernel():
-    """A name for all processes whose process ids mean the same; "" where the system has none."""
+    """A name for our kernel and its namespace of process ids; "" where the system does not tell."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
             boot = f.read().strip()
@@ -45,8 +45,8 @@ def this_kernel():
 def hold(folder, program, name=NAME):
     """Hold a folder, which must exist and be ours to write, while the block runs.
 
-    program: its name, for the message that others get. name: of the file, where several may write a
-    folder, each under a lock of its own. Yields the open file of the lock; a child process that
+    program: its name, for the message that others get. name: the lock's file, if several processes may
+    write the folder, each under a lock of its own. Yields the open file of the lock; a child process that
     inherits it (subprocess's pass_fds) holds the folder, too. Raises UserError at once if another
     process holds it.
     """
@@ -70,9 +70,9 @@ def hold(folder, program, name=NAME):
 
 
 def take(file, path, kind):
-    """Take an open lock, or only see whether nobody holds it. Raises UserError if another process does.
+    """Take an open lock, or only check that nobody holds it. Raises UserError if another process does.
 
-    kind: fcntl.LOCK_EX to hold it, LOCK_SH to see, which any number of processes may do at a time
+    kind: fcntl.LOCK_EX to hold it, LOCK_SH to check, which any number of processes may do at a time
     """
     folder = os.path.dirname(path)
     owner = read_owner(file)

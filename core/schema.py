@@ -56,8 +56,8 @@ def misfit(value, shape, key=""):
             return ""
         # A list or an object that nearly fits says more than "is not one of".
         deeper = [text for text in problems if not text.startswith(f"{name} is ")]
-        expected = " or ".join(describe(one) for one in shape)
-        return deeper[0] if deeper else f"{name} is {described(value)}, not {expected}"
+        expected = " or ".join(shape_in_words(one) for one in shape)
+        return deeper[0] if deeper else f"{name} is {value_in_words(value)}, not {expected}"
     if isinstance(shape, list) and isinstance(value, list):
         for i, item in enumerate(value):
             problem = misfit(item, shape[0], f"{key}[{i}]")
@@ -72,7 +72,7 @@ def misfit(value, shape, key=""):
         return ""
     if isinstance(shape, type) and type(value) is shape:
         return ""
-    return f"{name} is {described(value)}, not {describe(shape)}"
+    return f"{name} is {value_in_words(value)}, not {shape_in_words(shape)}"
 
 
 def misfit_of_object(value, shape, key):
@@ -95,14 +95,14 @@ def misfit_of_object(value, shape, key):
     return ""
 
 
-def describe(shape):
+def shape_in_words(shape):
     """"a whole number" for int, and so on."""
     if isinstance(shape, (list, dict)):
         shape = type(shape)
     return NAMES[shape]
 
 
-def described(value):
+def value_in_words(value):
     """A value as words in a message, not longer than half a line."""
     if isinstance(value, (list, dict)):
         return NAMES[type(value)]

@@ -42,18 +42,18 @@ LLAMA3_PATTERN = (
     r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 LLAMA3_SPECIALS = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|mask|>": 128002}
-# A BPE is trained on so much text at most: it has converged long before, and more costs memory.
+# A BPE is trained on at most this much text: it has converged long before, and more costs memory.
 TRAIN_CHARACTERS = 300_000_000
-# It sees a document in chunks of so many characters, for it takes 80 bytes of memory a byte of each.
+# Documents are cut into chunks of this size: training takes 80 bytes of memory for a byte of a chunk.
 CHUNK_CHARACTERS = 100_000
-# Its time grows with the square of a piece's length, so a longer piece is cut: no word is that long.
+# Training time grows with the square of a piece's length, so a longer piece is cut: no word is that long.
 LONGEST_PIECE = 1_000
 LARGEST_VOCABULARY = 1 << 20
 
 # Between a character that is not blank and a blank, where GPT2_PATTERN always cuts.
 BORDER = re.compile(r"\S(?=[ \n])")
 LONG_WHITE_SPACE = re.compile(rf"\s{{{LONGEST_PIECE}}}")
-# Runs of the kinds of characters of GPT2_PATTERN, of which each piece has one.
+# Runs of one kind of character. A piece of GPT2_PATTERN lies in one run, apart from its first character.
 LETTERS_OR_OTHERS = regex.compile(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|\s+")
 
 # The content of tokenizer_info.json.
@@ -96,7 +96,7 @@ class Tokenizer:
         return digest.digest()
 
     def description(self):
-        """The content of tokenizer_info.json, but for the name: here it is its kind, as "hf"."""
+        """The content of tokenizer_info.json, except that the name is only its kind, such as "hf"."""
         info = {
             "name": self.name.partition(":")[0],
             "pattern": self.encoding._pat_str,
@@ -284,7 +284,7 @@ def as_tiktoken_reads(text):
 def get(name, texts=None):
     """The tokenizer called `name`: gpt2, llama3:RANK_FILE or train:SIZE. Raises UserError.
 
-    Those of the hub are huggingface/tokenizer.py's. texts: an iterable of str that train:SIZE
+    huggingface/tokenizer.py loads those of the hub. texts: an iterable of str that train:SIZE
     learns from
     """
     kind, _, option = name.partition(":")
@@ -416,7 +416,7 @@ def first_characters(texts):
 def chunks(text):
     """Yield a text in chunks of about CHUNK_CHARACTERS, in which no piece is longer than LONGEST_PIECE.
 
-    A text is cut before a blank behind a character that is not one. There the pattern cuts, too, so
+    A text is cut between a character that is not blank and a blank. The pattern cuts there, too, so
     the pieces that the trainer counts are the same.
     """
     start = 0
@@ -431,7 +431,7 @@ def chunks(text):
 
 def short_pieces(chunk):
     """Yield a chunk, or its parts if it has a piece of more than LONGEST_PIECE characters."""
-    # No character between blanks: a quick test that ordinary text passes.
+    # A quick test that ordinary text passes: neither a long word nor many blanks in a row.
     longest_word = max(map(len, chunk.split()), default=0)
     if longest_word <= LONGEST_PIECE and not LONG_WHITE_SPACE.search(chunk):
         yield chunk
@@ -448,7 +448,7 @@ def short_pieces(chunk):
 # ---- files
 
 def byte_of_character():
-    """The printable characters by which GPT-2 and tokenizer.json write bytes: {character: byte}.
+    """The printable characters that GPT-2 and tokenizer.json write for bytes: {character: byte}.
 
     A byte that is not printable is written as a character from 256 on.
     """

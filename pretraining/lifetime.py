@@ -14,7 +14,7 @@ from pretraining import resume
 # Ctrl-C; what Slurm, Kubernetes and a kill send; Slurm's warning; a terminal that is closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
-# The files of a run beside its checkpoints. Each is written under another name first.
+# The files of a run beside its checkpoints. write_whole() makes each under another name first.
 OWN_FILES = ("config.json", "log.jsonl", "tokenizer.tiktoken", "tokenizer_info.json")
 
 

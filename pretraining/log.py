@@ -64,14 +64,14 @@ class RunLog:
                 name=os.path.basename(os.path.normpath(self.c.out_dir)),
             )
         except (wandb.Error, ValueError) as error:
-            # no login, no network, a project's name or a variable (ValueError) that wandb refuses
+            # no login, no network, a project name or an environment variable that wandb refuses
             raise UserError(
                 f"wandb_log=true, but wandb does not start ({' '.join(str(error).split())[:300]}): run "
                 "`wandb login`, or set WANDB_MODE=offline and run `wandb sync` later, or leave out wandb_log"
             ) from None
 
     def restart_clock(self):
-        """Time steps from now on: what came before, such as a validation, does not slow them."""
+        """Time steps from now on: what came before, such as a validation, does not count."""
         self.clock = time.time()
 
     def add_step(self, step, phase, loss, learning_rate, grad_norm, targets, flops):
@@ -185,7 +185,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def without_wandb_if_it_fails(self):
-        """Continue without Weights & Biases after an error of it: its own process may have died."""
+        """Continue without Weights & Biases if it fails: its own process may have died."""
         try:
             yield
         except Exception as error:      # of many types
@@ -195,7 +195,7 @@ class RunLog:
 
 
 def read_rows(path):
-    """The rows of a log.jsonl, and what is wrong with the lines that are none.
+    """The rows of a log.jsonl, and what is wrong with its other lines.
 
     A last line that a kill cut off is left out, and so are blank lines and the NULs that a power
     cut leaves. -> [(row, line), ...], ["log.jsonl, line 5 is not JSON ...", ...]

@@ -4,8 +4,8 @@
                   out_dir, and no setting that decides the result may change
     branch_from   continue from a checkpoint of another run, the trunk, from before its learning rate
                   decays: weights, optimizer state, step and data order continue, with new phases.
-                  The result equals one long run bit for bit, so models whose first steps are equal
-                  train them once
+                  The result equals one long run bit for bit, so models that share their first steps
+                  need to train these only once
     init_from     start a new schedule from the weights of any checkpoint, or of a Hugging Face model,
                   on rows that they were not trained on yet. The paper continues finished models, too,
                   but does not say whether optimizer state is kept (keep_moments)
@@ -104,7 +104,7 @@ def start(c, run_settings, processes):
 
 
 def check_out_dir(out_dir):
-    """Raises UserError if out_dir holds something else than a run."""
+    """Raises UserError if out_dir holds something other than a run."""
     if os.path.isfile(os.path.join(out_dir, "config.json")):
         return
     # A run that was interrupted before it wrote config.json has left its tokenizer.
@@ -151,7 +151,7 @@ def read_run_state(source):
 def from_weights(c, run_settings, processes):
     """Start a new schedule from the weights of a checkpoint or of a Hugging Face model. -> Start
 
-    Raises UserError if the corpus was prepared with another tokenizer than the weights know.
+    Raises UserError if the corpus was prepared with a tokenizer other than that of the weights.
     """
     from huggingface import importing  # most runs do not need it
 

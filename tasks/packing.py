@@ -88,7 +88,7 @@ def encode_task(name, family, examples, fingerprint, tokenizer, max_length, fold
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """While the block runs, other processes of this machine wait before theirs, for the same folder.
+    """While the block runs, other processes of this machine that enter the same folder wait.
 
     So what takes minutes is made by one process and read by the others. Where the file system has
     no locks, each process makes it.
@@ -159,7 +159,7 @@ def cached_json(folder, name, rules, make, shape):
     def read(path):
         content = read_json(path, {CHECKSUM: str, "value": str})
         if hashlib.sha256(content["value"].encode()).hexdigest() != content[CHECKSUM]:
-            raise UserError("its checksum is another one")
+            raise UserError("its checksum does not match")
         return parse_json(content["value"], path, shape)
 
     return cached(folder, name, rules, write, read, ending=".json")
@@ -182,7 +182,7 @@ def without_checksum(arrays):
         raise UserError("it has no checksum, as in earlier versions")
     expected = arrays.pop(CHECKSUM)
     if checksum(arrays).tobytes() != expected.tobytes():
-        raise UserError("its checksum is another one")
+        raise UserError("its checksum does not match")
     return arrays
 
 

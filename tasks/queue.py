@@ -34,7 +34,7 @@ ANY_ROW = {}          # the shape of any object, see core/schema.py
 LEFTOVER = re.compile(r"(lr.+_sd\d+|settings)\.(json|npz|claim)(\..+)?\.\d+(-[0-9a-f]{8}(\.tmp)?)?")
 
 # Since when a claim has not been touched, as far as this process knows: {(device, inode, time of the
-# touch): a time of our own clock}. A claim that is renamed stays known, a touch makes it another one.
+# touch): a time of our own clock}. A renamed claim keeps its entry; a touched one gets a new entry.
 silent_since = {}
 
 
@@ -90,7 +90,7 @@ def claim_one(trials, folder):
 # ---- rows
 
 def tasks_of(trial):
-    """The names of the tasks that a trial writes a row of."""
+    """The names of the tasks that a trial writes a row for."""
     return [trial["task"], *trial.get("also", ())]
 
 
@@ -227,8 +227,8 @@ def is_stale(path):
         except PermissionError:           # it is alive, and another user's
             pass
 
-    # Elsewhere its heartbeat tells: how old the last touch was, by the file system's clock, when we
-    # first saw it, and how long we have seen no other. A claim dated in the future counts as new.
+    # Elsewhere its heartbeat tells. The age of the last touch is its age when we first saw it, by the
+    # file system's clock, plus the time since then by ours. A touch dated in the future counts as new.
     try:
         status = os.stat(path)
         touch = status.st_dev, status.st_ino, status.st_mtime_ns
@@ -263,8 +263,8 @@ def remove_stale(path):
 def put_back(aside, path):
     """Restore the claim of a living worker that a slow remove_stale() has renamed.
 
-    It had replaced the stale one in the meantime. If yet another worker has claimed the trial now,
-    that claim stays.
+    That claim had replaced the stale one in the meantime. If yet another worker has claimed the trial
+    by now, its claim stays.
     """
     with open(aside, "rb") as f:
         signature = f.read()

@@ -1,8 +1,8 @@
 """One process of a grid of fine-tuning trials: the encoder, a copy of its pretrained weights, and
 the facts that every row records.
 
-finetune.py and eval_ir.py each derive their own worker from this one. To load a checkpoint takes
-longer than to reset the encoder, so a worker loads it once and copies the weights back before each
+finetune.py and eval_ir.py each derive their own worker from this one. Loading a checkpoint takes
+longer than resetting the encoder, so a worker loads it once and copies the weights back before each
 trial. tasks/queue.py hands out the trials.
 """
 import os
@@ -99,7 +99,7 @@ def split_names(text):
 
 
 def check(c, all_names, demo_names):
-    """The names of the tasks. Raises UserError for a setting that no checkpoint would make right.
+    """The names of the tasks. Raises UserError for a setting that is wrong with any checkpoint.
 
     c: GridSettings. all_names, demo_names: what --tasks=all and --tasks=demo stand for.
     """
