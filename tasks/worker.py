@@ -27,6 +27,7 @@ from core.configurator import (
     differences,
 )
 from core.device import pick_attention, pick_device, pick_dtype
+from core.distributed import number_in
 from core.files import ROOT, check_regular, unique
 from core.schema import read_json
 from model import Encoder
@@ -252,7 +253,8 @@ def local_device(name):
     there are more processes than GPUs, they share them."""
     device = pick_device(name)
     if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        local_rank = number_in("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)      # kernels start on the current device
     return device
 

@@ -23,6 +23,7 @@ from reporting import output, panels
 from reporting.loss_curves import loss_curves
 from reporting.output import write_report
 from reporting.read import read_run
+from tasks import worker
 
 RUN = os.path.join(ROOT, "tests", "data", "old", "run")
 ODD = ["$\\frac$", "$", "_a", "__init__", "a_", "a|b", "a\\|b", "*b*", "`c`", "<b>", "a\nb", "\x1b[31m", "\udcff", "模型", "🙂", "^{", "\\", "#", "a$b$c", " ", "[a](b)", "![a](b)", "~~a~~", "&lt;", "a ]( b"]
@@ -139,3 +140,18 @@ def test_a_folder_whose_name_is_not_utf8_has_a_report(tmp_path):
     shutil.copytree(RUN, folder)
     draw(folder, to=f"{tmp_path}/out")
     assert "| run\\\\udcff | 10 clm, 10 mlm |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("text, device", [("0", "cuda:0"), ("5", "cuda:1"), (None, "cuda:0"), ("", None), ("x", None), ("-1", None)])
+def test_a_local_rank_that_is_no_number_is_one_line(monkeypatch, text, device):
+    monkeypatch.setattr(worker, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(worker.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(worker.torch.cuda, "set_device", lambda name: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if text is not None:
+        monkeypatch.setenv("LOCAL_RANK", text)
+    if device:
+        assert worker.local_device("auto") == device
+    else:
+        with pytest.raises(UserError, match=f"LOCAL_RANK='{text}' is not a number: start with torchrun, or unset it"):
+            worker.local_device("auto")
