@@ -1,4 +1,4 @@
-"""What all other folders stand on. It knows nothing of pretraining or tasks.
+"""What all other folders but kernels/ stand on. It imports none of them.
 
     configurator   settings: a dataclass, config files, --key=value
     ctrl_c         an interrupt during the imports
