@@ -5,7 +5,6 @@ run here with a one-line error.
 """
 
 import ctypes
-import glob
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ import sysconfig
 import torch
 
 from core.configurator import UserError
+from core.files import find_files
 from kernels import resolve
 
 try:
@@ -142,7 +142,7 @@ def remove_interrupted_compilations():
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     cache = cache_dir()
-    for build in glob.glob(os.path.join(glob.escape(cache), "??", "*_CxxBuild")):
+    for build in find_files(cache, "??/*_CxxBuild"):
         library = build.removesuffix("_CxxBuild")
         key = os.path.basename(library).partition(".")[0]
         try:
