@@ -243,7 +243,8 @@ class RetrievalWorker(Retriever):
         validation = 100 * row["validation"]["score"]
         test = 100 * row["test"]["score"]
         text = f"{folder} lr {trial['lr']:g} seed {trial['seed']}: "
-        text += f"NDCG@10 validation {validation:.2f}, test {test:.2f}"
+        measure = "the paper's NDCG@10" if self.c.mode == "paper" else "NDCG@10"
+        text += f"{measure}: validation {validation:.2f}, test {test:.2f}"
         if target.baseline:
             text += f" (BM25 {100 * target.baseline['score']:.2f})"
         log(f"{text}, {secs['train'] + row['secs']['eval']:.1f} s")

@@ -166,7 +166,7 @@ def test_a_file_that_is_no_safetensors_is_one_line(run):
     (lambda s: s.update(step="10"), "'step' is \"10\", not a whole number"),
     (lambda s: s["model"].update(n_head=0), "'model.n_head' is 0"),
     (lambda s: s["model"].update(n_kv_head=-1), "'model.n_kv_head' is -1"),
-    (lambda s: s["model"].update(n_head=3, n_kv_head=2), "3 heads of 16, 2 for keys and values"),
+    (lambda s: s["model"].update(n_head=3, n_kv_head=2), "3 heads of size 16, 2 for keys and values"),
     (lambda s: s["model"].update(gate="silu"), "'model.gate' is unknown here"),
     (lambda s: s["model"].pop("n_layer"), "has no 'model.n_layer'"),
     (lambda s: s.pop("settings"), "has no 'settings'"),
@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_that_cannot_be_deleted_does_not_keep_its_step_from
     real = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)       # NFS, while somebody reads it
     (run / "step_0000010" / "model.safetensors").write_bytes(b"")
-    (run / ".writing_0000010_old").mkdir()
+    (run / ".writing_0000010_01234567_replaced").mkdir()
     for _ in range(2):
         checkpoint.verify(checkpoint.save(str(run), 10, model, {"settings": {"tokenizer_hash": ""}}))
     monkeypatch.setattr(shutil, "rmtree", real)
