@@ -12,30 +12,50 @@ would be a constant, and every batch would compile again. So the call is hidden 
 of our own, which looks the length up when it runs.
 """
 
+import functools
 import inspect
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-try:
-    from torch.nn.attention import varlen as torch_varlen
-except ImportError:  # a PyTorch built without it
-    torch_varlen = None
-
-PARAMETERS = inspect.signature(torch_varlen.varlen_attn).parameters if torch_varlen else {}
-# torch 2.13 lets a group of query heads read one KV head; 2.11 needs as many heads in k and v as in
-# q.
-TAKES_GROUPS = "enable_gqa" in PARAMETERS
-
 # {cu_seqlens: tokens in its longest sequence}. An entry disappears together with its tensor.
 LONGEST = WeakTensorKeyDictionary()
+
+
+@functools.cache
+def torch_varlen():
+    """Return PyTorch's module, or None for a PyTorch that was built without it.
+
+    It is imported at the first use, because it imports torch._dynamo, which takes longer than all
+    else that a program imports.
+    """
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return None
+    return varlen
+
+
+@functools.cache
+def has_parameter(name):
+    """Return whether this version of varlen_attn has a parameter of this name."""
+    module = torch_varlen()
+    return module is not None and name in inspect.signature(module.varlen_attn).parameters
+
+
+def takes_groups():
+    """Return whether a group of query heads may read one KV head, as from torch 2.13 on.
+
+    torch 2.11 needs as many heads in k and v as in q.
+    """
+    return has_parameter("enable_gqa")
 
 
 def why_not(device_type, dtype, head_dim):
     """Return None if varlen_attn can compute such tensors here, else the reason in words."""
     if device_type != "cuda":
         return "PyTorch's packed attention needs a CUDA GPU"
-    if "window_size" not in PARAMETERS:
+    if not has_parameter("window_size"):
         return "PyTorch's packed attention needs torch 2.11 or newer"
     if torch.version.hip:
         return "PyTorch's packed attention was not tried on AMD GPUs"
@@ -76,13 +96,14 @@ def repeat_heads(x, n_head):
 def forward(q, k, v, cu_seqlens, causal):
     """Return out [T, H, D] and the log-sum-exp of the scores [H, T]."""
     longest = longest_sequence(cu_seqlens)
-    options = {"window_size": window(causal), "return_aux": torch_varlen.AuxRequest(lse=True)}
-    if TAKES_GROUPS:
+    options = {"window_size": window(causal), "return_aux": torch_varlen().AuxRequest(lse=True)}
+    if takes_groups():
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k = repeat_heads(k, q.shape[1])
         v = repeat_heads(v, q.shape[1])
-    return torch_varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    call = torch_varlen().varlen_attn
+    return call(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
 def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
@@ -90,7 +111,7 @@ def gradients(grad, q, k, v, out, lse, cu_seqlens, causal):
     longest = longest_sequence(cu_seqlens)
     n_head = q.shape[1]
     n_kv_head = k.shape[1]
-    if not TAKES_GROUPS:
+    if not takes_groups():
         k = repeat_heads(k, n_head)
         v = repeat_heads(v, n_head)
     # There is no dropout, but the operator needs a seed for it.

@@ -134,14 +134,16 @@ def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
 
 @pytest.mark.parametrize("script", ["train.py", "prepare_fineweb.py", "finetune.py", "eval_ir.py", "report.py", "hf.py", "sample.py"])
 def test_help_lists_every_key_with_default_and_comment(script):
-    help_text = run_python([script, "--help"]).stdout
     module = __import__(script[:-3])
+    help_text = configurator.help_text(module.Config)
     for field in fields(module.Config):
         if field.name != "args":
             line = next(line for line in help_text.splitlines() if line.strip().startswith(f"--{field.name}="))
             default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
             comment = line.strip().removeprefix(f"--{field.name}={default}").strip()
             assert len(comment) > 3, f"{script}: {field.name} has no comment: {line}"
+    if script == "report.py":      # the one that starts fastest
+        assert run_python([script, "--help"]).stdout == help_text + "\n"
 
 
 @dataclass

@@ -86,6 +86,14 @@ def test_imports_go_down_only():
     assert {name.partition(".")[0] for name in imports(os.path.join(ROOT, "core", "configurator.py"))} <= set(sys.stdlib_module_names)
 
 
+def test_no_program_imports_at_its_start_what_takes_long_and_only_some_runs_need():
+    """torch._dynamo alone takes as long as the rest of torch."""
+    code = "import sys, train, finetune, eval_ir, prepare_fineweb, sample, hf, study, report\n"
+    code += "print(*{'torch._dynamo', 'sympy', 'datasets', 'transformers', 'pyarrow', 'wandb'} & sys.modules.keys())"
+    done = run_python(["-c", code])
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
 def test_no_file_imports_itself_by_way_of_others():
     graph = {module_of(path): imports(path) for path in sources() if not path.endswith("__init__.py")}
     seen, on_the_way = set(), []

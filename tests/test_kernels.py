@@ -316,8 +316,8 @@ def signature_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
 
 def test_varlen_repeats_heads_for_a_pytorch_that_does_not_group_them(monkeypatch):
     """torch 2.11's varlen_attn has no enable_gqa. Its signature stands here, so that the call is bound to it."""
-    monkeypatch.setattr(varlen, "TAKES_GROUPS", False)
-    monkeypatch.setattr(varlen.torch_varlen, "varlen_attn", signature_of_torch_2_11)
+    monkeypatch.setattr(varlen, "takes_groups", lambda: False)
+    monkeypatch.setattr(varlen.torch_varlen(), "varlen_attn", signature_of_torch_2_11)
     q, k, v = (torch.empty(10, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (6, 2, 2))
     cu_seqlens = torch.empty(3, device="meta", dtype=torch.int32)
     varlen.LONGEST[cu_seqlens] = 6      # there are no values to look at

@@ -260,10 +260,15 @@ def test_the_tables_of_the_docs_follow_from_the_rows():
 def test_a_cell_nobody_measured_says_so_and_the_newest_row_counts(tmp_path):
     row = {"bench": "train", "kind": "cuda", "device": "NVIDIA H100, torch 2.11", "size": "610m", "key": "ours", "tok_per_s": 1e5, "mfu": 0.44, "peak": 2 ** 35,
            "first": 40.0, "reference": "ours", "ratio": 1.0, "peak_flops": 989e12, **bench_tables.GPU}
-    text = "before\n" + bench_tables.BEGIN + "old\n" + bench_tables.END + "after\n"
+    kernel = {"bench": "attention", "kind": "cuda", "device": "NVIDIA H100, torch 2.11", "size": "610m", "heads": [18, 6, 64], "packing": "cuts", "causal": True,
+              "pass": "both", "name": "ours", "ms": 2.5, "tflops": 200.0, "ratio": 1.0}
+    text = "before\n" + bench_tables.BEGIN + "old\n" + bench_tables.END + bench_tables.BEGIN_KERNELS + "old\n" + bench_tables.END_KERNELS + "after\n"
     empty = bench_tables.put_tables(text, str(tmp_path))
-    assert "| ours, MLM | not measured | not measured | not measured |" in empty and empty.startswith("before\n") and empty.endswith("after\n")
+    assert "| ours, MLM | not measured | not measured | not measured |" in empty and "No kernels have been measured yet." in empty and "old" not in empty
+    assert empty.startswith("before\n") and empty.endswith("after\n")
     with open(tmp_path / "h100.jsonl", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in (row | {"tok_per_s": 1.0}, row, row | {"key": "eurobert", "tok_per_s": 5e4, "ratio": 2.0}))
+        f.writelines(json.dumps(r) + "\n" for r in (row | {"tok_per_s": 1.0}, row, row | {"key": "eurobert", "tok_per_s": 5e4, "ratio": 2.0},
+                                                                 kernel | {"ms": 9.0}, kernel, kernel | {"name": "varlen_attn", "ratio": 1.25}))
     full = bench_tables.put_tables(empty, str(tmp_path))
     assert "| ours, MLM | not measured | 100,000, 44.0%, 32 GiB, 40 s | not measured |" in full and "50,000, 44.0%, 32 GiB, 40 s, 2.00 x" in full
+    assert "| NVIDIA H100 | 610m (18/6 heads of 64) | rows cut once, causal | 2.50 ms, 200 TFLOP/s | 1.25 x |  |  |  |" in full
