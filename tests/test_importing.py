@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import finetune
+import hf
 import prepare_fineweb
 import sample
 import train
 from core import checkpoint, lock, tokenizer
-from core.configurator import UserError
+from core.configurator import UserError, configure
 from core.distributed import Processes
 from corpus.documents import documents, files_of
 from huggingface import exporting, importing
@@ -389,15 +390,18 @@ def test_two_imports_into_one_folder_are_one(foreign, tmp_path):
     importing.write(folder, run, weights_only=True)
 
 
-def test_a_key_known_to_be_harmless_can_be_ignored(foreign, tmp_path):
+def test_a_key_known_to_be_harmless_can_be_ignored(foreign, tmp_path, capsys):
     folder, _ = foreign()
     edit(folder, embedding_color="green")
-    done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "embedding_color=green" in done.stderr and "hf.py import --ignore=embedding_color" in done.stderr
-    done = run_python(["hf.py", "import", folder, str(tmp_path / "run"), "--ignore=embedding_color"])
-    assert done.returncode == 0 and "--init_from=" in done.stdout, done.stderr
-    done = run_python(["hf.py", "import", folder, str(tmp_path / "run")])
-    assert done.returncode == 2 and "already exists" in done.stderr
+
+    def run(*words):
+        hf.main(configure(hf.Config, ["import", folder, str(tmp_path / "run"), *words]))
+    with pytest.raises(UserError, match="embedding_color=green.*hf.py import --ignore=embedding_color"):
+        run()
+    run("--ignore=embedding_color")
+    assert "--init_from=" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already exists"):
+        run()
 
 
 @pytest.mark.parametrize("words, message", [
