@@ -180,7 +180,7 @@ def test_it_compiles_without_a_graph_break_and_follows_autocast():
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_six_steps_of_training_are_those_with_sdpa(tiny, monkeypatch, objective):
     monkeypatch.setitem(SIZES, "tiny", dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=128, n_ffn=128))     # head dim 64
-    settings = dict(phases=((objective, 6),), batch_rows=4, micro_rows=4, eval_interval=6, eval_rows=4)
+    settings = dict(phases=((objective, 6),), warmup_steps=2, batch_rows=4, micro_rows=4, eval_interval=6, eval_rows=4)
     for attention in ("triton", "sdpa"):
         train.main(tiny(attention, attention=attention, **settings))
     out_dir = os.path.dirname(tiny().out_dir)
