@@ -109,7 +109,7 @@ if [ $tiny = true ]; then
   compile_words=(--compile=false)
   kernel_words=(--rounds=2 "--shares=(0.4,)" "--packings=('cuts',)" --tokens=256 --head_vocab=512
                 "--sizes=('tiny',)")
-  step_words=(--steps=2 "--sizes=('tiny','micro')")
+  step_words=(--steps=2 "--sizes=('tiny',)")
   search_words=(--documents=2000 --queries=100 --width=128)
 fi
 kernel_tests=(tests/test_kernels.py tests/test_loss_kernel.py)

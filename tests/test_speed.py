@@ -85,8 +85,8 @@ def test_memory_is_flat_to_the_byte(tiny, monkeypatch, objective):
             yield make(step)
     monkeypatch.setattr(data, "prefetch", prefetch)
     monkeypatch.setattr(gc, "freeze", lambda: None)      # what is frozen would not be counted
-    train.main(tiny(phases=((objective, 12),), log_interval=1, eval_interval=100, save_interval=100))
-    assert len(seen) == 12 and set(seen[2:]) == {seen[2]} and seen[2] > 0
+    train.main(tiny(phases=((objective, 8),), log_interval=1, eval_interval=100, save_interval=100))
+    assert len(seen) == 8 and set(seen[2:]) == {seen[2]} and seen[2] > 0
 
 
 # ---- nobody waits for the device
