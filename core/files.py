@@ -223,6 +223,22 @@ def lines_of(path):
                 yield where, text
 
 
+def find_packed(folder, name):
+    """The path of folder/name, which may also end in .gz, .xz or .zst; None if there is no such file.
+
+    Other names that begin like that, such as train.jsonl.bak or train.jsonl~, are other files. Raises
+    UserError if there are two.
+    """
+    paths = []
+    for suffix in ("", ".gz", ".xz", ".zst"):
+        path = os.path.join(folder, name + suffix)
+        if os.path.lexists(path):
+            paths.append(path)
+    if len(paths) > 1:
+        raise UserError(f"{' and '.join(paths)}: which of them is meant? Move the other one away")
+    return paths[0] if paths else None
+
+
 def open_packed(path):
     """Open a file to read bytes. One that ends in .gz, .xz or .zst is unpacked."""
     check_regular(path)

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of
+from core.files import find_packed, hashed, lines_of
 from tasks import packing
 from tasks.family import field_of, shortened
 from tasks.loading import json_lines, load_from_hub
@@ -299,7 +299,9 @@ def read_folder(folder):
         # validation.tsv, not dev.tsv.
         paths = []
         for name in names:
-            paths += find_files(os.path.join(folder, "qrels"), f"{name}.tsv*")
+            path = find_packed(os.path.join(folder, "qrels"), f"{name}.tsv")
+            if path:
+                paths.append(path)
         if paths:
             qrels[split] = parse_qrels(read_table(max(paths)))
     if "test" not in qrels:
@@ -309,10 +311,10 @@ def read_folder(folder):
 
 def find_json_lines(folder, name):
     """The path of folder/name.jsonl, which may be compressed."""
-    paths = find_files(folder, f"{name}.jsonl*")
-    if not paths:
+    path = find_packed(folder, f"{name}.jsonl")
+    if not path:
         raise UserError(f"{folder} has no {name}.jsonl: {LAYOUT}")
-    return paths[0]
+    return path
 
 
 def read_table(path):

@@ -10,7 +10,7 @@ import json
 import os
 
 from core.configurator import UserError
-from core.files import find_files, hashed, lines_of
+from core.files import find_packed, hashed, lines_of
 from core.schema import parse_json
 from tasks.registry import HELD_OUT, family_of, find
 
@@ -106,7 +106,8 @@ def read_folder(folder):
     """
     rows = {}
     for split in SPLITS:
-        for path in find_files(folder, f"{split}.jsonl*"):
+        path = find_packed(folder, f"{split}.jsonl")
+        if path:
             rows[split] = list(json_lines(path))
     if "test" not in rows and "validation" in rows:
         rows["test"] = rows.pop("validation")

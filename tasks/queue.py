@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 
@@ -66,6 +67,9 @@ def work(trials, folder, run, poll=2.0, shape=ANY_ROW):
             bar.n = len(trials) - len(open_trials)
             bar.refresh()
             if not open_trials:
+                if n_run == 0 and shows_progress():
+                    print(f"{folder}: every trial has its row already, so no data is read and nothing is run",
+                          file=sys.stderr)
                 return n_run
             trial = claim_one(open_trials, folder)
             if trial is None:

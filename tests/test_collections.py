@@ -22,6 +22,18 @@ from tasks import metrics, packing, registry
 from tasks.loading import json_lines
 
 
+def test_a_backup_beside_a_file_is_not_read_and_two_files_of_one_name_are_refused(tmp_path):
+    folder, path = collection(tmp_path), tmp_path / "rivers"
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        for ending in (".bak", "~", ".zzz"):
+            (path / f"{name}{ending}").write_text("not what it seems\n")
+    loaded = load_collection("rivers", folder)
+    assert len(list(loaded.documents())) == 30 and len(loaded.qrels["test"]) == 8
+    (path / "qrels" / "test.tsv.gz").write_bytes(gzip.compress((path / "qrels" / "test.tsv").read_bytes()))
+    with pytest.raises(UserError, match="test.tsv and .*test.tsv.gz: which of them is meant"):
+        load_collection("rivers", folder)
+
+
 def test_a_folder_in_beirs_layout_is_a_collection(tmp_path):
     loaded = load_collection("rivers", collection(tmp_path / "deep"))
     assert {split: len(queries) for split, queries in loaded.qrels.items()} == {"train": 12, "validation": 4, "test": 8} and loaded.notes == []

@@ -187,11 +187,12 @@ def test_a_damaged_row_is_named_kept_under_another_name_and_its_trial_runs_again
 
 
 @pytest.mark.parametrize("row", [SCORED, FAILED, {key: SCORED[key] for key in ("model", "task", "lr", "seed", "validation", "test")}])
-def test_an_intact_row_stays_also_that_of_a_failed_trial_or_of_another_program(tmp_path, row):
+def test_an_intact_row_stays_also_that_of_a_failed_trial_or_of_another_program(tmp_path, capsys, row):
     path = tmp_path / "trials" / "t" / "lr1e-05_sd0.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(row))
     assert work_on_first(tmp_path) == 0 and json.loads(path.read_text()) == row and os.listdir(path.parent) == [path.name]
+    assert "every trial has its row already, so no data is read" in capsys.readouterr().err
 
 
 def test_the_next_worker_removes_what_dead_ones_left_and_nothing_else(tmp_path):

@@ -56,6 +56,13 @@ def test_a_folder_with_labels_of_its_own_is_a_task(tmp_path):
         loading.load("yours", folder)
 
 
+def test_a_backup_beside_a_training_file_is_not_read(tmp_path):
+    rows = [json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(6)]
+    for name, text in (("train.jsonl", "".join(rows)), ("train.jsonl.bak", rows[0]), ("train.jsonl~", "torn"), ("test.jsonl", "".join(rows))):
+        (tmp_path / name).write_text(text)
+    assert {split: len(found) for split, found in loading.read_folder(str(tmp_path)).items()} == {"train": 6, "test": 6}
+
+
 def test_a_data_dir_that_is_the_tasks_own_folder_is_understood_or_named(tmp_path, monkeypatch):
     rows = sst2(50)
     write(tmp_path, "data/sst2", train=rows, validation=rows, test=rows)
