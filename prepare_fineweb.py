@@ -194,6 +194,9 @@ def write_corpus(c, settings):
         f"documents, {totals['val_tokens']:,} validation tokens in {totals['val_documents']:,}; "
         f"{len(totals['shards'])} shards"
     )
+    if totals["val_tokens"] == 0:
+        print("no document fell to the validation part, which train.py needs: raise --val_fraction, "
+              "or add documents")
     if totals["train_tokens"] < c.tokens:
         print(f"the source has no more: --tokens={c.tokens:,.0f} is not reached")
 

@@ -64,6 +64,13 @@ class Corpus:
         self.split = split
         manifest_path = os.path.join(data_dir, "manifest.json")
         if not os.path.isfile(manifest_path):
+            if os.path.isdir(data_dir) and os.listdir(data_dir):
+                text = data_dir.rstrip("/")
+                command = f"--source={shlex.quote(text)} --out={shlex.quote(text + '_corpus')}"
+                raise UserError(
+                    f"no corpus in '{data_dir}', which holds other files. If they are the text to train on: "
+                    f"python prepare_fineweb.py {command}"
+                )
             command = f"python prepare_fineweb.py --source=sotu --out={shlex.quote(data_dir)}"
             raise UserError(
                 f"no corpus in '{data_dir}'; make one with: {command} "

@@ -187,7 +187,7 @@ def test_validation_is_the_same_set_for_any_world_size_and_run(corpus_dir):
 
 @pytest.mark.parametrize("damage, says", [
     (lambda d: shutil.rmtree(d), "python prepare_fineweb.py --source=sotu --out="),
-    (lambda d: os.remove(d / "manifest.json"), "no corpus in"),
+    (lambda d: os.remove(d / "manifest.json"), ", which holds other files. If they are the text to train on: python prepare_fineweb.py --source="),
     (lambda d: [os.remove(p) for p in d.glob("train_*")], "lacks 1 of the 1 train shards"),
     (lambda d: cut(d / "train_00000.bin", 5000), "is truncated"),
     (lambda d: cut(d / "train_00000.bin", 100), "is truncated"),

@@ -141,3 +141,9 @@ def test_a_bad_document_exits_2_and_after_mending_it_the_same_command_finishes(t
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     missing = run_python(["prepare_fineweb.py", "--source=nowhere", f"--out={tmp_path}/y"])
     assert missing.returncode == 2 and "nothing to read at --source=nowhere" in missing.stderr
+
+
+def test_a_corpus_without_validation_tokens_says_what_to_do(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text(" ".join(f"{hex(i * 7919)} {i} words" for i in range(3000)))
+    prepare_fineweb.main(prepare_fineweb.Config(source=str(tmp_path / "one.txt"), tokenizer="train:320", out=str(tmp_path / "corpus"), val_fraction=1e-9))
+    assert "no document fell to the validation part" in capsys.readouterr().out
