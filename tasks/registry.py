@@ -209,7 +209,7 @@ def find(name, data_dir=""):
         advice = "or a folder of yours, see --data_dir"
         if data_dir:
             advice = ("a folder in data_dir is one if its info.json has label_names, text_fields "
-                      "and label_field")
+                      "and label_field, or if it is a collection: corpus.jsonl, queries.jsonl, qrels/")
         raise UserError(f"unknown task '{shortened(name)}': expected one of {', '.join(names)}, all "
                         f"or demo; {advice}")
     if data_dir and not task.make:
