@@ -30,7 +30,7 @@ GPU = {
     "dtype": "bfloat16",
     "checkpoint_activations": False,
 }
-# Of the kernel tables: what others are called in a heading.
+# The kernel tables have a column for each of these; the names are those that the rows have.
 RIVALS_IN_ATTENTION = ("varlen_attn", "FlexAttention", "SDPA flash", "SDPA cuDNN")
 RIVALS_IN_LOSS = ("F.cross_entropy, compiled",)
 # The table for CPUs has a column for each combination of these values.
@@ -235,10 +235,12 @@ def kernel_tables(rows):
 
 
 def kernel_lines(cases, rivals):
+    """The lines of a kernel table. Its cells stay empty where a kernel could not run."""
     lines = []
     for case, row_of in cases.items():
-        ours = row_of["ours"]
-        line = [*case, f"{ours['ms']:.2f} ms, {ours['tflops']:.0f} TFLOP/s"]
+        our_row = row_of.get("ours", {})
+        our_speed = f"{our_row['ms']:.2f} ms, {our_row['tflops']:.0f} TFLOP/s" if "ms" in our_row else ""
+        line = [*case, our_speed]
         for name in rivals:
             row = row_of.get(name, {})
             line.append(f"{row['ratio']:.2f} x" if "ratio" in row else "")

@@ -144,7 +144,7 @@ def run(main, config_class):
 
 
 def where_state_is(config):
-    """A sentence for somebody whose program has just crashed: where to find what it wrote."""
+    """A sentence that tells the user, after a crash, where the program's output is."""
     for name in ("out_dir", "out", "to"):
         folder = getattr(config, name, None)
         if folder:

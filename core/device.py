@@ -153,7 +153,9 @@ def remove_interrupted_compilations():
                         os.remove(path)
                 shutil.rmtree(build)
         except OSError:
-            pass      # it is being compiled (filelock's Timeout is an OSError), or is somebody else's
+            # Another process compiles it now, or it belongs to another user. (filelock's Timeout is an
+            # OSError.)
+            pass
 
 
 # -------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ PyTorch's flash kernel for CPUs works in tiles that are too small for a CPU's bf
 products here took 1.8 and 4.4. The price is precision and memory: scores are rounded to bf16
 (relative error of the output 4e-3 instead of 2e-3 on normal inputs), and one block of scores is in
 memory at a time. A long fp32 sequence stays with the flash kernel, which is faster there. Several
-short ones come here in any dtype, as one batch, and so do the gradients of a sequence on a device
-that is neither a CPU nor supported by our Triton kernels (sdpa.py).
+short ones come here in any dtype, as one batch (sdpa.py). On other devices than a CPU, sdpa.py
+computes the output by PyTorch's kernels and only the gradients here.
 
 Inputs are contiguous with heads first, [H, L, D]: oneDNN's batched product reads that, and its
 transpose, without a copy.

@@ -126,7 +126,7 @@ def cached(folder, name, rules, write, read, ending=""):
             os.rename(path, temporary)
     os.makedirs(folder, exist_ok=True)
     remove_file_or_folder(temporary)
-    remove_leftovers(path)
+    remove_unfinished(path)
     write(temporary)
     try:
         os.replace(temporary, path)
@@ -137,12 +137,12 @@ def cached(folder, name, rules, write, read, ending=""):
     return read(path)
 
 
-def remove_leftovers(path):
+def remove_unfinished(path):
     """Remove what killed processes left beside a cache file: unfinished ones, untouched for a day."""
-    folder, name = os.path.split(path)
-    for other in os.listdir(folder):
-        if other.startswith(f"{name}."):
-            unfinished = os.path.join(folder, other)
+    folder, cache_name = os.path.split(path)
+    for name in os.listdir(folder):
+        if name.startswith(f"{cache_name}."):
+            unfinished = os.path.join(folder, name)
             files = [unfinished, *find_files(unfinished, "*")]
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - max(map(os.path.getmtime, files)) > 86_400:
